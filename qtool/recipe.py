@@ -1,0 +1,263 @@
+"""Recipes: what to do to a model, a few strict lines of YAML, runnable by name.
+
+    description: 4-bit weights, GPTQ with a Hessian-weighted scale search.
+    bits: 4
+    symmetric: true
+    group_size: auto        # the largest of 128, 64, 32 that divides; a number; or row
+    keep: []                # fnmatch patterns of modules that stay in 16 bit
+    method:
+      name: gptq            # rtn | gptq | awq, each with its own few fields
+      damping: 0.01
+    calibration:
+      num_samples: 128
+      sequence_length: 512
+
+An unknown key is refused with its file, line and a did-you-mean: a misspelt option must not quantize with the default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from qtool.errors import UnknownName, UsageError, closest
+from qtool.scheme import QuantScheme
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+GroupSize = int | Literal["auto", "row"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rtn:
+    """Round to nearest, no data. ``scale_search``: try shrunken scales and keep the least squared error."""
+
+    scale_search: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """GPTQ (arXiv 2210.17323) with static act-order.
+
+    damping        share of the mean diagonal added to the Hessian
+    scale_search   choose signed scales by Hessian-weighted error before the sweep, instead of absmax
+    refine_rounds  rounds of closed-form scale refit and code descent after the sweep
+    """
+
+    damping: float = 0.01
+    scale_search: bool = True
+    refine_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.damping < 1.0:
+            raise UsageError(f"damping {self.damping} is not between 0 and 1")
+        if self.refine_rounds < 0:
+            raise UsageError(f"refine_rounds {self.refine_rounds} is negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Awq:
+    """AWQ (arXiv 2306.00978): scale salient channels up before rounding, fold the inverse into the layer before.
+
+    grid_points   exponents tried in [0, 1); 0, which changes nothing, is always among them
+    clip_search   shrink scales where that lowers the error
+    """
+
+    grid_points: int = 20
+    clip_search: bool = True
+
+    def __post_init__(self) -> None:
+        if self.grid_points < 1:
+            raise UsageError(f"grid_points {self.grid_points} is not a positive number")
+
+
+Method = Rtn | Gptq | Awq
+
+METHODS: dict[str, type[Rtn] | type[Gptq] | type[Awq]] = {"rtn": Rtn, "gptq": Gptq, "awq": Awq}
+
+
+def method_name(method: Method) -> str:
+    return next(name for name, kind in METHODS.items() if isinstance(method, kind))
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """``dataset``: a .txt, .jsonl or .parquet file, a Hub dataset id, or None for the text that ships."""
+
+    dataset: str | None = None
+    num_samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, at least 1 is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    name: str
+    description: str
+    method: Method
+    bits: int = 4
+    symmetric: bool = True
+    group_size: GroupSize = "auto"
+    keep: tuple[str, ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        # A scheme is valid or it raises; the group size is checked against each layer later.
+        self.scheme(128 if self.group_size == "auto" else self.group_size)
+
+    def scheme(self, group_size: int | Literal["row"]) -> QuantScheme:
+        return QuantScheme(self.bits, None if group_size == "row" else group_size, self.symmetric)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return not isinstance(self.method, Rtn)
+
+    def with_options(
+        self,
+        *,
+        group_size: GroupSize | None = None,
+        keep: tuple[str, ...] = (),
+        **calibration: Any,
+    ) -> Recipe:
+        """The recipe with what the command line says; None leaves the recipe's own value."""
+        given = {key: value for key, value in calibration.items() if value is not None}
+        return replace(
+            self,
+            group_size=self.group_size if group_size is None else group_size,
+            keep=(*self.keep, *keep),
+            calibration=replace(self.calibration, **given),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for the manifest."""
+        method = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
+        calibration = {f.name: getattr(self.calibration, f.name) for f in fields(self.calibration)}
+        return {
+            "name": self.name,
+            "bits": self.bits,
+            "symmetric": self.symmetric,
+            "group_size": self.group_size,
+            "keep": list(self.keep),
+            "method": {"name": method_name(self.method), **method},
+            "calibration": calibration,
+        }
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A recipe by name, or from a YAML file."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UsageError(
+                f"no recipe file {path}", f"recipes by name: {', '.join(recipe_names())}"
+            )
+        return parse_recipe(path.read_text(encoding="utf-8"), path)
+    if name_or_path not in recipe_names():
+        raise UnknownName("recipe", name_or_path, recipe_names())
+    path = RECIPE_FOLDER / f"{name_or_path}.yaml"
+    return parse_recipe(path.read_text(encoding="utf-8"), path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """Strict: unknown keys and wrong types are refused with file and line."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path.name} is not YAML: {error}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{path.name} is not a mapping of keys to values")
+    section = _Section(path, root)
+    method = section.child("method")
+    kind = METHODS.get(str(method.take("name", str)))
+    if kind is None:
+        raise UnknownName("method", str(method.value("name")), METHODS)
+    calibration = section.child("calibration", required=False)
+    group_size = section.value("group_size", "auto")
+    if group_size not in ("auto", "row") and type(group_size) is not int:
+        raise section.error("group_size", "is not auto, row or a whole number")
+    keep = section.value("keep", [])
+    if not isinstance(keep, list) or not all(isinstance(item, str) for item in keep):
+        raise section.error("keep", "is not a list of patterns")
+    section.refuse_unknown(
+        "description", "bits", "symmetric", "group_size", "keep", "method", "calibration"
+    )
+    return Recipe(
+        name=path.stem,
+        description=section.take("description", str),
+        bits=section.take("bits", int, 4),
+        symmetric=section.take("symmetric", bool, True),
+        group_size=group_size,
+        keep=tuple(keep),
+        method=method.build(kind, "name"),
+        calibration=calibration.build(Calibration) if calibration else Calibration(),
+    )
+
+
+class _Section:
+    """One mapping of a YAML file that remembers the line of each key."""
+
+    def __init__(self, path: Path, node: yaml.MappingNode) -> None:
+        self._path = path
+        self._lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
+        self._nodes = {str(key.value): value for key, value in node.value}
+        loader = yaml.SafeLoader("")
+        self._values = {
+            key: loader.construct_object(value, deep=True) for key, value in self._nodes.items()
+        }
+        self._line = node.start_mark.line + 1
+
+    def error(self, key: str, rule: str) -> UsageError:
+        line = self._lines.get(key, self._line)
+        found = f" {self._values[key]!r}" if key in self._values else ""
+        return UsageError(f"{self._path.name}:{line}: {key}{found} {rule}")
+
+    def value(self, key: str, default: object = None) -> Any:
+        return self._values.get(key, default)
+
+    def take(self, key: str, kind: type, default: object = None) -> Any:
+        value = self._values.get(key, default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise self.error(key, "is missing" if value is None else f"is not a {kind.__name__}")
+        return value
+
+    def child(self, key: str, required: bool = True) -> Any:
+        node = self._nodes.get(key)
+        if node is None and not required:
+            return None
+        if not isinstance(node, yaml.MappingNode):
+            raise self.error(key, "is not a mapping" if node else "is missing")
+        return _Section(self._path, node)
+
+    def refuse_unknown(self, *known: str) -> None:
+        for key, line in self._lines.items():
+            if key not in known:
+                guess = closest(key, known)
+                raise UsageError(
+                    f"{self._path.name}:{line}: unknown key {key!r}",
+                    f"did you mean {guess}?" if guess else f"known keys: {', '.join(known)}",
+                )
+
+    def build(self, kind: type, *also: str) -> Any:
+        """An instance of a dataclass from this section's keys, each of its default's type."""
+        declared = {f.name: f for f in fields(kind)}
+        self.refuse_unknown(*also, *declared)
+        given = {}
+        for key in self._values:
+            if key in declared:
+                default = declared[key].default
+                given[key] = self.take(key, str if default is None else type(default))
+        return kind(**given)

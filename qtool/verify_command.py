@@ -1,0 +1,43 @@
+"""``qtool verify``: is this artifact what was written?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(folder: Path, as_json: bool) -> None:
+    """Check every file of an artifact against the checksums in its qtool.json, and every tensor for NaN and infinity.
+
+    \b
+    Example:
+      qtool verify ./books-7m-int4
+    """
+    from qtool.artifact import verify_checksums
+    from qtool.checkpoint import Checkpoint
+    from qtool.errors import VerificationFailed
+    from qtool.progress import track
+
+    manifest = verify_checksums(folder)
+    checkpoint = Checkpoint.open(folder)
+    bad = [
+        name
+        for name in track(checkpoint.tensors, "checking tensors")
+        if checkpoint.tensors[name].dtype.is_floating_point
+        and not checkpoint.tensor(name).float().isfinite().all()
+    ]
+    if bad:
+        raise VerificationFailed(f"{folder}: not finite: {', '.join(bad)}")
+    if as_json:
+        counts = {"files": len(manifest.files), "tensors": len(checkpoint.tensors)}
+        click.echo(json.dumps({"ok": True, "format": manifest.format, **counts}))
+    else:
+        click.echo(
+            f"{folder}: {len(manifest.files)} files match their checksums, "
+            f"{len(checkpoint.tensors)} tensors are finite"
+        )
