@@ -1,8 +1,9 @@
 """The table of model families, and one normalised view of a decoder's config.json.
 
-A family is data: which tensors play which role and under what name (Hugging Face, GGUF), which of them carry biases or
-per-head norms, which linears share an input, and where AWQ may move scale from a layer into the one before it. GGUF
-naming, AWQ folding and the native decoder all read this table; adding a family is adding a row and its tiny-checkpoint test.
+A family is data: which tensors play which role and under what name (Hugging Face, GGUF), which of
+them carry biases or per-head norms, which linears share an input, and where AWQ may move scale
+from a layer into the one before it. GGUF naming, AWQ folding and the native decoder all read this
+table; adding a family is adding a row and its tiny-checkpoint test.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Role = Literal[
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """A module's name in a Hugging Face checkpoint and in GGUF, without ".weight"; {i} is the block."""
+    """A module's name in a Hugging Face checkpoint and in GGUF, without ".weight"; {i} is the
+    block.
+    """
 
     hf: str
     gguf: str
@@ -44,7 +47,8 @@ class Architecture:
     tensors: Mapping[Role, TensorName]
     qkv_bias: bool
     qk_norm: bool
-    # llama.cpp rotates adjacent pairs in these families, so the rows of q and k are permuted in GGUF.
+    # llama.cpp rotates adjacent pairs in these families, so the rows of q and k are permuted in
+    # GGUF.
     rope_interleaved_in_gguf: bool
     smoothing: tuple[Smoothing, ...]
     # Linears with one input: runtimes fuse them, so they share a scheme.
@@ -107,7 +111,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The table's row for a config.json; raises UnsupportedModel with the list where there is none."""
+    """The table's row for a config.json; raises UnsupportedModel with the list where there is
+    none.
+    """
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
@@ -121,7 +127,9 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding. ``kind`` says how frequencies are stretched (config.json's rope_type)."""
+    """Rotary position embedding. ``kind`` says how frequencies are stretched (config.json's
+    rope_type).
+    """
 
     theta: float = 10000.0
     kind: Literal["default", "linear", "llama3"] = "default"
@@ -133,7 +141,8 @@ class Rope:
     def inverse_frequencies(self, head_dim: int) -> list[float]:
         """Radians a position for each rotated pair, [head_dim / 2].
 
-        ``llama3`` keeps short wavelengths, divides long ones by ``factor`` and blends between (Llama 3.1's rule).
+        ``llama3`` keeps short wavelengths, divides long ones by ``factor`` and blends between
+        (Llama 3.1's rule).
         """
         frequencies = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
         return [f / d for f, d in zip(frequencies, self.divisors(head_dim), strict=True)]
@@ -160,7 +169,9 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """What the native decoder and the GGUF exporter need of config.json, one spelling for all its versions."""
+    """What the native decoder and the GGUF exporter need of config.json, one spelling for all its
+    versions.
+    """
 
     model_type: str
     vocab_size: int
@@ -182,7 +193,9 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
-        """Read config.json; raises FormatError that names the key that is missing or out of range."""
+        """Read config.json; raises FormatError that names the key that is missing or out of
+        range.
+        """
         architecture = find_architecture(config)
         hidden = _whole(config, "hidden_size")
         heads = _whole(config, "num_attention_heads")

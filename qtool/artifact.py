@@ -1,7 +1,8 @@
-"""``qtool.json``: what an artifact is, where it came from, what was lost, and a checksum of every file.
+"""``qtool.json``: what an artifact is, where it came from, what was lost, and a checksum of every
+file.
 
-An artifact is a model folder that Hugging Face loaders read as it is; this file stands beside the weights. Nothing about an
-artifact is ever inferred from its name.
+An artifact is a model folder that Hugging Face loaders read as it is; this file stands beside the
+weights. Nothing about an artifact is ever inferred from its name.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ MANIFEST_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One linear. Errors are relative: tr(dW H dWᵀ) / tr(W H Wᵀ), H the second moment of the layer's inputs (the identity
-    where no data was used); ``rtn_error`` is that of plain rounding at the same scheme."""
+    """One linear. Errors are relative: tr(dW H dWᵀ) / tr(W H Wᵀ), H the second moment of the
+    layer's inputs (the identity where no data was used); ``rtn_error`` is that of plain rounding
+    at the same scheme.
+    """
 
     module: str
     scheme: str | None
@@ -88,7 +91,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def verify_checksums(folder: Path) -> Manifest:
-    """Compare every file with the manifest; raises VerificationFailed that names all that differ."""
+    """Compare every file with the manifest; raises VerificationFailed that names what differs."""
     manifest = Manifest.load(folder)
     problems = []
     for name, digest in manifest.files.items():

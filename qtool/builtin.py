@@ -1,4 +1,6 @@
-"""What ships inside the package: a small real model, and the default texts for calibration and evaluation."""
+"""What ships inside the package: a small real model, and the default texts for calibration and
+evaluation.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Hugging Face models on disk: find one by name, read it tensor by tensor, write one without ever leaving a half.
+"""Hugging Face models on disk: find one by name, read it tensor by tensor, write one without ever
+leaving a half.
 
-Reading validates every safetensors header by itself before anything is mapped: a header is untrusted input, and the
-errors must name the file and the key. Data is then read through the safetensors library, one tensor at a time.
-Writing goes to a hidden sibling of the output (``.NAME.partial``) that takes the final name by one rename.
+Reading validates every safetensors header by itself before anything is mapped: a header is
+untrusted input, and the errors must name the file and the key. Data is then read through the
+safetensors library, one tensor at a time. Writing goes to a hidden sibling of the output
+(``.NAME.partial``) that takes the final name by one rename.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ class Source:
 
 
 def resolve(model: str, revision: str | None = None) -> Source:
-    """Find a model: a folder, a .gguf file, ``builtin:NAME``, or a Hub id (the local cache alone when offline)."""
+    """Find a model: a folder, a .gguf file, ``builtin:NAME``, or a Hub id (the local cache alone
+    when offline).
+    """
     if model.startswith(PREFIX):
         return Source(model, builtin_model(model.removeprefix(PREFIX)))
     path = Path(model).expanduser()
@@ -138,7 +142,7 @@ def _resolve_hub(model: str, revision: str | None) -> Source:
     except GatedRepoError as error:
         raise QtoolError(
             f"{model} is gated: its owner wants you to accept a licence first",
-            f"accept it at https://huggingface.co/{model}, then run `hf auth login` or set HF_TOKEN",
+            f"accept it at https://huggingface.co/{model}, then run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
         raise UsageError(f"{model} has no revision {revision!r}") from error
@@ -197,9 +201,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file, checked: known dtypes, sizes that agree with shapes, no gaps, no overlaps.
+    """Every tensor of a safetensors file, checked: known dtypes, sizes that agree with shapes, no
+    gaps, no overlaps.
 
-    Layout: u64 little-endian header length, JSON header, data. Raises FormatError with the file and the key.
+    Layout: u64 little-endian header length, JSON header, data. Raises FormatError with the file
+    and the key.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -344,8 +350,9 @@ def _weight_files(folder: Path) -> list[Path]:
 class OutputFolder:
     """A folder that appears under its name only when complete.
 
-    ``with OutputFolder(out) as stage:`` gives ``stage.path``, a hidden sibling ``.NAME.partial``. A clean exit flushes it
-    to disk and renames it to ``out``; an exception removes it, unless ``resumable``, where it stays for the next try.
+    ``with OutputFolder(out) as stage:`` gives ``stage.path``, a hidden sibling ``.NAME.partial``.
+    A clean exit flushes it to disk and renames it to ``out``; an exception removes it, unless
+    ``resumable``, where it stays for the next try.
     """
 
     def __init__(
@@ -364,7 +371,7 @@ class OutputFolder:
             raise OutputExists(out)
         if force and self.out.exists() and not _is_model_folder(self.out):
             raise UsageError(
-                f"{out} exists and does not look like a model folder, so --force does not replace it",
+                f"{out} exists and is not a model folder, so --force does not replace it",
                 "name another --out, or remove it by hand",
             )
         parent = _existing_parent(self.out)
@@ -405,7 +412,9 @@ class OutputFolder:
 
 
 def _is_model_folder(path: Path) -> bool:
-    """Whether --force may replace it: an empty folder, or one that holds a model or a report of ours."""
+    """Whether --force may replace it: an empty folder, or one that holds a model or a report of
+    ours.
+    """
     if not path.is_dir():
         return False
     names = {entry.name for entry in path.iterdir()}
@@ -421,7 +430,7 @@ def require_disk_space(folder: Path, needed_bytes: int | None) -> None:
     free = shutil.disk_usage(folder).free
     if needed_bytes is not None and needed_bytes > free:
         raise QtoolError(
-            f"the output needs {needed_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free",
+            f"the output needs {needed_bytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
             "free some space, or name another --out",
         )
 

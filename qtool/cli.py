@@ -1,4 +1,6 @@
-"""The ``qtool`` command: names the subcommands, loads each on use, and turns a QtoolError into text and an exit code."""
+"""The ``qtool`` command: names the subcommands, loads each on use, and turns a QtoolError into
+text and an exit code.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ A MODEL is a folder, a .gguf file, a Hub id, or builtin:books-7m."""
 )
 @click.version_option(__version__, prog_name="qtool")
 def qtool() -> None:
-    """Take a language model from the Hub to production: quantize, convert, prove what was lost, serve."""
+    """Take a language model from the Hub to production: quantize, convert, prove what was lost,
+    serve.
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,8 +8,8 @@
         ├── UnknownName        a recipe, format, model... that does not exist, with a did-you-mean
         └── OutputExists       the output is there already and was not to be replaced
 
-Every message names the thing, the value found and the rule; the hint names the next step. ``qtool.cli`` is the one
-place that turns an error into text and an exit code.
+Every message names the thing, the value found and the rule; the hint names the next step.
+``qtool.cli`` is the one place that turns an error into text and an exit code.
 """
 
 from __future__ import annotations

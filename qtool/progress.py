@@ -1,4 +1,6 @@
-"""Progress on stderr: bars on a terminal, one line at the end of long work elsewhere. Data never comes here."""
+"""Progress on stderr: bars on a terminal, one line at the end of long work elsewhere. Data never
+comes here.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@
       num_samples: 128
       sequence_length: 512
 
-An unknown key is refused with its file, line and a did-you-mean: a misspelt option must not quantize with the default.
+An unknown key is refused with its file, line and a did-you-mean: a misspelt option must not
+quantize with the default.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ GroupSize = int | Literal["auto", "row"]
 
 @dataclass(frozen=True, slots=True)
 class Rtn:
-    """Round to nearest, no data. ``scale_search``: try shrunken scales and keep the least squared error."""
+    """Round to nearest, no data. ``scale_search``: try shrunken scales and keep the least squared
+    error.
+    """
 
     scale_search: bool = False
 
@@ -43,8 +46,8 @@ class Gptq:
     """GPTQ (arXiv 2210.17323) with static act-order.
 
     damping        share of the mean diagonal added to the Hessian
-    scale_search   choose signed scales by Hessian-weighted error before the sweep, instead of absmax
-    refine_rounds  rounds of closed-form scale refit and code descent after the sweep
+    scale_search   choose signed scales by Hessian-weighted error before the sweep, instead of
+    absmax refine_rounds  rounds of closed-form scale refit and code descent after the sweep
     """
 
     damping: float = 0.01
@@ -60,7 +63,8 @@ class Gptq:
 
 @dataclass(frozen=True, slots=True)
 class Awq:
-    """AWQ (arXiv 2306.00978): scale salient channels up before rounding, fold the inverse into the layer before.
+    """AWQ (arXiv 2306.00978): scale salient channels up before rounding, fold the inverse into
+    the layer before.
 
     grid_points   exponents tried in [0, 1); 0, which changes nothing, is always among them
     clip_search   shrink scales where that lowers the error
@@ -85,7 +89,9 @@ def method_name(method: Method) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """``dataset``: a .txt, .jsonl or .parquet file, a Hub dataset id, or None for the text that ships."""
+    """``dataset``: a .txt, .jsonl or .parquet file, a Hub dataset id, or None for the text that
+    ships.
+    """
 
     dataset: str | None = None
     num_samples: int = 128

@@ -4,8 +4,9 @@
     int8-row-sym      8-bit codes, one scale for a whole row
     int4-g64-asym     4-bit codes, a scale and a zero point for 64 inputs
 
-A symmetric scheme stores unsigned codes around the midpoint 2**(bits-1): weight = (code - midpoint) * scale. The scale
-may be negative, so that the largest weight of a group can sit on the one extra negative code; every format stores it.
+A symmetric scheme stores unsigned codes around the midpoint 2**(bits-1): weight = (code -
+midpoint) * scale. The scale may be negative, so that the largest weight of a group can sit on the
+one extra negative code; every format stores it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import click
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(folder: Path, as_json: bool) -> None:
-    """Check every file of an artifact against the checksums in its qtool.json, and every tensor for NaN and infinity.
+    """Check every file of an artifact against the checksums in its qtool.json, and every tensor
+    for NaN and infinity.
 
     \b
     Example:

@@ -1,7 +1,8 @@
 """What a linear's weight can be, whatever file it came from.
 
-Every format is a pair of pure functions, pack and unpack, on one of these, so that N formats cost 2N functions. Codes are
-kept unpacked, one byte each: formats disagree about bit order and axes, never about codes.
+Every format is a pair of pure functions, pack and unpack, on one of these, so that N formats cost
+2N functions. Codes are kept unpacked, one byte each: formats disagree about bit order and axes,
+never about codes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class DenseWeight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
-    """Affine integers: weight = (codes - zeros) * scales, zeros being the scheme's midpoint where None.
+    """Affine integers: weight = (codes - zeros) * scales, zeros being the scheme's midpoint where
+    None.
 
     codes   [out, in]      uint8, 0 .. 2**bits - 1
     scales  [out, groups]  floating, signed
