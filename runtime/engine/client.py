@@ -1,0 +1,68 @@
+"""The seam between whoever serves text and whatever runs the model.
+
+A server holds an `EngineClient` and cannot tell whether the model runs in a thread of the same
+process, on several devices or on another machine. `AsyncEngine` is the first of them.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What was loaded and how much it can hold; fixed once the engine has started."""
+
+    name: str
+    max_model_len: int
+    dtype: str
+    device: str
+    format: str
+    vocab_size: int
+    num_kv_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    weight_bytes: int
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """One instant of the engine, and its counters since the start."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_preemptions: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+
+
+class EngineClient(Protocol):
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        """Outputs of one request, ending with the one that has a finish_reason.
+
+        Raises PromptTooLong before the first output. Leaving the iteration early (break, a
+        cancelled task, aclose) aborts the request.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; its iterator gets a last output with finish_reason "abort"."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self, *, drain_seconds: float = 0.0) -> None:
+        """Refuse new requests, give running ones this long to finish, abort the rest."""
+        ...
+
+    def healthy(self) -> bool: ...
