@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from qtool.cli import COMMANDS
+
 HEAVY = {
     "accelerate",
     "compressed_tensors",
@@ -30,42 +32,41 @@ HEAVY = {
     "uvicorn",
 }
 
-REPORT = "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+REPORT = "import json, sys; print(json.dumps(sorted(sys.modules)))"
 
-SNIPPETS = {
-    "import qtool": "import qtool",
-    "import qtool.cli": "import qtool.cli",
-    "qtool --version": "import qtool.cli as c; run(['--version'])",
-    "qtool --help": "import qtool.cli as c; run(['--help'])",
-    "qtool quantize --help": "import qtool.cli as c; run(['quantize', '--help'])",
-    "qtool convert --help": "import qtool.cli as c; run(['convert', '--help'])",
-    "qtool serve --help": "import qtool.cli as c; run(['serve', '--help'])",
-    "qtool chat --help": "import qtool.cli as c; run(['chat', '--help'])",
-    "qtool eval --help": "import qtool.cli as c; run(['eval', '--help'])",
-    "qtool demo --help": "import qtool.cli as c; run(['demo', '--help'])",
-}
-
-RUN = """
-def run(arguments):
-    import contextlib, io, sys
-    sys.argv = ["qtool", *arguments]
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        try:
-            status = c.main()
-        except SystemExit as exit:
-            status = exit.code
-    assert status in (0, None), status
-    assert "qtool" in out.getvalue()
+HELP = """
+import contextlib, io, qtool.cli
+with contextlib.redirect_stdout(io.StringIO()) as shown:
+    try:
+        qtool.cli.main({arguments})
+    except SystemExit as ended:
+        assert not ended.code, ended.code
+assert "Usage: qtool" in shown.getvalue()
 """
 
 
-@pytest.mark.parametrize("name", SNIPPETS)
-def test_what_is_heavy_loads_on_use(name: str) -> None:
-    code = f"{RUN}\n{SNIPPETS[name]}\n{REPORT}"
+def packages_loaded_by(code: str) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", f"{code}\n{REPORT}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    return {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+@pytest.mark.parametrize("module", ["qtool", "qtool.cli"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    loaded = packages_loaded_by(f"import {module}")
     assert "qtool" in loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_loads_nothing_heavy(command: str | None) -> None:
+    arguments = [command, "--help"] if command else ["--help"]
+    loaded = packages_loaded_by(HELP.format(arguments=arguments))
+    assert "click" in loaded
     assert not loaded & HEAVY

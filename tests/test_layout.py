@@ -37,6 +37,7 @@ LAYER_OF_PREFIX = {
     "qtool.__main__": "top",
     "qtool.api": "top",
     "qtool.cli": "top",
+    "qtool.verify_command": "top",
     "qtool.convert": "codecs",
     "qtool.convert.command": "top",
     "qtool.convert.run": "top",
