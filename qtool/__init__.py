@@ -1,6 +1,7 @@
 """qtool: take a language model from the Hub to production.
 
-``from qtool import LLM, SamplingParams`` works and loads torch only then; ``import qtool`` does not.
+``from qtool import LLM, SamplingParams`` works and loads torch only then; ``import qtool`` loads
+nothing heavy.
 """
 
 from __future__ import annotations
