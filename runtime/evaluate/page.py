@@ -48,7 +48,7 @@ p { margin: 8px 0; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 9px 14px; text-align: right; white-space: nowrap;
+th, td { padding: 9px 12px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; font-size: 13px; }
 th:first-child, td:first-child { text-align: left; }
@@ -56,7 +56,7 @@ th:first-child, td:first-child { text-align: left; }
 tr:last-child td { border-bottom: 0; }
 tr.original td { color: var(--soft); }
 td:first-child { font-weight: 550; }
-td small { display: block; color: var(--soft); font-size: 12px; line-height: 1.3; }
+td small { display: block; color: var(--soft); font: 400 12px/1.3 system-ui, sans-serif; }
 ul.notes { margin: 12px 0 0; padding-left: 18px; color: var(--soft); font-size: 13px; }
 figure { margin: 0; padding: 16px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
@@ -121,9 +121,13 @@ def _verdicts(report: EvaluationReport) -> str:
 
 
 def _summary(report: EvaluationReport) -> str:
+    # The format goes under the name: nine columns do not fit a page.
+    header = (TABLE_HEADER[0], *TABLE_HEADER[2:])
+    rows = [(row[0], *row[2:]) for row in table_rows(report)]
+    formats = [row.format for row in report.rows]
     classes = ["original" if row is report.reference else "" for row in report.rows]
     notes = "".join(f"<li>{escape(line)}</li>" for line in footnotes(report))
-    table = _table(TABLE_HEADER, table_rows(report), classes=classes)
+    table = _table(header, rows, classes=classes, under=formats)
     return f'{table}<ul class="notes">{notes}</ul>'
 
 
@@ -145,7 +149,7 @@ def _divergences(models: Sequence[ModelReport]) -> str:
 
 def _layers(model: ModelReport) -> str:
     panels = layer_plots(model.layers)
-    left_out = [(name, reason) for name, reason in (model.unquantized or {}).items()]
+    left_out = list(model.unquantized.items())
     if not panels and not left_out:
         return ""
     parts = [f"<h2>Error of each layer: {escape(model.name)}</h2>"]
@@ -165,7 +169,7 @@ def _layers(model: ModelReport) -> str:
 
 
 def _reproduce(report: EvaluationReport) -> str:
-    environment = [(name, value) for name, value in report.environment.items()]
+    environment = list(report.environment.items())
     hashes = [
         (f"{row.name}: {file}", digest)
         for row in report.rows
@@ -191,14 +195,17 @@ def _table(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
+    under: Sequence[str] = (),
     kind: str = "",
 ) -> str:
+    """A table; `under` is a second line for the first cell of each row."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f'<tr class="{name}">' + "".join(map(_cell, row)) + "</tr>"
-        for row, name in zip(rows, classes or [""] * len(rows), strict=True)
-    )
+    body = ""
+    for index, row in enumerate(rows):
+        second = f"<small>{escape(under[index])}</small>" if under else ""
+        cells = f"<td>{escape(row[0])}{second}</td>" + "".join(map(_cell, row[1:]))
+        body += f'<tr class="{classes[index]}">{cells}</tr>' if classes else f"<tr>{cells}</tr>"
     return f'<div class="scroll {kind}"><table><tr>{head}</tr>{body}</table></div>'
 
 

@@ -9,7 +9,7 @@ scoreboard for an 8B model (`tools/quantize/README.md`): q6_K 0.005, q4_K_M 0.03
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
 from qtool.artifact import LayerReport
@@ -36,14 +36,14 @@ GRADES = (
 
 @dataclass(frozen=True, slots=True)
 class TextUsed:
-    """The text, what was used of it, and its hash."""
+    """The text, its hash, what was used of it, and whether calibration has seen it."""
 
     name: str
     sha256: str
     num_characters: int
     num_tokens: int
     num_tokens_used: int
-    disjoint_from_calibration: str
+    overlap: str
 
     @property
     def was_cut(self) -> bool:
@@ -84,7 +84,7 @@ class ModelReport:
     divergence: Divergence | None = None
     speed: Speed | None = None
     layers: tuple[LayerReport, ...] = ()
-    unquantized: Mapping[str, str] | None = None
+    unquantized: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def perplexity_in(self, name: str) -> Perplexity:
@@ -193,7 +193,7 @@ def footnotes(report: EvaluationReport) -> list[str]:
     dtypes = sorted({row.dtype for row in report.rows})
     lines.append(
         f"Text: {text.name} ({used} {'tokens' if text.was_cut else f'{text.num_tokens:,} tokens'}, "
-        f"sha256 {text.sha256[:12]}); {text.disjoint_from_calibration}. "
+        f"sha256 {text.sha256[:12]}); {text.overlap}. "
         f"Computed in {', '.join(dtypes)}; ± is one standard error."
     )
     speeds = [row.speed for row in report.rows if row.speed]
@@ -284,7 +284,7 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_fields(value: Any) -> dict[str, Any]:
-    return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
 
 
 def _size_ratio(size: int, reference: int) -> str:

@@ -1,0 +1,202 @@
+"""`qtool demo`: the whole product on the bundled model, in one command and a few minutes.
+
+    quantize to int4 -> convert to GGUF and Marlin -> evaluate all -> serve and chat -> one table
+
+Each step is the one that its own command runs, on real weights, and the demo succeeds only if all
+of them do. Its folder is replaced by the next run; a folder that something else made is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qtool.errors import QtoolError, UsageError
+
+if TYPE_CHECKING:
+    from qtool.runtime.evaluate.report import EvaluationReport
+
+MODEL = "builtin:books-7m"
+RECIPE = "int4"
+# The file that says a folder is the demo's own.
+MARKER = "qtool-demo.json"
+# 32 windows of 512, on four models: under a minute on two cores.
+EVALUATION_TOKENS = 16_384
+QUESTION = "What did the old sailor see from the window of the inn?"
+ANSWER_TOKENS = 60
+
+INT4, MARLIN, GGUF = "books-7m-int4", "books-7m-int4-marlin", "books-7m-Q4_K_M.gguf"
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("qtool-demo"),
+    show_default=True,
+    help="Folder for the models and the report; the demo replaces only what it made itself.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def demo(out: Path, as_json: bool) -> None:
+    """Quantize, convert, evaluate and serve the bundled model, and print one table.
+
+    Needs no network and no GPU; takes a few minutes on two cores.
+
+    \b
+    Example:
+      qtool demo --out /tmp/qtool-demo
+    """
+    from qtool.checkpoint import OutputFolder, write_json
+
+    refuse_foreign_folder(out)
+    started = time.monotonic()
+    with OutputFolder(out, force=True) as stage:
+        report, answer = run_demo(stage.path, show_answer=not as_json)
+        seconds = time.monotonic() - started
+        results = summary(report, answer, seconds)
+        write_json(stage.path / MARKER, results)
+    if as_json:
+        click.echo(json.dumps({**results, "folder": str(out)}, allow_nan=False))
+    else:
+        print_table(report, out, seconds)
+
+
+def refuse_foreign_folder(out: Path) -> None:
+    """Raise unless the path is free, an empty folder, or an earlier demo."""
+    if not out.exists():
+        return
+    if out.is_dir() and ((out / MARKER).is_file() or not any(out.iterdir())):
+        return
+    raise UsageError(
+        f"{out} exists and is not an earlier demo, so it is left alone",
+        "name another folder with --out",
+    )
+
+
+def run_demo(folder: Path, *, show_answer: bool) -> tuple[EvaluationReport, str]:
+    """All steps, their results in `folder`; returns the evaluation and the streamed answer."""
+    from qtool.quantize.pipeline import quantize_model
+
+    from qtool.convert.run import convert_model
+    from qtool.recipe import load_recipe
+    from qtool.runtime.evaluate.run import evaluate, write_report
+
+    int4, marlin, gguf = (folder / name for name in (INT4, MARLIN, GGUF))
+    with step(1, f"quantize {MODEL} to int4"):
+        quantize_model(MODEL, load_recipe(RECIPE), format="compressed-tensors", out=int4)
+    with step(2, "convert: the original to GGUF Q4_K_M, the int4 to Marlin"):
+        convert_model(MODEL, to="gguf", type="Q4_K_M", out=gguf)
+        convert_model(str(int4), to="marlin", out=marlin)
+    with step(3, f"evaluate against the original on {EVALUATION_TOKENS:,} tokens of unseen text"):
+        report = evaluate(
+            [str(int4), str(marlin), str(gguf)],
+            MODEL,
+            max_tokens=EVALUATION_TOKENS,
+            names=[INT4, MARLIN, GGUF],
+            command="qtool demo",
+        )
+        write_report(report, folder)
+    with step(4, "serve the int4 model and stream a chat answer"):
+        answer = chat(int4, show=show_answer)
+    return report, answer
+
+
+@contextmanager
+def step(number: int, title: str) -> Iterator[None]:
+    """A heading before a step and its time after it, on stderr."""
+    from qtool.progress import console
+
+    console.print(f"\n[bold]{number}/4 {title}[/bold]", highlight=False)
+    started = time.monotonic()
+    yield
+    console.print(f"    done in {time.monotonic() - started:.1f} s", highlight=False, style="dim")
+
+
+def chat(model: Path, *, show: bool) -> str:
+    """One streamed answer from a real server process, shown as it arrives."""
+    from qtool.runtime.server.process import running_server, stream_chat
+
+    parts = []
+    with running_server(str(model)) as server:
+        answer = stream_chat(
+            server.url, QUESTION, max_tokens=ANSWER_TOKENS, temperature=0.7, top_p=0.9, seed=1
+        )
+        click.echo(f"> {QUESTION}", err=not show)
+        for text in answer:
+            parts.append(text)
+            click.echo(text, nl=False, err=not show)
+        click.echo(err=not show)
+    if not "".join(parts).strip():
+        raise QtoolError(f"the server of {model.name} streamed an empty answer")
+    return "".join(parts)
+
+
+def summary(report: EvaluationReport, answer: str, seconds: float) -> dict[str, object]:
+    """The table's numbers, as plain data."""
+    from qtool.runtime.evaluate.report import verdict_line
+
+    models = [
+        {
+            "name": row.name,
+            "format": row.format,
+            "size_bytes": row.size_bytes,
+            "bits_per_weight": row.bits_per_weight,
+            "perplexity": row.perplexity_in("llama.cpp").value,
+            "kl_divergence": row.divergence.kld.value if row.divergence else 0.0,
+            "same_top": row.divergence.same_top.value if row.divergence else 1.0,
+            "tokens_per_second": row.speed.tokens_per_second if row.speed else None,
+        }
+        for row in report.rows
+    ]
+    return {
+        "verdict": {m.name: verdict_line(m, report.reference) for m in report.models},
+        "models": models,
+        "evaluated_tokens": report.text.num_tokens_used,
+        "question": QUESTION,
+        "answer": answer,
+        "seconds": seconds,
+        "report": "report.html",
+    }
+
+
+def print_table(report: EvaluationReport, out: Path, seconds: float) -> None:
+    """The one table, and where everything is."""
+    from rich.table import Table
+
+    from qtool.runtime.evaluate.report import size_text
+    from qtool.runtime.evaluate.terminal import output_console
+
+    protocol = report.models[0].perplexity_in("llama.cpp").protocol
+    table = Table(
+        title=f"books-7m, evaluated on {report.text.num_tokens_used:,} tokens ({protocol.label})",
+        caption="tokens/s: greedy generation of one sequence",
+        title_justify="left",
+        caption_justify="left",
+        header_style="bold",
+    )
+    columns = ("model", "format", "size", "bits/w", "perplexity", "KLD", "same top", "tokens/s")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("model", "format") else "right")
+    for row in report.rows:
+        table.add_row(
+            "original" if row is report.reference else row.name,
+            row.format,
+            size_text(row.size_bytes),
+            f"{row.bits_per_weight:.2f}",
+            f"{row.perplexity_in('llama.cpp').value:.2f}",
+            f"{row.divergence.kld.value:.4f}" if row.divergence else "0",
+            f"{100 * row.divergence.same_top.value:.1f} %" if row.divergence else "100 %",
+            f"{row.speed.tokens_per_second:.0f}" if row.speed else "-",
+        )
+    console = output_console()
+    console.print()
+    console.print(table)
+    console.print(
+        f"\n{out}/ holds the models and report.html; {seconds:.0f} s in all", markup=False
+    )

@@ -1,0 +1,90 @@
+"""`qtool eval`: prove what was lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS
+
+
+@click.command(name="eval")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="The original to compare with. Default: what qtool.json names, if it is here.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="A UTF-8 text file. Default: a text that ships, unseen in calibration.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=0),
+    default=DEFAULT_MAX_TOKENS,
+    show_default=True,
+    help="Use this much of the text; 0 for all of it.",
+)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    metavar="float32|bfloat16|float16",
+    help="What the models compute in.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for report.html, report.json and report.md. Default: ./NAME-eval.",
+)
+@click.option("--force", is_flag=True, help="Replace the output folder if it is there.")
+@click.option("--no-speed", is_flag=True, help="Do not time generation.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def evaluate(
+    models: tuple[str, ...],
+    against: str | None,
+    text: Path | None,
+    max_tokens: int,
+    dtype: str,
+    device: str,
+    out: Path | None,
+    force: bool,
+    no_speed: bool,
+    as_json: bool,
+) -> None:
+    """Perplexity of models, and how far their predictions are from the original's, as a report.
+
+    A MODEL is a folder, a .gguf file, a Hub id, or builtin:NAME.
+
+    \b
+    Examples:
+      qtool eval ./Qwen3-0.6B-int4 --against Qwen/Qwen3-0.6B
+      qtool eval ./books-7m-int4 ./books-7m-Q4_K_M.gguf --against builtin:books-7m --out report
+    """
+    from qtool.checkpoint import resolve
+    from qtool.runtime.evaluate.report import to_json
+    from qtool.runtime.evaluate.run import evaluate as run
+    from qtool.runtime.evaluate.terminal import print_report
+
+    folder = out or Path(f"{resolve(models[0]).short_name}-eval")
+    report = run(
+        models,
+        against,
+        text=text,
+        out=folder,
+        max_tokens=max_tokens or None,
+        dtype=dtype,
+        device=device,
+        force=force,
+        speed=not no_speed,
+    )
+    if as_json:
+        click.echo(json.dumps(to_json(report), allow_nan=False))
+        click.echo(f"report in {folder}", err=True)
+    else:
+        print_report(report, folder)

@@ -1,0 +1,212 @@
+"""What evaluation asks of a model: its tokenizer, and the logits of whole windows.
+
+Two implementations. `RuntimeScorer` is the runtime itself, so what is measured is what `qtool
+serve` answers with, whatever the file: a plain folder, compressed-tensors, GPTQ, AWQ, Marlin or
+GGUF. `TransformersScorer` is for families that the native decoder does not have. The original and
+its candidate are always of one family, so both are scored by the same implementation.
+
+Models are compared token by token, which means something only if they read the same tokens: all
+tokenizers of one evaluation are run on the text, and the first difference is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from qtool.runtime.loading import LoadedModel, load_model
+from torch import Tensor
+
+from qtool.arch import find_architecture
+from qtool.checkpoint import Source
+from qtool.convert.formats import open_weights
+from qtool.errors import QtoolError, UnsupportedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedText:
+    """The text as one model reads it.
+
+    ids            [tokens], with the BOS first if the tokenizer adds one
+    bos_token_id   None where the tokenizer adds no BOS
+    """
+
+    ids: Tensor
+    bos_token_id: int | None
+
+
+class Scorer(Protocol):
+    """A loaded model, as evaluation sees it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def scored_by(self) -> str:
+        """What computes the logits: "qtool runtime" or "transformers"."""
+        ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def tokenize(self, text: str) -> TokenizedText: ...
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[batch, tokens] int64, independent sequences -> [batch, tokens, vocab] float32."""
+        ...
+
+
+def open_scorer(source: Source, name: str, *, dtype: str, device: str) -> Scorer:
+    """Load a model for scoring: by the runtime if it has the family, else by transformers."""
+    if not source.is_gguf:
+        config = open_weights(source).config
+        try:
+            find_architecture(config)
+        except UnsupportedModel:
+            return TransformersScorer.load(source, name, dtype=dtype, device=device)
+    loaded = load_model(source.name, dtype=dtype, device=device, revision=source.revision)
+    return RuntimeScorer(name, loaded)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeScorer:
+    """The model as `qtool serve` runs it."""
+
+    name: str
+    loaded: LoadedModel
+    scored_by: str = "qtool runtime"
+
+    @property
+    def dtype(self) -> str:
+        return str(self.loaded.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.loaded.device)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.loaded.config.vocab_size
+
+    def tokenize(self, text: str) -> TokenizedText:
+        tokenizer = self.loaded.tokenizer
+        if tokenizer is None:
+            raise QtoolError(
+                f"{self.name} has no tokenizer, so no text can be scored with it",
+                "put the original's tokenizer.json and tokenizer_config.json in its folder",
+            )
+        return tokenized(tokenizer, text, tokenizer.bos_token_id)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.loaded.logits(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersScorer:
+    """Any causal language model that transformers loads from the folder."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    scored_by: str = "transformers"
+
+    @classmethod
+    def load(cls, source: Source, name: str, *, dtype: str, device: str) -> TransformersScorer:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source.path, dtype=DTYPES[dtype])
+            tokenizer = AutoTokenizer.from_pretrained(source.path)
+        except (ImportError, KeyError, OSError, ValueError) as error:
+            raise UnsupportedModel(
+                f"the runtime does not have this family and transformers cannot load {name}: "
+                f"{error}",
+                "compressed-tensors is the format that transformers reads for every family",
+            ) from error
+        return cls(name, model.to(place).eval(), tokenizer)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def tokenize(self, text: str) -> TokenizedText:
+        return tokenized(self.tokenizer, text, self.tokenizer.bos_token_id)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        with torch.inference_mode():
+            output = self.model(input_ids=tokens.to(self.device), use_cache=False)
+        logits: Tensor = output.logits
+        return logits.float()
+
+
+class _Encoder(Protocol):
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+
+def tokenized(tokenizer: _Encoder, text: str, bos_token_id: int | None) -> TokenizedText:
+    """The text's ids, behind a BOS if the tokenizer puts one before text, and with no end token."""
+    marked, plain = (tokenizer.encode("a", add_special_tokens=special) for special in (True, False))
+    adds_bos = bos_token_id is not None and marked[:1] == [bos_token_id] and marked != plain
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if adds_bos and bos_token_id is not None:
+        ids = [bos_token_id, *ids]
+    return TokenizedText(torch.tensor(ids, dtype=torch.long), bos_token_id if adds_bos else None)
+
+
+def require_same_tokens(
+    first: Scorer, first_text: TokenizedText, other: Scorer, other_text: TokenizedText
+) -> None:
+    """Raise the first difference between what two models read, or between what they predict."""
+    names = f"{first.name} and {other.name}"
+    if first_text.bos_token_id != other_text.bos_token_id:
+        rules = [
+            "adds no BOS" if text.bos_token_id is None else f"puts BOS {text.bos_token_id} first"
+            for text in (first_text, other_text)
+        ]
+        raise QtoolError(
+            f"{names} cannot be compared: the first tokenizer {rules[0]}, the second {rules[1]}",
+            _SAME_TOKENIZER,
+        )
+    if not torch.equal(first_text.ids, other_text.ids):
+        shorter = min(first_text.ids.numel(), other_text.ids.numel())
+        differs = (first_text.ids[:shorter] != other_text.ids[:shorter]).nonzero()
+        at = int(differs[0]) if differs.numel() else shorter
+        ids = [
+            int(text.ids[at]) if at < text.ids.numel() else "the end"
+            for text in (first_text, other_text)
+        ]
+        raise QtoolError(
+            f"{names} cannot be compared: their tokenizers differ. Token {at} of the text is "
+            f"{ids[0]} in the first and {ids[1]} in the second (of {first_text.ids.numel()} and "
+            f"{other_text.ids.numel()} tokens)",
+            _SAME_TOKENIZER,
+        )
+    if first.vocab_size != other.vocab_size:
+        raise QtoolError(
+            f"{names} cannot be compared: they predict {first.vocab_size} and "
+            f"{other.vocab_size} tokens",
+            "compare a model with the one that it was made from",
+        )
+
+
+_SAME_TOKENIZER = (
+    "compare a model with the one that it was made from, or evaluate each model by itself"
+)
