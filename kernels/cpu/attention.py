@@ -1,0 +1,321 @@
+"""Paged causal attention from PyTorch's own operators.
+
+The KV pool of a layer is [kv_heads, slots, head_dim]. Blocks of one head lie side by side, so the
+blocks of a sequence come out of one `index_select` as [kv_heads, tokens, head_dim], ready to
+multiply, and as a plain slice where the block numbers happen to follow each other, which is what a
+sequence alone in the pool gets.
+
+Heads are folded: the g query heads that share a KV head become g rows of one matrix. PyTorch's
+grouped-query path with one query is a trap (14 heads on 2, bfloat16, 4096 tokens, 2 cores: 2660 us;
+folded, 180 us; folded as two `bmm`, 100 us). So:
+
+decode    sequences of similar length share one padded, masked call. bfloat16 with long contexts
+          goes through two `bmm`, everything else through SDPA, which keeps float32 exact.
+prefill   one SDPA a sequence, heads as they are.
+
+What depends only on the step (which blocks, which masks) is planned once and used by every layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtool.kernels.reference import Span
+
+# bfloat16: tokens of all sequences of one call from which two bmm beat SDPA (Zen 5, 1 or 2 cores).
+BMM_FROM_TOKENS = 1024
+# A sequence joins a padded decode call if it fills at least this much of it...
+MIN_FILL = 0.75
+# ...or if the whole call is so short that its fixed cost is all it costs.
+SHORT_BLOCKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Where a call's keys and values lie.
+
+    block_ids   [sequences * blocks] int64, or None where the tokens are one slice of the pool
+    first_slot  start of that slice
+    tokens      tokens of each sequence, padding included
+    """
+
+    block_ids: Tensor | None
+    first_slot: int
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCall:
+    """One new token for each of several sequences.
+
+    rows  their rows in the step; None: all of them, in order
+    mask  [1, sequences, 1, tokens], 0 where visible and -inf elsewhere; None: all visible
+    """
+
+    rows: Tensor | None
+    gather: Gather
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCall:
+    """Several new tokens of one sequence, rows start .. stop - 1 of the step.
+
+    mask  [queries, tokens] bool, True where visible; None: plain causal from the first token
+    """
+
+    start: int
+    stop: int
+    gather: Gather
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """decode and prefill calls that cover every row of a step once.
+
+    slots  [rows] int64, where each row's key and value go
+    """
+
+    decode: tuple[DecodeCall, ...]
+    prefill: tuple[PrefillCall, ...]
+    slots: Tensor
+
+
+def plan(
+    spans: Sequence[Span],
+    *,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionPlan:
+    """Turn the spans of a step into calls; see `reference.Span`."""
+    slots: list[int] = []
+    decoding: list[tuple[int, Span]] = []
+    prefill: list[PrefillCall] = []
+    row = 0
+    for span in spans:
+        first = span.length - span.num_queries
+        slots.extend(
+            span.block_ids[t // block_size] * block_size + t % block_size
+            for t in range(first, span.length)
+        )
+        if span.num_queries == 1:
+            decoding.append((row, span))
+        else:
+            prefill.append(_plan_prefill(row, span, block_size, window, device))
+        row += span.num_queries
+    decode = _plan_decode(decoding, row, block_size, window, dtype, device)
+    return AttentionPlan(decode, tuple(prefill), torch.tensor(slots, device=device))
+
+
+def _first_visible_block(position: int, block_size: int, window: int | None) -> int:
+    return 0 if window is None else max(0, position - window + 1) // block_size
+
+
+def _gather(block_ids: Sequence[int], length: int, block_size: int, device: torch.device) -> Gather:
+    """One sequence's `length` tokens, a slice of the pool if its blocks follow each other."""
+    first = block_ids[0]
+    if all(block == first + index for index, block in enumerate(block_ids)):
+        return Gather(None, first * block_size, 1, length)
+    return Gather(torch.tensor(block_ids, device=device), 0, 1, length)
+
+
+def _plan_prefill(
+    row: int, span: Span, block_size: int, window: int | None, device: torch.device
+) -> PrefillCall:
+    first_query = span.length - span.num_queries
+    skipped = _first_visible_block(first_query, block_size, window)
+    block_ids = span.block_ids[skipped : -(-span.length // block_size)]
+    offset = skipped * block_size
+    gather = _gather(block_ids, span.length - offset, block_size, device)
+    mask = None
+    if first_query > 0 or (window is not None and span.length > window):
+        queries = torch.arange(first_query, span.length, device=device)[:, None]
+        keys = torch.arange(offset, span.length, device=device)[None, :]
+        mask = keys <= queries
+        if window is not None:
+            mask &= keys > queries - window
+    return PrefillCall(row, row + span.num_queries, gather, mask)
+
+
+def _plan_decode(
+    decoding: list[tuple[int, Span]],
+    num_rows: int,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[DecodeCall, ...]:
+    """Group sequences of similar length; in the order of their rows where one call takes all."""
+    needs = []
+    for row, span in decoding:
+        skipped = _first_visible_block(span.length - 1, block_size, window)
+        block_ids = span.block_ids[skipped : -(-span.length // block_size)]
+        needs.append(_Need(row, block_ids, span.length - skipped * block_size))
+    sizes = [len(need.block_ids) for need in needs]
+    if needs and not _share_a_call(max(sizes), min(sizes)):
+        needs.sort(key=lambda need: -len(need.block_ids))
+    calls: list[DecodeCall] = []
+    while needs:
+        longest = max(map(len, (need.block_ids for need in needs)))
+        taken = [need for need in needs if _share_a_call(longest, len(need.block_ids))]
+        needs = needs[len(taken) :]
+        rows = [need.row for need in taken]
+        gather, mask = _decode_inputs(taken, longest, block_size, window, dtype, device)
+        in_order = rows == list(range(num_rows))
+        calls.append(
+            DecodeCall(None if in_order else torch.tensor(rows, device=device), gather, mask)
+        )
+    return tuple(calls)
+
+
+class _Need(NamedTuple):
+    """A decoding sequence: its row, the blocks it still sees, and the tokens from their start."""
+
+    row: int
+    block_ids: Sequence[int]
+    tokens: int
+
+
+def _share_a_call(longest: int, blocks: int) -> bool:
+    return longest <= SHORT_BLOCKS or blocks >= MIN_FILL * longest
+
+
+def _decode_inputs(
+    needs: Sequence[_Need],
+    num_blocks: int,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Gather, Tensor | None]:
+    """The gather and mask of one call, padded to num_blocks blocks a sequence."""
+    lengths = [need.tokens for need in needs]
+    if len(needs) == 1 and (window is None or lengths[0] <= window):
+        return _gather(needs[0].block_ids, lengths[0], block_size, device), None
+    tokens = num_blocks * block_size
+    # Padding repeats a block of the sequence itself: finite numbers, and masked.
+    block_ids = [
+        block
+        for ids in (need.block_ids for need in needs)
+        for block in (*ids, *([ids[0]] * (num_blocks - len(ids))))
+    ]
+    keys = torch.arange(tokens, device=device)[None, :]
+    last = torch.tensor(lengths, device=device)[:, None] - 1
+    visible = keys <= last
+    if window is not None:
+        visible &= keys > last - window
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+    mask.masked_fill_(~visible, float("-inf"))
+    gather = Gather(torch.tensor(block_ids, device=device), 0, len(needs), tokens)
+    return gather, mask[None, :, None, :]
+
+
+def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Store a step's key and value [rows, kv_heads, head_dim] in the pools, at `slots` [rows]."""
+    keys.index_copy_(1, slots, key.transpose(0, 1))
+    values.index_copy_(1, slots, value.transpose(0, 1))
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    *,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """query [rows, heads, head_dim] over the pools [kv_heads, slots, head_dim] -> like query."""
+    if not plan.prefill and len(plan.decode) == 1 and plan.decode[0].rows is None:
+        return _decode(query, keys, values, plan.decode[0], block_size, scale)
+    output = torch.empty_like(query)
+    for call in plan.decode:
+        assert call.rows is not None
+        picked = query.index_select(0, call.rows)
+        output.index_copy_(0, call.rows, _decode(picked, keys, values, call, block_size, scale))
+    for span in plan.prefill:
+        output[span.start : span.stop] = _prefill(
+            query[span.start : span.stop], keys, values, span, block_size, scale
+        )
+    return output
+
+
+def _fetch(pool: Tensor, gather: Gather, block_size: int) -> Tensor:
+    """[kv_heads, slots, head_dim] -> [kv_heads, sequences, tokens, head_dim]."""
+    kv_heads, slots, head_dim = pool.shape
+    if gather.block_ids is None:
+        return pool.narrow(1, gather.first_slot, gather.tokens).unsqueeze(1)
+    blocks = pool.view(kv_heads, slots // block_size, block_size * head_dim)
+    picked = blocks.index_select(1, gather.block_ids)
+    return picked.view(kv_heads, gather.sequences, -1, head_dim)[:, :, : gather.tokens]
+
+
+def _decode(
+    query: Tensor, keys: Tensor, values: Tensor, call: DecodeCall, block_size: int, scale: float
+) -> Tensor:
+    """query [sequences, heads, head_dim] -> the same shape."""
+    sequences, heads, head_dim = query.shape
+    kv_heads = keys.shape[0]
+    group = heads // kv_heads
+    # [kv_heads, sequences, group, head_dim]
+    folded = query.view(sequences, kv_heads, group, head_dim).transpose(0, 1)
+    k = _fetch(keys, call.gather, block_size)
+    v = _fetch(values, call.gather, block_size)
+    tokens = call.gather.tokens
+    if query.dtype == torch.bfloat16 and sequences * tokens >= BMM_FROM_TOKENS:
+        calls = kv_heads * sequences
+        scores = torch.bmm(
+            folded.reshape(calls, group, head_dim),
+            k.reshape(calls, tokens, head_dim).transpose(1, 2),
+        ).mul_(scale)
+        if call.mask is not None:
+            scores.view(kv_heads, sequences, group, tokens).add_(call.mask)
+        output = torch.bmm(scores.softmax(-1), v.reshape(calls, tokens, head_dim))
+        output = output.view(kv_heads, sequences, group, head_dim)
+    else:
+        output = F.scaled_dot_product_attention(folded, k, v, attn_mask=call.mask, scale=scale)
+    return output.transpose(0, 1).reshape(sequences, heads, head_dim)
+
+
+def _prefill(
+    query: Tensor, keys: Tensor, values: Tensor, call: PrefillCall, block_size: int, scale: float
+) -> Tensor:
+    """query [queries, heads, head_dim] of one sequence -> the same shape."""
+    k = _fetch(keys, call.gather, block_size)[:, 0]
+    v = _fetch(values, call.gather, block_size)[:, 0]
+    return causal_attention(query[None], k[None], v[None], scale=scale, mask=call.mask)[0]
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    """Attention without a cache: independent sequences of one length, causal or by `mask`.
+
+    query [batch, queries, heads, head_dim]; key, value [batch, kv_heads, tokens, head_dim];
+    mask [queries, tokens] bool. Returns the shape of query.
+    """
+    batch, queries, heads, head_dim = query.shape
+    kv_heads, tokens = key.shape[1:3]
+    group = heads // kv_heads
+    # One batch entry a KV head; its group sees it through a stride of 0, so nothing is copied.
+    by_group = query.view(batch, queries, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+    one_each = (batch * kv_heads, 1, tokens, head_dim)
+    repeated = (batch * kv_heads, group, tokens, head_dim)
+    output = F.scaled_dot_product_attention(
+        by_group.reshape(batch * kv_heads, group, queries, head_dim),
+        key.reshape(one_each).expand(repeated),
+        value.reshape(one_each).expand(repeated),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+    )
+    output = output.view(batch, heads, queries, head_dim).transpose(1, 2)
+    return output.reshape(batch, queries, heads, head_dim)

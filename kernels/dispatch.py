@@ -1,0 +1,133 @@
+"""Which kernel multiplies by a weight, and why that one.
+
+A kernel is a row of a table: what it refuses, how it packs a weight once, how it multiplies by the
+packed form. `choose` takes the first row that does not refuse. The choice carries its reason, so
+that the table printed at start-up tells why a layer does not run packed; when every row refuses,
+the error lists what each of them said. A new kernel is one more row, before those it beats.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.errors import UnsupportedModel
+from qtool.kernels.cpu import torch_ops
+from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class LinearKernel:
+    """One way to compute x [tokens, in] -> [tokens, out].
+
+    takes    the weights it is made for, in words; `is_for` says the same of one weight
+    refuses  (weight it is made for, activation dtype, device) -> why it still cannot, or None
+    pack     the weight in the kernel's own layout; called once, at load
+    matmul   (x, packed, bias [out] or None) -> [tokens, out]
+    """
+
+    name: str
+    takes: str
+    is_for: Callable[[Weight], bool]
+    refuses: Callable[[Any, torch.dtype, torch.device], str | None]
+    pack: Callable[[Any, torch.dtype, torch.device], Any]
+    matmul: Callable[[Tensor, Any, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    kernel: LinearKernel
+    reason: str
+
+
+class NoKernel(UnsupportedModel):
+    """No kernel takes this weight."""
+
+
+def _is_dense(weight: Weight) -> bool:
+    return isinstance(weight, DenseWeight)
+
+
+def _is_quantized(weight: Weight) -> bool:
+    return not isinstance(weight, DenseWeight)
+
+
+def _has_codes_of(bits: int) -> Callable[[Weight], bool]:
+    return lambda weight: isinstance(weight, QuantizedWeight) and weight.scheme.bits == bits
+
+
+def _takes_all(weight: Weight, dtype: torch.dtype, device: torch.device) -> None:
+    return None
+
+
+# Best first.
+KERNELS: tuple[LinearKernel, ...] = (
+    LinearKernel(
+        "int4pack",
+        "4-bit codes",
+        _has_codes_of(4),
+        torch_ops.int4_refuses,
+        torch_ops.int4_pack,
+        torch_ops.int4_matmul,
+    ),
+    LinearKernel(
+        "int8pack",
+        "8-bit codes",
+        _has_codes_of(8),
+        torch_ops.int8_refuses,
+        torch_ops.int8_pack,
+        torch_ops.int8_matmul,
+    ),
+    LinearKernel(
+        "dense",
+        "16 or 32-bit weights",
+        _is_dense,
+        _takes_all,
+        torch_ops.dense_pack,
+        torch_ops.dense_matmul,
+    ),
+    LinearKernel(
+        "dequantized",
+        "weights unpacked at load",
+        _is_quantized,
+        _takes_all,
+        torch_ops.dense_pack,
+        torch_ops.dense_matmul,
+    ),
+)
+
+
+def choose(
+    weight: Weight,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: tuple[LinearKernel, ...] = KERNELS,
+) -> Choice:
+    """The first kernel that takes the weight with activations of `dtype` on `device`.
+
+    The reason of a fallback names what each kernel made for this weight had against it.
+    """
+    refusals: list[str] = []
+    for kernel in kernels:
+        if not kernel.is_for(weight):
+            continue
+        refusal = kernel.refuses(weight, dtype, device)
+        if refusal is None:
+            return Choice(kernel, "; ".join([kernel.takes, *refusals]))
+        refusals.append(f"{kernel.name} {refusal}")
+    others = [
+        f"{kernel.name} is for {kernel.takes}" for kernel in kernels if not kernel.is_for(weight)
+    ]
+    raise NoKernel(
+        f"no kernel multiplies by {describe(weight)} on {device.type}",
+        hint="; ".join([*refusals, *others]),
+    )
+
+
+def describe(weight: Weight) -> str:
+    """One word on how a weight is stored: "bfloat16", "int4-g128-sym", "Q4_K"."""
+    if isinstance(weight, DenseWeight):
+        return str(weight.values.dtype).removeprefix("torch.")
+    return weight.codec.name if isinstance(weight, BlockWeight) else str(weight.scheme)

@@ -1,0 +1,138 @@
+"""Linears as the decoder calls them: packed by the kernel that was chosen, fused where one input
+feeds several.
+
+Fusing q, k and v (and gate and up) into one matrix saves two calls a block and lets the kernel see
+more rows at once. It needs weights that one kernel takes in one layout; where a file mixes them
+(mixed widths, K-quant mixes, a layer left in 16 bit), those that need unpacking anyway are unpacked
+and fused, and the rest are called one by one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.kernels.dispatch import Choice, LinearKernel, choose
+from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
+
+# Kernels whose packed form is a dense matrix in the activations' type.
+DENSE_KERNELS = ("dense", "dequantized")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """x [tokens, in] -> [tokens, out], by one kernel."""
+
+    kernel: LinearKernel
+    packed: Any
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernel.matmul(x, self.packed, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [part for part in (*self.packed, self.bias) if isinstance(part, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linears:
+    """Several linears of one input, side by side: [tokens, out of the first + second + ...]."""
+
+    parts: tuple[Linear, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A packed layer and the choice made for each of the weights in it."""
+
+    layer: Linear | Linears
+    choices: tuple[Choice, ...]
+
+
+def pack(
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Fused:
+    """One layer from weights [out_i, in] that share an input."""
+    choices = tuple(choose(weight, dtype, device) for weight in weights)
+    if all(choice.kernel.name in DENSE_KERNELS for choice in choices) and len(weights) > 1:
+        dense = torch.cat([weight.dequantize(dtype) for weight in weights])
+        whole: Weight | None = DenseWeight(dense)
+    else:
+        whole = concatenate(weights)
+    if whole is not None:
+        bias = _concatenate_biases(weights, biases, dtype, device)
+        return Fused(_pack_one(whole, choices[0].kernel, bias, dtype, device), choices)
+    parts = [
+        _pack_one(
+            weight,
+            choice.kernel,
+            None if bias is None else bias.to(device, dtype),
+            dtype,
+            device,
+        )
+        for weight, choice, bias in zip(weights, choices, biases, strict=True)
+    ]
+    return Fused(Linears(tuple(parts)), choices)
+
+
+def _pack_one(
+    weight: Weight,
+    kernel: LinearKernel,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Linear:
+    return Linear(kernel, kernel.pack(weight, dtype, device), bias)
+
+
+def concatenate(weights: Sequence[Weight]) -> Weight | None:
+    """[out_1 + out_2 + ..., in] stored as each of them is, or None where they differ."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    dense = [weight for weight in weights if isinstance(weight, DenseWeight)]
+    codes = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    blocks = [weight for weight in weights if isinstance(weight, BlockWeight)]
+    if len(dense) == len(weights) and len({weight.values.dtype for weight in dense}) == 1:
+        return DenseWeight(torch.cat([weight.values for weight in dense]))
+    if len(codes) == len(weights) and len({weight.scheme for weight in codes}) == 1:
+        zeros = [weight.zeros for weight in codes if weight.zeros is not None]
+        return QuantizedWeight(
+            torch.cat([weight.codes for weight in codes]),
+            torch.cat([weight.scales for weight in codes]),
+            torch.cat(zeros) if zeros else None,
+            codes[0].scheme,
+        )
+    if len(blocks) == len(weights) and len({weight.codec.name for weight in blocks}) == 1:
+        data = torch.cat([weight.data for weight in blocks])
+        return BlockWeight(data, blocks[0].columns, blocks[0].codec)
+    return None
+
+
+def _concatenate_biases(
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    parts = [
+        torch.zeros(weight.shape[0]) if bias is None else bias.float()
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    return torch.cat(parts).to(device, dtype)

@@ -1,0 +1,239 @@
+"""Text to token ids and back, chat messages to text, for folders and for GGUF files alike.
+
+The work is done by the `tokenizers` library; transformers' tokenizer sits around it for two
+reasons: it knows how each family's files want to be read, and it renders chat templates in a
+sandbox. Ids are turned back into text one step at a time by `IncrementalDetokenizer`, which never
+gives out half a character or text that may turn out to belong to a stop string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from qtool.checkpoint import Source, read_json
+from qtool.errors import FormatError, UnsupportedModel, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qtool.convert.formats import WeightReader
+
+# Any of these beside the weights means that the model has a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+# For a model that brings no template, as base models do not: the speakers named line by line.
+PLAIN_TEMPLATE = """\
+{%- for message in messages %}
+{{- message['role'] | capitalize }}: {{ message['content'] }}
+
+{% endfor %}
+{%- if add_generation_prompt %}Assistant:{% endif %}"""
+# What such a model writes when it goes on to speak for the user.
+PLAIN_TEMPLATE_STOP = ("\nUser:", "\nSystem:")
+
+TemplateOrigin = Literal["model", "plain (announced)"]
+
+
+class Tokenizer:
+    """One model's vocabulary.
+
+    chat_template_origin  "model", or "plain (announced)" where the model has no template: whoever
+                          uses it tells the user so
+    chat_stop             strings that end an answer beyond the end-of-text ids; for the plain
+                          template, the next speaker's name
+    """
+
+    def __init__(self, wrapped: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()) -> None:
+        backend = getattr(wrapped, "backend_tokenizer", None)
+        if not isinstance(backend, Backend):
+            raise UnsupportedModel(
+                f"the tokenizer is a {type(wrapped).__name__}, which cannot decode step by step",
+                hint="save it with a tokenizer.json (AutoTokenizer(...).save_pretrained)",
+            )
+        self._wrapped = wrapped
+        self.backend: Backend = backend
+        self.bos_token_id: int | None = wrapped.bos_token_id
+        own = wrapped.eos_token_id
+        self.eos_token_ids: tuple[int, ...] = tuple(
+            dict.fromkeys((*eos_token_ids, *([] if own is None else [own])))
+        )
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        has_template = wrapped.chat_template is not None
+        self.chat_template_origin: TemplateOrigin = "model" if has_template else "plain (announced)"
+        self.chat_stop: tuple[str, ...] = () if has_template else PLAIN_TEMPLATE_STOP
+
+    @classmethod
+    def load(cls, source: Source, reader: WeightReader) -> Tokenizer | None:
+        """The model's tokenizer, or None where the source has none."""
+        if source.is_gguf:
+            return cls._from_gguf(reader)
+        if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            wrapped = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        except Exception as error:
+            # Third-party parsers raise whatever they like (the Rust library a bare Exception).
+            raise FormatError(
+                f"{source.name}: the tokenizer cannot be read: {error}",
+                hint="copy the tokenizer files of the original model beside the weights",
+            ) from error
+        return cls(wrapped, _generation_eos(source))
+
+    @classmethod
+    def _from_gguf(cls, reader: WeightReader) -> Tokenizer | None:
+        raise NotImplementedError
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The prompt for a conversation, ready for `encode(..., add_special_tokens=False)`.
+
+        Options go to the template: add_generation_prompt (True unless given), tools, ...
+        """
+        options = {"add_generation_prompt": True, **options}
+        plain = self.chat_template_origin != "model"
+        try:
+            text = self._wrapped.apply_chat_template(
+                _with_text_content(messages) if plain else list(messages),
+                tokenize=False,
+                **({"chat_template": PLAIN_TEMPLATE} if plain else {}),
+                **options,
+            )
+        except Exception as error:
+            # Templates raise on conversations they do not take ("roles must alternate", ...).
+            raise UsageError(f"the chat template refuses these messages: {error}") from error
+        if plain and self.bos_token_id is not None and self.encode("")[:1] == [self.bos_token_id]:
+            return f"{self._wrapped.bos_token}{text}"
+        return str(text)
+
+
+def _generation_eos(source: Source) -> tuple[int, ...]:
+    """End-of-text ids of generation_config.json: chat models name more than their tokenizer does."""
+    path = source.path / "generation_config.json"
+    if not path.is_file():
+        return ()
+    value = read_json(path).get("eos_token_id")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) and item >= 0 for item in values):
+        raise FormatError(f"generation_config.json: eos_token_id is {value!r}, not token ids")
+    return tuple(values)
+
+
+def _with_text_content(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is a string: OpenAI clients also send a list of typed parts."""
+    plain = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+        plain.append({"role": message["role"], "content": content or ""})
+    return plain
+
+
+class TextDelta(NamedTuple):
+    """New text, and the stop string that ended it, if one did."""
+
+    text: str
+    stop: str | None = None
+
+
+class IncrementalDetokenizer:
+    """The text of one answer as its ids arrive.
+
+    The prompt's last ids are decoded with it: whether a token begins with a space depends on what
+    stands before. Text is held back while it may be the beginning of a stop string, and bytes while
+    they are an unfinished UTF-8 sequence; a sequence still unfinished at the end is dropped.
+    """
+
+    # Enough context for every decoder; more would only be decoded again.
+    PRIMING_TOKENS = 8
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._include_stop = include_stop
+        self._held = ""
+        self._stopped: str | None = None
+        primed = list(prompt_token_ids[-self.PRIMING_TOKENS :])
+        rest = self._unfinished_tail(primed)
+        self._recent = primed[: len(primed) - len(rest)]
+        self._stream = DecodeStream(ids=self._recent, skip_special_tokens=True)
+        for token_id in rest:
+            self._step(token_id)
+
+    def push(self, token_ids: Iterable[int]) -> TextDelta:
+        """The text that these ids complete; ids after a stop string are ignored."""
+        for token_id in token_ids:
+            if self._stopped is not None:
+                break
+            self._held += self._step(token_id)
+            if self._stop:
+                self._look_for_stop()
+        if self._stopped is not None:
+            text, self._held = self._held, ""
+            return TextDelta(text, self._stopped)
+        keep = self._possible_stop_length()
+        text = self._held[: len(self._held) - keep]
+        self._held = self._held[len(text) :]
+        return TextDelta(text)
+
+    def flush(self) -> TextDelta:
+        """What was held back, once no more ids will come."""
+        text, self._held = self._held, ""
+        return TextDelta(text, self._stopped)
+
+    def _unfinished_tail(self, ids: list[int]) -> list[int]:
+        """The last ids that are only part of a character, which a stream must not start with."""
+        for length in range(min(4, len(ids))):
+            if not self._tokenizer.decode(ids[: len(ids) - length]).endswith(
+                "\N{REPLACEMENT CHARACTER}"
+            ):
+                return ids[len(ids) - length :]
+        return []
+
+    def _step(self, token_id: int) -> str:
+        try:
+            text = self._stream.step(self._tokenizer.backend, token_id)
+        except Exception:
+            # Some added tokens change how the text before them decodes ("Invalid prefix
+            # encountered"); the stream cannot go on, one that begins at this token can.
+            self._stream = DecodeStream(ids=[], skip_special_tokens=True)
+            text = self._stream.step(self._tokenizer.backend, token_id)
+        return text or ""
+
+    def _look_for_stop(self) -> None:
+        """Cut the held text at the stop string that comes first; the longest of several there."""
+        found = [(self._held.find(stop), -len(stop), stop) for stop in self._stop]
+        found = [place for place in found if place[0] >= 0]
+        if found:
+            start, _, self._stopped = min(found)
+            end = start + (len(self._stopped) if self._include_stop else 0)
+            self._held = self._held[:end]
+
+    def _possible_stop_length(self) -> int:
+        """Length of the longest end of the held text that a stop string begins with."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
