@@ -57,7 +57,7 @@ def demo(out: Path, as_json: bool) -> None:
     refuse_foreign_folder(out)
     started = time.monotonic()
     with OutputFolder(out, force=True) as stage:
-        report, answer = run_demo(stage.path, show_answer=not as_json)
+        report, answer = run_demo(stage.path, out, show_answer=not as_json)
         seconds = time.monotonic() - started
         results = summary(report, answer, seconds)
         write_json(stage.path / MARKER, results)
@@ -79,31 +79,34 @@ def refuse_foreign_folder(out: Path) -> None:
     )
 
 
-def run_demo(folder: Path, *, show_answer: bool) -> tuple[EvaluationReport, str]:
-    """All steps, their results in `folder`; returns the evaluation and the streamed answer."""
+def run_demo(folder: Path, out: Path, *, show_answer: bool) -> tuple[EvaluationReport, str]:
+    """All steps, their results in `folder`, which will be `out` when all is done; returns the
+    evaluation and the streamed answer.
+    """
     from qtool.quantize.pipeline import quantize_model
 
+    from qtool.checkpoint import Source
     from qtool.convert.run import convert_model
     from qtool.recipe import load_recipe
     from qtool.runtime.evaluate.run import evaluate, write_report
 
-    int4, marlin, gguf = (folder / name for name in (INT4, MARLIN, GGUF))
+    # Named as they will be found, so that no manifest or report speaks of the folder in the making.
+    int4, marlin, gguf = (Source(str(out / name), folder / name) for name in (INT4, MARLIN, GGUF))
     with step(1, f"quantize {MODEL} to int4"):
-        quantize_model(MODEL, load_recipe(RECIPE), format="compressed-tensors", out=int4)
+        quantize_model(MODEL, load_recipe(RECIPE), format="compressed-tensors", out=int4.path)
     with step(2, "convert: the original to GGUF Q4_K_M, the int4 to Marlin"):
-        convert_model(MODEL, to="gguf", type="Q4_K_M", out=gguf)
-        convert_model(str(int4), to="marlin", out=marlin)
+        convert_model(MODEL, to="gguf", type="Q4_K_M", out=gguf.path)
+        convert_model(int4, to="marlin", out=marlin.path)
     with step(3, f"evaluate against the original on {EVALUATION_TOKENS:,} tokens of unseen text"):
         report = evaluate(
-            [str(int4), str(marlin), str(gguf)],
+            [int4, marlin, gguf],
             MODEL,
             max_tokens=EVALUATION_TOKENS,
-            names=[INT4, MARLIN, GGUF],
             command="qtool demo",
         )
         write_report(report, folder)
     with step(4, "serve the int4 model and stream a chat answer"):
-        answer = chat(int4, show=show_answer)
+        answer = chat(int4.path, show=show_answer)
     return report, answer
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import click
 
-from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS
+from qtool.runtime.config import Device
+from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
 
 
 @click.command(name="eval")
@@ -31,12 +33,12 @@ from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS
 )
 @click.option(
     "--dtype",
+    type=click.Choice(get_args(ScoringDtype)),
     default="float32",
     show_default=True,
-    metavar="float32|bfloat16|float16",
     help="What the models compute in.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--device", type=click.Choice(get_args(Device)), default="auto")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -50,8 +52,8 @@ def evaluate(
     against: str | None,
     text: Path | None,
     max_tokens: int,
-    dtype: str,
-    device: str,
+    dtype: ScoringDtype,
+    device: Device,
     out: Path | None,
     force: bool,
     no_speed: bool,

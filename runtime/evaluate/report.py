@@ -209,7 +209,8 @@ def to_markdown(report: EvaluationReport) -> str:
     """report.md: verdicts, the table, what stands beside it, the divergence block, the command."""
     parts = ["# qtool evaluation", ""]
     parts += [
-        f"- **{model.name}**: {verdict_line(model, report.reference)}" for model in report.models
+        f"- **{_escape(model.name)}**: {verdict_line(model, report.reference)}"
+        for model in report.models
     ]
     parts += ["", *_markdown_table(TABLE_HEADER, table_rows(report)), ""]
     parts += [f"- {_escape(line)}" for line in footnotes(report)]

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from qtool.artifact import tool_versions
-from qtool.checkpoint import OutputFolder, write_json
+from qtool.checkpoint import OutputFolder, Source, write_json
 from qtool.errors import UnknownName, UsageError
 from qtool.progress import bar
+from qtool.runtime.config import Device
 from qtool.runtime.evaluate.divergence import summarize
 from qtool.runtime.evaluate.page import to_html
 from qtool.runtime.evaluate.perplexity import (
@@ -38,12 +39,22 @@ from qtool.runtime.evaluate.report import (
     to_json,
     to_markdown,
 )
-from qtool.runtime.evaluate.scorer import DTYPES, TokenizedText, open_scorer, require_same_tokens
+from qtool.runtime.evaluate.scorer import (
+    DTYPES,
+    TokenizedText,
+    open_scorer,
+    require_same_tokens,
+)
 from qtool.runtime.evaluate.sizes import weight_hashes
 from qtool.runtime.evaluate.speed import measure_speed
 from qtool.runtime.evaluate.stream import Scored, plan_passes, score
 from qtool.runtime.evaluate.subject import Subject, find_reference, open_subjects
-from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, EvaluationText, read_text
+from qtool.runtime.evaluate.text import (
+    DEFAULT_MAX_TOKENS,
+    EvaluationText,
+    ScoringDtype,
+    read_text,
+)
 
 # Of the machine's memory, what the loaded models may take together.
 MEMORY_SHARE = 0.6
@@ -69,34 +80,32 @@ class _Scoring:
 
 
 def evaluate(
-    models: str | Sequence[str],
-    against: str | None = None,
+    models: str | Source | Sequence[str | Source],
+    against: str | Source | None = None,
     *,
     text: Path | None = None,
     out: Path | None = None,
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
-    dtype: str = "float32",
-    device: str = "auto",
+    dtype: ScoringDtype = "float32",
+    device: Device = "auto",
     force: bool = False,
     speed: bool = True,
-    names: Sequence[str] | None = None,
     command: str | None = None,
 ) -> EvaluationReport:
     """Perplexity of each model, and its divergence from the original.
 
-    models      folders, .gguf files, Hub ids or builtin:NAME
+    models      one or several: folders, .gguf files, Hub ids or builtin:NAME
     against     the original; None: what qtool.json names as the source, if it is on this machine
     text        a UTF-8 file; None: the text that ships, disjoint from the calibration text
     out         a folder for report.json, report.md and report.html; None: no files
     max_tokens  of the text; None: all of it
-    names       what the report calls the models; by default their own names
     command     what the report names as the way to repeat it; by default `qtool eval ...`
     """
-    wanted = [models] if isinstance(models, str) else list(models)
-    _check(wanted, dtype, max_tokens, names)
+    wanted = [models] if isinstance(models, str | Source) else list(models)
+    _check(wanted, dtype, max_tokens)
     stage = nullcontext() if out is None else OutputFolder(out, force=force)
     content = read_text(text)
-    subjects = open_subjects(wanted, names)
+    subjects = open_subjects(wanted)
     reference, note = find_reference(against, subjects)
     scoring = _score(subjects, reference, content, max_tokens, dtype=dtype, device=device)
     reports = {
@@ -132,15 +141,15 @@ def write_report(report: EvaluationReport, folder: Path) -> None:
 
 
 def as_command(
-    models: Sequence[str],
-    against: str | None,
+    models: Sequence[str | Source],
+    against: str | Source | None,
     text: Path | None,
     max_tokens: int | None,
     dtype: str,
 ) -> str:
     """The command line that repeats an evaluation."""
-    words = ["qtool", "eval", *models]
-    words += [] if against is None else ["--against", against]
+    words = ["qtool", "eval", *map(_as_given, models)]
+    words += [] if against is None else ["--against", _as_given(against)]
     words += [] if text is None else ["--text", str(text)]
     if max_tokens != DEFAULT_MAX_TOKENS:
         words += ["--max-tokens", str(max_tokens or 0)]
@@ -179,17 +188,17 @@ def memory_groups(needed: Sequence[int], *, beside: int, budget: int) -> list[li
     return groups
 
 
-def _check(
-    models: Sequence[str], dtype: str, max_tokens: int | None, names: Sequence[str] | None
-) -> None:
+def _as_given(model: str | Source) -> str:
+    return model if isinstance(model, str) else model.name
+
+
+def _check(models: Sequence[str | Source], dtype: str, max_tokens: int | None) -> None:
     if not models:
         raise UsageError("no model to evaluate", "name one: qtool eval ./Qwen3-0.6B-int4")
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}, must be at least 1, or None for all")
-    if names is not None and len(names) != len(models):
-        raise UsageError(f"{len(names)} names are given for {len(models)} models")
 
 
 def _score(
@@ -198,8 +207,8 @@ def _score(
     text: EvaluationText,
     max_tokens: int | None,
     *,
-    dtype: str,
-    device: str,
+    dtype: ScoringDtype,
+    device: Device,
 ) -> _Scoring:
     originals = [] if reference is None else [reference]
     context = min(subject.context for subject in [*originals, *subjects])
@@ -214,12 +223,10 @@ def _score(
     used = 0
     for group in groups:
         present = [*originals, *(subjects[index] for index in group)]
-        scorers = []
-        for subject in present:
-            with bar(f"loading {subject.name}"):
-                scorers.append(
-                    open_scorer(subject.source, subject.name, dtype=dtype, device=device)
-                )
+        scorers = [
+            open_scorer(subject.source, subject.name, dtype=dtype, device=device)
+            for subject in present
+        ]
         for scorer in scorers:
             own = scorer.tokenize(text.content)
             if read is None:
@@ -249,14 +256,13 @@ def _score(
 
 
 def _model_report(
-    subject: Subject, scoring: _Scoring, *, device: str, with_speed: bool
+    subject: Subject, scoring: _Scoring, *, device: Device, with_speed: bool
 ) -> ModelReport:
     outcome = scoring.outcomes[subject.name]
     manifest = subject.manifest
     speed: Speed | None = None
     if with_speed and outcome.scored_by == "qtool runtime":
-        with bar(f"timing {subject.name}"):
-            speed = measure_speed(subject.source, device=device)
+        speed = measure_speed(subject.source, device=device)
     with bar(f"hashing {subject.name}"):
         hashes = weight_hashes(subject.source)
     return ModelReport(

@@ -15,15 +15,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from qtool.runtime.loading import LoadedModel, load_model
 from torch import Tensor
 
 from qtool.arch import find_architecture
 from qtool.checkpoint import Source
 from qtool.convert.formats import open_weights
 from qtool.errors import QtoolError, UnsupportedModel
+from qtool.progress import bar
+from qtool.runtime.config import Device
+from qtool.runtime.evaluate.text import ScoringDtype
+from qtool.runtime.loading import LoadedModel, load_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ class Scorer(Protocol):
         ...
 
 
-def open_scorer(source: Source, name: str, *, dtype: str, device: str) -> Scorer:
+def open_scorer(source: Source, name: str, *, dtype: ScoringDtype, device: Device) -> Scorer:
     """Load a model for scoring: by the runtime if it has the family, else by transformers."""
     if not source.is_gguf:
         config = open_weights(source).config
@@ -73,7 +80,7 @@ def open_scorer(source: Source, name: str, *, dtype: str, device: str) -> Scorer
             find_architecture(config)
         except UnsupportedModel:
             return TransformersScorer.load(source, name, dtype=dtype, device=device)
-    loaded = load_model(source.name, dtype=dtype, device=device, revision=source.revision)
+    loaded = load_model(str(source.path), dtype=dtype, device=device)
     return RuntimeScorer(name, loaded)
 
 
@@ -120,13 +127,16 @@ class TransformersScorer:
     scored_by: str = "transformers"
 
     @classmethod
-    def load(cls, source: Source, name: str, *, dtype: str, device: str) -> TransformersScorer:
+    def load(
+        cls, source: Source, name: str, *, dtype: ScoringDtype, device: Device
+    ) -> TransformersScorer:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
-            model = AutoModelForCausalLM.from_pretrained(source.path, dtype=DTYPES[dtype])
-            tokenizer = AutoTokenizer.from_pretrained(source.path)
+            with bar(f"loading {name} in transformers"):
+                model = AutoModelForCausalLM.from_pretrained(source.path, dtype=DTYPES[dtype])
+                tokenizer = AutoTokenizer.from_pretrained(source.path)
         except (ImportError, KeyError, OSError, ValueError) as error:
             raise UnsupportedModel(
                 f"the runtime does not have this family and transformers cannot load {name}: "

@@ -13,6 +13,7 @@ import torch
 from qtool.runtime.llm import LLM
 
 from qtool.checkpoint import Source
+from qtool.runtime.config import Device
 from qtool.runtime.engine.sequence import SamplingParams
 from qtool.runtime.evaluate.report import Speed
 
@@ -20,9 +21,9 @@ PROMPT = "It was a cold evening in November, and the fire in the library had bur
 NUM_TOKENS = 64
 
 
-def measure_speed(source: Source, *, device: str = "auto") -> Speed:
+def measure_speed(source: Source, *, device: Device = "auto") -> Speed:
     """Load the model as the server would, warm it up, and time it; the better of two runs."""
-    llm = LLM(source.name, revision=source.revision, device=device)
+    llm = LLM(str(source.path), device=device)
     try:
         _seconds(llm, 8)
         per_run = [_seconds(llm, NUM_TOKENS + 1) - _seconds(llm, 1) for _ in range(2)]

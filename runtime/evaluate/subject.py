@@ -22,6 +22,9 @@ from qtool.runtime.evaluate.sizes import ModelSize, measure
 # Where Hugging Face configs keep the longest sequence, by family.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
+# Artifacts made from artifacts; a longer chain is taken for a circle.
+MAX_STEPS_TO_ORIGINAL = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -48,10 +51,10 @@ class Reference(NamedTuple):
     note: str | None
 
 
-def open_subjects(models: Sequence[str], names: Sequence[str] | None = None) -> list[Subject]:
-    sources = [resolve(model) for model in models]
-    labels = short_names(sources) if names is None else names
-    return [open_subject(name, source) for name, source in zip(labels, sources, strict=True)]
+def open_subjects(models: Sequence[str | Source]) -> list[Subject]:
+    sources = [_resolved(model) for model in models]
+    names = short_names(sources)
+    return [open_subject(name, source) for name, source in zip(names, sources, strict=True)]
 
 
 def open_subject(name: str, source: Source) -> Subject:
@@ -67,36 +70,50 @@ def short_names(sources: Sequence[Source]) -> list[str]:
     return short if len(set(short)) == len(short) else [source.name for source in sources]
 
 
-def find_reference(against: str | None, subjects: Sequence[Subject]) -> Reference:
-    """The original that was asked for, or else the one that the models' manifests name."""
+def find_reference(against: str | Source | None, subjects: Sequence[Subject]) -> Reference:
+    """The original that was asked for, or else the one that the models' manifests lead to."""
     if against is not None:
-        return Reference(_open_reference(resolve(against), subjects), None)
-    named = {
-        (subject.manifest.source, subject.manifest.source_revision)
-        for subject in subjects
-        if subject.manifest is not None
-    }
-    if not named:
+        return Reference(_open_reference(_resolved(against), subjects), None)
+    origins = {_origin(subject.manifest) for subject in subjects if subject.manifest is not None}
+    if not origins:
         return Reference(None, "Not compared with an original: name one with --against.")
-    if len(named) > 1:
-        sources = ", ".join(sorted(source for source, _ in named))
+    if len(origins) > 1:
+        names = ", ".join(sorted(origin.name for origin in origins))
         return Reference(
             None,
-            f"Not compared with an original: the models were made from different ones ({sources}); "
+            f"Not compared with an original: the models were made from different ones ({names}); "
             "name one with --against.",
         )
-    source, revision = named.pop()
-    found = resolve_here(source, revision)
-    if found is None:
+    origin = origins.pop()
+    if origin.found is None:
         return Reference(
             None,
-            f"Not compared with an original: qtool.json names {source}, which is not on this "
+            f"Not compared with an original: qtool.json names {origin.name}, which is not on this "
             "machine; name a copy of it with --against.",
         )
     return Reference(
-        _open_reference(found, subjects),
-        f"Compared with {source}, which qtool.json names as the source.",
+        _open_reference(origin.found, subjects),
+        f"Compared with {origin.name}, which qtool.json names as the source.",
     )
+
+
+class _Origin(NamedTuple):
+    """What a manifest leads to, and where that is, if it is on this machine."""
+
+    name: str
+    found: Source | None
+
+
+def _origin(manifest: Manifest) -> _Origin:
+    """Follow the sources: a Marlin file was made from an int4 artifact, which has an original."""
+    for _ in range(MAX_STEPS_TO_ORIGINAL):
+        found = resolve_here(manifest.source, manifest.source_revision)
+        if found is None or found.is_gguf or not (found.path / MANIFEST_NAME).is_file():
+            break
+        manifest, origin = Manifest.load(found.path), manifest
+        if manifest.format == "dense":
+            return _Origin(origin.source, found)
+    return _Origin(manifest.source, found)
 
 
 def resolve_here(model: str, revision: str | None) -> Source | None:
@@ -121,6 +138,10 @@ def context_length(config: Mapping[str, Any]) -> int:
         if isinstance(length := config.get(key), int):
             return length
     return PAPERS_WINDOW
+
+
+def _resolved(model: str | Source) -> Source:
+    return resolve(model) if isinstance(model, str) else model
 
 
 def _open_reference(source: Source, subjects: Sequence[Subject]) -> Subject:

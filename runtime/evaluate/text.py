@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qtool.builtin import calibration_text, evaluation_text
 from qtool.errors import UsageError
+
+# What models can be scored in. "auto" is not among them: a report names what it computed in.
+ScoringDtype = Literal["float32", "bfloat16", "float16"]
 
 # 64 windows of 512: the standard error of a KL divergence is then a few percent of it, and a model
 # of 0.5B takes minutes on a laptop, not an hour.
