@@ -1,0 +1,84 @@
+"""What is kept of a linear's inputs: their second moment and mean magnitude, in one pass.
+
+GPTQ's Hessian, AWQ's objective and channel scales, and the importance matrix of GGUF quantizers are
+all read from these. Sums are float32 and are added chunk by chunk in one fixed order, so that a run
+that was interrupted and resumed adds the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Moments:
+    """Running sums over input vectors x.
+
+    gram       [in, in] float32, sum of x xᵀ
+    magnitude  [in]     float32, sum of |x|
+    count      vectors seen
+    """
+
+    gram: Tensor
+    magnitude: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, in_features: int) -> Moments:
+        return cls(torch.zeros(in_features, in_features), torch.zeros(in_features))
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs [..., in], any floating type."""
+        vectors = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+        self.gram.addmm_(vectors.t(), vectors)
+        self.magnitude += vectors.abs().sum(0)
+        self.count += vectors.shape[0]
+
+    @property
+    def hessian(self) -> Tensor:
+        """E[x xᵀ], [in, in]."""
+        return self.gram / max(1, self.count)
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """E|x|, [in]."""
+        return self.magnitude / max(1, self.count)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """E[x²], [in]: the importance matrix of GGUF quantizers."""
+        return self.gram.diagonal() / max(1, self.count)
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.magnitude).all() and torch.isfinite(self.gram).all())
+
+    def blended(self, prior: Moments) -> Moments:
+        """These moments with `prior` counted as one vector for each input it lacks.
+
+        An expert that saw fewer vectors than it has inputs has a singular Hessian, and one that
+        saw none has no Hessian at all; the layer's other experts are the best guess for it.
+        """
+        lacking = max(0, self.gram.shape[0] - self.count)
+        if lacking == 0 or prior.count == 0:
+            return self
+        share = lacking / prior.count
+        return Moments(
+            self.gram + share * prior.gram,
+            self.magnitude + share * prior.magnitude,
+            self.count + lacking,
+        )
+
+
+def total(moments: Iterable[Moments]) -> Moments:
+    """The sum of several, as if one had seen all their inputs."""
+    items = list(moments)
+    return Moments(
+        torch.stack([item.gram for item in items]).sum(0),
+        torch.stack([item.magnitude for item in items]).sum(0),
+        sum(item.count for item in items),
+    )

@@ -1,0 +1,50 @@
+"""Round to nearest: the baseline, the data-free recipe, and what the other solvers fall back to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.grid import Grid, fit
+from qtool.quantize.scales import search
+from qtool.quantize.solution import Solution, from_codes, round_to, row_errors
+from qtool.scheme import QuantScheme
+
+
+def solve(
+    weight: Tensor,
+    scheme: QuantScheme,
+    *,
+    scale_search: bool = False,
+    importance: Tensor | None = None,
+    notes: tuple[str, ...] = (),
+) -> Solution:
+    """Round each weight to its group's grid.
+
+    weight      [out, in] float32
+    importance  [in] float32, weighs the scale search; None for plain squared error
+    """
+    found = search(weight, scheme, importance) if scale_search else fit(weight, scheme)
+    return round_to(weight, found, scheme, notes)
+
+
+def keep_better_rows(weight: Tensor, hessian: Tensor, solved: Solution) -> Solution:
+    """Rows where plain rounding has the lower error take it: rows are independent, so no solver
+    need ever be worse than rounding.
+
+    weight   [out, in] float32
+    hessian  [in, in]  float32
+    """
+    scheme = solved.weight.scheme
+    plain = solve(weight, scheme)
+    ours = row_errors(weight, solved.dequantized, hessian)
+    worse = ours > row_errors(weight, plain.dequantized, hessian)
+    if not bool(worse.any()):
+        return solved
+    pick = worse.unsqueeze(1)
+    zeros = None
+    if solved.weight.zeros is not None and plain.weight.zeros is not None:
+        zeros = torch.where(pick, plain.weight.zeros, solved.weight.zeros).float()
+    scales = torch.where(pick, plain.weight.scales, solved.weight.scales)
+    codes = torch.where(pick, plain.weight.codes, solved.weight.codes)
+    return from_codes(codes, Grid(scales, zeros), scheme, solved.notes)
