@@ -1,0 +1,286 @@
+"""`qtool serve` and `qtool chat`: the flags and their checks. Names and aliases are vLLM's.
+
+What loads torch or the web stack is imported inside the commands, so that --help stays instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+import click
+
+from qtool.errors import UsageError
+from qtool.runtime.config import Device, Dtype, EngineConfig
+
+if TYPE_CHECKING:
+    from qtool.runtime.server.chat_backends import ChatBackend
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+URL_SCHEMES = ("http://", "https://")
+QUEUED_PER_RUNNING = 16
+
+
+def default_of(name: str) -> Any:
+    # A slotted dataclass keeps its defaults in its fields, not on the class.
+    return EngineConfig.__dataclass_fields__[name].default
+
+
+ENGINE_OPTIONS = (
+    click.option(
+        "--dtype",
+        type=click.Choice([*get_args(Dtype), *DTYPE_ALIASES]),
+        default=default_of("dtype"),
+        show_default=True,
+        help="Type of activations, and of weights that are not quantized.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(get_args(Device)),
+        default=default_of("device"),
+        show_default=True,
+    ),
+    click.option(
+        "--max-model-len",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help="Longest prompt plus answer.  [default: what the model was made for]",
+    ),
+    click.option(
+        "--kv-cache-memory-bytes",
+        type=click.IntRange(min=1),
+        metavar="BYTES",
+        help="Size of the KV cache.  [default: by free memory]",
+    ),
+    click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
+)
+
+
+def engine_options(command: F) -> F:
+    """What both commands say about loading and running a model."""
+    for option in reversed(ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every interface.")
+@click.option("--port", type=int, default=8000, show_default=True, help="0: a free one.")
+@engine_options
+@click.option(
+    "--max-num-seqs",
+    type=click.IntRange(min=1),
+    default=default_of("max_num_seqs"),
+    show_default=True,
+    help="Sequences in one step.",
+)
+@click.option(
+    "--max-num-batched-tokens",
+    type=click.IntRange(min=1),
+    default=default_of("max_num_batched_tokens"),
+    show_default=True,
+    help="Tokens in one step: bounds how long a prompt holds up the other answers.",
+)
+@click.option(
+    "--max-num-queued-reqs",
+    type=click.IntRange(min=0),
+    help=f"Waiting sequences; above it 503.  [default: {QUEUED_PER_RUNNING} x --max-num-seqs]",
+)
+@click.option(
+    "--gpu-memory-utilization",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="Share of the GPU's memory to use in all; no effect on a CPU.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=default_of("seed"),
+    show_default=True,
+    help="What requests without a seed of their own are sampled from.",
+)
+@click.option(
+    "--served-model-name",
+    multiple=True,
+    metavar="NAME",
+    help="What clients call the model; repeat for several.  [default: MODEL as given]",
+)
+@click.option(
+    "--api-key",
+    multiple=True,
+    metavar="KEY",
+    help="Ask clients for this key; repeat for several.  [default: any key, or none]",
+)
+@click.option(
+    "--allowed-origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Web pages that may call from a browser (CORS); '*': all.  [default: this machine's]",
+)
+@click.option(
+    "--generation-config",
+    type=click.Choice(["auto", "vllm"]),
+    default="auto",
+    show_default=True,
+    help="auto: sampling defaults of the model's generation_config.json; vllm: OpenAI's.",
+)
+@click.option(
+    "--shutdown-timeout",
+    type=click.FloatRange(min=0),
+    default=25.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long running answers get after SIGTERM.",
+)
+@click.option(
+    "--sse-keep-alive-interval",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Send a comment on streams silent for so long; 0: never.",
+)
+@click.option("--disable-log-requests", is_flag=True, help="No line for each request.")
+# Flags of vLLM command lines that need nothing here, accepted so that those lines work.
+@click.option("--quantization", "-q", hidden=True)
+@click.option("--tensor-parallel-size", "-tp", type=int, default=1, hidden=True)
+@click.option("--enforce-eager", is_flag=True, hidden=True)
+@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, hidden=True)
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    max_num_queued_reqs: int | None,
+    gpu_memory_utilization: float | None,
+    served_model_name: tuple[str, ...],
+    api_key: tuple[str, ...],
+    allowed_origins: tuple[str, ...],
+    generation_config: str,
+    shutdown_timeout: float,
+    sse_keep_alive_interval: float,
+    disable_log_requests: bool,
+    quantization: str | None,
+    tensor_parallel_size: int,
+    enforce_eager: bool,
+    enable_prefix_caching: bool,
+    **engine_flags: Any,
+) -> None:
+    """Serve MODEL with an OpenAI-compatible API.
+
+    MODEL is a folder, a .gguf file, a Hub id, or builtin:books-7m.
+
+    \b
+    Examples:
+      qtool serve builtin:books-7m
+      qtool serve ./Qwen3-0.6B-int4 --host 0.0.0.0 --port 8080
+      curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "Call me"}'
+    """
+    if tensor_parallel_size != 1:
+        raise UsageError(
+            f"--tensor-parallel-size is {tensor_parallel_size}; one device is used in this version",
+            "leave it out",
+        )
+    engine = engine_config(model, **engine_flags)
+    from qtool.runtime.server.config import ServerConfig
+    from qtool.runtime.server.launch import launch
+
+    queued = max_num_queued_reqs
+    server = ServerConfig(
+        served_model_names=served_model_name or (model.rstrip("/") or model,),
+        model_root=model,
+        api_keys=api_key,
+        allowed_origins=allowed_origins,
+        max_running=engine.max_num_seqs,
+        max_queued=QUEUED_PER_RUNNING * engine.max_num_seqs if queued is None else queued,
+        shutdown_timeout=shutdown_timeout,
+        sse_keep_alive_seconds=sse_keep_alive_interval,
+        log_requests=not disable_log_requests,
+    )
+    if quantization is not None:
+        click.echo(
+            f"--quantization {quantization}: not needed, the format is read from the files",
+            err=True,
+        )
+    launch(
+        engine,
+        server,
+        host=host,
+        port=port,
+        use_generation_config=generation_config == "auto",
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
+
+
+@click.command()
+@click.argument("model_or_url", metavar="MODEL_OR_URL")
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0: always the likeliest token.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True))
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
+@click.option("--seed", type=int, help="Makes the answers repeatable.")
+@engine_options
+@click.option(
+    "--model", "model_name", metavar="NAME", help="Which model of a server.  [default: its first]"
+)
+@click.option("--api-key", metavar="KEY", help="The server's key.")
+def chat(
+    model_or_url: str,
+    system: str | None,
+    temperature: float | None,
+    top_p: float | None,
+    max_tokens: int | None,
+    seed: int | None,
+    model_name: str | None,
+    api_key: str | None,
+    **engine_flags: Any,
+) -> None:
+    """Chat in the terminal with a model, or with a server at a URL.
+
+    Answers go to stdout. From a pipe, each line is a message.
+
+    \b
+    Examples:
+      qtool chat builtin:books-7m
+      qtool chat http://127.0.0.1:8000
+      echo "Tell me a story." | qtool chat ./Qwen3-0.6B-int4 --temperature 0
+    """
+    sampling = {
+        name: value
+        for name, value in (
+            ("temperature", temperature),
+            ("top_p", top_p),
+            ("max_tokens", max_tokens),
+            ("seed", seed),
+        )
+        if value is not None
+    }
+    is_url = model_or_url.startswith(URL_SCHEMES)
+    backend: ChatBackend
+    if is_url:
+        from qtool.runtime.server.chat_remote import RemoteChat
+
+        backend = RemoteChat(model_or_url, model=model_name, api_key=api_key)
+    else:
+        if model_name is not None or api_key is not None:
+            raise UsageError(
+                "--model and --api-key are for a server's URL",
+                f"{model_or_url} is run in this process",
+            )
+        config = engine_config(model_or_url, **engine_flags)
+        from qtool.runtime.server.chat_local import LocalChat
+
+        backend = LocalChat(config)
+    from qtool.runtime.server.chat import Terminal
+
+    with closing(backend):
+        terminal = Terminal(backend, sampling, system=system)
+        terminal.run()
+    if terminal.failed and not terminal.is_interactive:
+        raise SystemExit(1)
+
+
+def engine_config(model: str, *, dtype: str, **flags: Any) -> EngineConfig:
+    return EngineConfig(model, dtype=DTYPE_ALIASES.get(dtype, dtype), **flags)  # type: ignore[arg-type]

@@ -1,0 +1,149 @@
+"""The web application over one engine. Everything it needs is given to `create_app`; whoever calls
+it has started the engine and will stop it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import Response
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from qtool import __version__
+from qtool.errors import QtoolError, closest
+from qtool.runtime.server.asgi import ClientGone
+from qtool.runtime.server.config import LOCAL_ORIGINS
+from qtool.runtime.server.errors import ApiError, from_qtool_error, internal, unavailable
+from qtool.runtime.server.exchange import json_response
+from qtool.runtime.server.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from qtool.runtime.server.openai import routes
+from qtool.runtime.server.protocol import ChatBody, CompletionBody
+from qtool.runtime.server.service import Service
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but a log
+SCHEMA_REFERENCE = "#/components/schemas/{model}"
+
+
+def create_app(service: Service) -> FastAPI:
+    app = FastAPI(title="qtool", version=__version__, description="An OpenAI-compatible server.")
+    app.include_router(routes(service))
+    _add_operations(app, service)
+    _add_error_handlers(app)
+    _add_middleware(app, service)
+    _describe_bodies(app)
+    return app
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    """What probes, scrapers and people looking around ask for; none of it needs an API key."""
+
+    @app.get("/health")
+    @app.get("/ping", include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
+    @app.head("/ping", include_in_schema=False)
+    async def health() -> Response:
+        if not service.admission.is_open:
+            raise unavailable("Shutting down", code="shutting_down", retry_after_seconds=5)
+        if not service.client.healthy():
+            raise unavailable("The engine has failed", code="engine_failed", retry_after_seconds=5)
+        return json_response({"status": "ok"})
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        exposition = service.metrics.expose(request.headers.get("accept", ""))
+        return Response(exposition.body, headers={"Content-Type": exposition.content_type})
+
+    @app.get("/")
+    async def index() -> Response:
+        return json_response(
+            {
+                "server": "qtool",
+                "version": __version__,
+                "models": list(service.config.served_model_names),
+                "api": ["/v1/models", "/v1/completions", "/v1/chat/completions"],
+                "operations": ["/health", "/version", "/metrics", "/docs"],
+            }
+        )
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def misused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, QtoolError)
+        return from_qtool_error(error).response()
+
+    async def client_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    async def not_found(request: Request, error: Exception) -> Response:
+        path = request.url.path
+        guess = closest(path, app.openapi()["paths"])
+        hint = f"; did you mean {guess}?" if guess else ""
+        return ApiError(
+            404, f"There is no {path:.200}{hint}", type="not_found_error", code="unknown_url"
+        ).response()
+
+    async def wrong_method(request: Request, error: Exception) -> Response:
+        allowed = getattr(error, "headers", None) or {}
+        ways = allowed.get("Allow", "another method")
+        return ApiError(
+            405,
+            f"{request.url.path:.200} does not take {request.method}; use {ways}",
+            code="method_not_allowed",
+            headers=allowed,
+        ).response()
+
+    async def failed(request: Request, error: Exception) -> Response:
+        # Starlette raises the error on after this answer, and uvicorn logs its traceback.
+        return internal().response()
+
+    app.add_exception_handler(ApiError, refused)
+    app.add_exception_handler(QtoolError, misused)
+    app.add_exception_handler(ClientGone, client_gone)
+    app.add_exception_handler(404, not_found)
+    app.add_exception_handler(405, wrong_method)
+    app.add_exception_handler(Exception, failed)
+
+
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    """The last one added is the outermost: CORS answers preflights before a key is asked for."""
+    if service.config.api_keys:
+        app.add_middleware(ApiKeyMiddleware, keys=service.config.api_keys)
+    app.add_middleware(RequestIdMiddleware)
+    origins = service.config.allowed_origins
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_origin_regex=None if origins else LOCAL_ORIGINS,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id"],
+    )
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Put the request bodies into /openapi.json: routes read bytes, so FastAPI cannot know them."""
+    generated = app.openapi
+
+    def with_bodies() -> dict[str, Any]:
+        document = generated()
+        bodies: list[tuple[type[BaseModel], Literal["validation"]]] = [
+            (ChatBody, "validation"),
+            (CompletionBody, "validation"),
+        ]
+        _, definitions = models_json_schema(bodies, ref_template=SCHEMA_REFERENCE)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(definitions["$defs"])
+        return document
+
+    app.openapi = with_bodies  # type: ignore[method-assign]

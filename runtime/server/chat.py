@@ -1,0 +1,213 @@
+"""`qtool chat`: a conversation in the terminal.
+
+Answers go to stdout and everything else to stderr, so that `echo question | qtool chat MODEL` gives
+the answer alone. From a pipe each line is one message, and the commands work as they do by hand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+
+from qtool.errors import QtoolError, closest
+from qtool.runtime.server.chat_backends import AnswerEnd, ChatBackend, Message
+
+PROMPT = "> "
+CONTINUED = "... "
+MULTILINE = '"""'
+COMMANDS = {
+    "/help": "this list",
+    "/reset": "forget the conversation, keep the system prompt",
+    "/system [TEXT]": "set the system prompt and start over; without TEXT show it",
+    "/save FILE": "write the conversation as JSON",
+    "/exit": "leave; Ctrl-D does the same",
+}
+HELP = "\n".join(
+    [
+        *(f"  {name:<15} {text}" for name, text in COMMANDS.items()),
+        f"  {MULTILINE:<15} begins and ends a message of several lines",
+        f"  {'Ctrl-C':<15} stops the answer, not the program",
+    ]
+)
+
+
+@dataclass(slots=True)
+class Conversation:
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list)
+
+    def with_question(self, question: str) -> list[Message]:
+        return [*self.all_messages(), {"role": "user", "content": question}]
+
+    def all_messages(self) -> list[Message]:
+        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return opening + self.messages
+
+    def add(self, question: str, answer: str) -> None:
+        self.messages.append({"role": "user", "content": question})
+        self.messages.append({"role": "assistant", "content": answer})
+
+
+class Terminal:
+    """Reads messages, runs commands, prints answers."""
+
+    def __init__(
+        self, backend: ChatBackend, sampling: Mapping[str, Any], *, system: str | None = None
+    ) -> None:
+        self._backend = backend
+        self._sampling = sampling
+        self._conversation = Conversation(system)
+        self.is_interactive = sys.stdin.isatty()
+        self.failed = False
+
+    def run(self) -> None:
+        """Until /exit or the end of the input."""
+        if self.is_interactive:
+            # Importing it is enough: input() then has a history and can be edited.
+            if importlib.util.find_spec("readline"):
+                importlib.import_module("readline")
+            say(f"Chatting with {self._backend.name}. /help lists the commands, /exit leaves.")
+        for message in self._messages():
+            if not message.startswith("/"):
+                self._turn(message)
+            elif self._command(message):
+                return
+
+    def _messages(self) -> Iterator[str]:
+        """Messages as they are typed or piped; empty ones are passed over."""
+        while (line := self._line(PROMPT)) is not None:
+            message = line.strip()
+            if message.startswith(MULTILINE):
+                message = self._rest_of(message.removeprefix(MULTILINE))
+            if message:
+                yield message
+
+    def _rest_of(self, message: str) -> str:
+        lines = [message]
+        while not lines[-1].rstrip().endswith(MULTILINE):
+            line = self._line(CONTINUED)
+            if line is None:
+                break
+            lines.append(line)
+        return "\n".join(lines).rstrip().removesuffix(MULTILINE).strip()
+
+    def _line(self, prompt: str) -> str | None:
+        """One line without its end; None when there are no more."""
+        if not self.is_interactive:
+            line = sys.stdin.readline()
+            return line.rstrip("\r\n") if line else None
+        while True:
+            try:
+                return input(prompt)
+            except EOFError:
+                say("")
+                return None
+            except KeyboardInterrupt:
+                say("\n(Ctrl-C stops an answer; /exit or Ctrl-D leaves)")
+
+    def _turn(self, question: str) -> None:
+        texts: list[str] = []
+        end: AnswerEnd | None = None
+        try:
+            with closing(self._answer(question)) as pieces:
+                for piece in pieces:
+                    if isinstance(piece, AnswerEnd):
+                        end = piece
+                    else:
+                        texts.append(piece)
+                        click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            click.echo()
+            say("(stopped)")
+        except QtoolError as error:
+            if texts:
+                click.echo()
+            self._fail(error)
+            return
+        else:
+            click.echo()
+            self._say_end(end)
+        if texts:
+            # A stopped answer stays as far as it went: the next question may be about it.
+            self._conversation.add(question, "".join(texts))
+
+    def _answer(self, question: str) -> Iterator[str | AnswerEnd]:
+        return self._backend.answer(self._conversation.with_question(question), self._sampling)
+
+    def _fail(self, error: QtoolError) -> None:
+        self.failed = True
+        say(f"Error: {error.message}")
+        hint = error.hint
+        if (
+            hint is None
+            and "maximum context length" in error.message
+            and self._conversation.messages
+        ):
+            hint = "/reset forgets the conversation so far"
+        if hint:
+            say(f"hint: {hint}")
+
+    def _say_end(self, end: AnswerEnd | None) -> None:
+        if end is None or not self.is_interactive:
+            return
+        cut = ", cut off at the token limit" if end.finish_reason == "length" else ""
+        speed = f", {end.tokens_per_second:.1f} tokens/s" if end.num_generated_tokens > 1 else ""
+        say(
+            f"({end.num_generated_tokens} tokens, first after {end.seconds_to_first_text:.2f} s"
+            f"{speed}{cut})"
+        )
+
+    def _command(self, line: str) -> bool:
+        """Run a command; True: leave."""
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        match name:
+            case "/exit" | "/quit" | "/bye":
+                return True
+            case "/help":
+                say(HELP)
+            case "/reset":
+                self._conversation.messages.clear()
+                say("The conversation is forgotten.")
+            case "/system" if argument:
+                self._conversation = Conversation(argument)
+                say("The system prompt is set, the conversation starts over.")
+            case "/system":
+                say(self._conversation.system or "There is no system prompt.")
+            case "/save":
+                self._save(argument)
+            case _:
+                guess = closest(name, [command.partition(" ")[0] for command in COMMANDS])
+                say(
+                    f"Unknown command {name}. "
+                    + (f"Did you mean {guess}?" if guess else "Try /help.")
+                )
+        return False
+
+    def _save(self, name: str) -> None:
+        if not name:
+            say("Which file? /save FILE")
+            return
+        document = {"model": self._backend.name, "messages": self._conversation.all_messages()}
+        path = Path(name).expanduser()
+        try:
+            with path.open("xb") as file:
+                file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+        except FileExistsError:
+            say(f"{path} exists already; name another file.")
+        except OSError as error:
+            say(f"{path}: {error.strerror}")
+        else:
+            say(f"Saved {len(document['messages'])} messages to {path}.")
+
+
+def say(text: str) -> None:
+    click.echo(text, err=True)

@@ -1,0 +1,66 @@
+"""What an operator decides about a server, apart from the engine behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+from qtool.errors import UsageError
+
+# Pages served from this machine may call the server from a browser; others only when the operator
+# names them.
+LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """For requests that give none: the model's generation_config.json, else OpenAI's defaults."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    served_model_names: tuple[str, ...]
+    """The first is the one answers are signed with; all of them are accepted and listed."""
+    model_root: str = ""
+    """Where the model came from, as the user named it."""
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    api_keys: tuple[str, ...] = ()
+    """Empty: any key, or none, is accepted."""
+    allowed_origins: tuple[str, ...] = ()
+    """Browser origins for CORS; empty: pages on this machine only; "*": all."""
+    max_running: int = 32
+    """How many sequences the engine runs at once; what is above it waits."""
+    max_queued: int = 512
+    """How many sequences may wait before requests are refused with 503."""
+    max_body_bytes: int = 32 * 2**20
+    shutdown_timeout: float = 25.0
+    """Seconds that running answers get after SIGTERM; below the 30 after which Kubernetes kills."""
+    sse_keep_alive_seconds: float = 0.0
+    """Comment on streams silent for so long, as in a long prefill behind a proxy; 0: never."""
+    log_requests: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names or not all(self.served_model_names):
+            raise UsageError("a served model needs a name", "pass --served-model-name NAME")
+        if any(not key for key in self.api_keys):
+            raise UsageError("an API key is empty", "leave --api-key out to accept any key")
+        for name, value, least in (
+            ("--max-num-seqs", self.max_running, 1),
+            ("--max-num-queued-reqs", self.max_queued, 0),
+            ("--shutdown-timeout", self.shutdown_timeout, 0),
+            ("--sse-keep-alive-interval", self.sse_keep_alive_seconds, 0),
+        ):
+            if value < least:
+                raise UsageError(f"{name} is {value}, it must be at least {least}")
+
+    @property
+    def accepted_model_names(self) -> tuple[str, ...]:
+        """Also the last part of a path or of `builtin:NAME`: a folder need not be typed in full."""
+        short = tuple(PurePath(name.rpartition(":")[2]).name for name in self.served_model_names)
+        return tuple(dict.fromkeys(name for name in (*self.served_model_names, *short) if name))

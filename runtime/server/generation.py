@@ -1,0 +1,227 @@
+"""Token ids from the engine, turned into text with stop strings, timing and a clean end.
+
+One `Piece` for each step of the engine that gave the sequence tokens, also where the text of the
+step is empty (half a character, or a possible beginning of a stop string is held back): clients
+measure the time between tokens by the chunks they get, and merging would make it a lie.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from qtool.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+
+from qtool.errors import QtoolError
+from qtool.runtime.engine.client import EngineClient
+from qtool.runtime.engine.sequence import GenerationRequest, PromptTooLong, TokenOutput
+from qtool.runtime.server.errors import (
+    ApiError,
+    context_length_exceeded,
+    from_qtool_error,
+    unavailable,
+)
+from qtool.runtime.server.limits import Admission
+from qtool.runtime.server.metrics import Metrics, SequenceTimer
+
+StopReason = Literal["stop", "length"]
+
+
+class Piece(NamedTuple):
+    """What one step added to one answer. The last one has a `finish_reason`."""
+
+    text: str
+    num_generated_tokens: int
+    num_cached_tokens: int = 0
+    finish_reason: StopReason | None = None
+    stop_string: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence to generate."""
+
+    request: GenerationRequest
+    include_stop: bool = False
+    arrival: float = field(default_factory=time.monotonic)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+
+class Answer(NamedTuple):
+    """A whole answer."""
+
+    text: str
+    num_generated_tokens: int
+    num_cached_tokens: int
+    finish_reason: StopReason
+    stop_string: str | None
+
+
+class TextEngine:
+    """An `EngineClient` that speaks text."""
+
+    def __init__(
+        self, client: EngineClient, tokenizer: Tokenizer, metrics: Metrics, admission: Admission
+    ) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+        self._metrics = metrics
+        self._admission = admission
+
+    async def stream(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """The answer piece by piece. Closing the generator early aborts the request."""
+        request = job.request
+        detokenizer = IncrementalDetokenizer(
+            self.tokenizer, request.prompt_token_ids, request.sampling.stop, job.include_stop
+        )
+        timer = SequenceTimer(self._metrics, job.arrival)
+        ended_as = "abort"
+        num_cached_tokens = 0
+        try:
+            async with aclosing(self._outputs(request)) as outputs:
+                async for output in outputs:
+                    timer.tokens(len(output.new_token_ids), time.monotonic())
+                    num_cached_tokens = output.num_cached_tokens
+                    if output.finish_reason in ("abort", "error"):
+                        ended_as = output.finish_reason
+                        raise _ended_early(output)
+                    piece = self._piece(job, detokenizer, output)
+                    if piece.finish_reason is not None:
+                        ended_as = piece.finish_reason
+                        # Text ends here, perhaps before the engine knows (a stop string); leaving
+                        # the loop closes the iterator, which frees the sequence's blocks.
+                    yield piece
+                    if piece.finish_reason is not None:
+                        return
+                raise ApiError(500, "The engine ended an answer early", type="server_error")
+        except QtoolError as error:
+            raise _as_api_error(error) from None
+        finally:
+            now = time.monotonic()
+            timer.finished(ended_as, job.num_prompt_tokens, num_cached_tokens, now)
+            self._admission.answered(now - job.arrival)
+
+    async def _outputs(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
+        # The protocol promises an iterator; aclosing needs a generator, and abort() must be sure.
+        finished = False
+        try:
+            async for output in self.client.generate(request):
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            if not finished:
+                self.client.abort(request.request_id)
+
+    @staticmethod
+    def _piece(job: Job, detokenizer: IncrementalDetokenizer, output: TokenOutput) -> Piece:
+        token_ids = output.new_token_ids
+        if output.finish_reason == "stop" and not job.include_stop:
+            token_ids = token_ids[:-1]  # the id that ended the text is no part of it
+        delta = detokenizer.push(token_ids)
+        text, stop_string = delta.text, delta.stop
+        finish_reason: StopReason | None = None
+        if stop_string is not None:
+            finish_reason = "stop"
+        elif output.finish_reason in ("stop", "length"):
+            finish_reason = output.finish_reason
+            tail = detokenizer.flush()
+            text += tail.text
+            if tail.stop is not None:
+                finish_reason, stop_string = "stop", tail.stop
+        return Piece(
+            text=text,
+            num_generated_tokens=output.num_generated_tokens,
+            num_cached_tokens=output.num_cached_tokens,
+            finish_reason=finish_reason,
+            stop_string=stop_string,
+        )
+
+    async def answer(self, job: Job) -> Answer:
+        """The whole answer at once."""
+        texts: list[str] = []
+        async with aclosing(self.stream(job)) as pieces:
+            async for piece in pieces:
+                texts.append(piece.text)
+                if piece.finish_reason is not None:
+                    return Answer(
+                        "".join(texts),
+                        piece.num_generated_tokens,
+                        piece.num_cached_tokens,
+                        piece.finish_reason,
+                        piece.stop_string,
+                    )
+        raise AssertionError("a stream of pieces ends with a finish reason or an error")
+
+    async def answers(self, jobs: Sequence[Job]) -> list[Answer]:
+        """All answers, in the order of the jobs; the first failure ends the others."""
+        if len(jobs) == 1:
+            return [await self.answer(jobs[0])]
+        tasks = [asyncio.create_task(self.answer(job)) for job in jobs]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            await _cancel(tasks)
+
+    async def merged(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
+        """(position of the job, piece) as they come; the first failure ends all."""
+        if len(jobs) == 1:
+            async with aclosing(self.stream(jobs[0])) as pieces:
+                async for piece in pieces:
+                    yield 0, piece
+            return
+        arrived: asyncio.Queue[tuple[int, Piece] | BaseException] = asyncio.Queue()
+
+        async def pump(index: int) -> None:
+            try:
+                async with aclosing(self.stream(jobs[index])) as pieces:
+                    async for piece in pieces:
+                        arrived.put_nowait((index, piece))
+            except Exception as error:
+                arrived.put_nowait(error)
+
+        tasks = [asyncio.create_task(pump(index)) for index in range(len(jobs))]
+        try:
+            num_unfinished = len(jobs)
+            while num_unfinished:
+                item = await arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                num_unfinished -= item[1].finish_reason is not None
+                yield item
+        finally:
+            await _cancel(tasks)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]] | Sequence[asyncio.Task[Answer]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _as_api_error(error: QtoolError) -> ApiError:
+    if isinstance(error, PromptTooLong):
+        return context_length_exceeded(
+            limit=error.max_model_len,
+            num_prompt_tokens=error.num_prompt_tokens,
+            max_tokens=None,
+            param="prompt",
+        )
+    return from_qtool_error(error)
+
+
+def _ended_early(output: TokenOutput) -> ApiError:
+    if output.finish_reason == "abort":
+        return unavailable(
+            "The server stopped before this answer was complete",
+            code="aborted",
+            retry_after_seconds=5,
+        )
+    reason = output.error or "no reason given"
+    return ApiError(500, f"The engine failed on this request: {reason}", type="server_error")

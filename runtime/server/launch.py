@@ -1,0 +1,169 @@
+"""`qtool serve`, from flags to exit: bind, load, show what was decided, serve, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import click
+import orjson
+import torch
+from qtool.runtime.engine.async_engine import AsyncEngine
+
+from qtool.checkpoint import Checkpoint, Source
+from qtool.errors import UnsupportedModel, UsageError
+from qtool.progress import bar, console
+from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.client import ModelInfo
+from qtool.runtime.loading import LoadedModel, load_model
+from qtool.runtime.server.config import SamplingDefaults, ServerConfig
+from qtool.runtime.server.serve import ServerRun, bind, stop_signals, url_of
+from qtool.runtime.server.service import Service
+
+LOG_FORMAT = "%(asctime)s %(message)s"
+
+
+def launch(
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    *,
+    host: str,
+    port: int,
+    use_generation_config: bool,
+    gpu_memory_utilization: float | None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    bound = bind(host, port)
+    try:
+        with bar(f"Loading {engine_config.model}"):
+            loaded = load(engine_config)
+        if gpu_memory_utilization is not None and loaded.device.type == "cuda":
+            kv_bytes = gpu_kv_bytes(gpu_memory_utilization)
+            engine_config = replace(engine_config, kv_cache_memory_bytes=kv_bytes)
+        if use_generation_config:
+            defaults = sampling_defaults(generation_config(loaded.source))
+            server_config = replace(server_config, sampling=defaults)
+        log_to_stderr()
+        asyncio.run(_serve(loaded, engine_config, server_config, bound))
+    finally:
+        bound.close()
+
+
+def gpu_kv_bytes(utilization: float) -> int:
+    """What is left for the KV cache of a share of the GPU's memory, the weights being loaded."""
+    free, total = torch.cuda.mem_get_info()
+    left = int(total * utilization) - (total - free)
+    if left <= 0:
+        raise UsageError(
+            f"--gpu-memory-utilization {utilization:g} of {total / 1e9:.1f} GB leaves no room: "
+            f"{(total - free) / 1e9:.1f} GB are in use",
+            "raise it, or serve a model with fewer bits",
+        )
+    return left
+
+
+async def _serve(
+    loaded: LoadedModel,
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    bound: socket.socket,
+) -> None:
+    client = AsyncEngine.from_loaded(loaded, engine_config)
+    await client.start()
+    try:
+        assert loaded.tokenizer is not None  # load() refuses models without one
+        service = Service.build(client, loaded.tokenizer, server_config)
+        print_plan(loaded, client.info)
+        run = ServerRun(service, bound)
+        with stop_signals(asyncio.get_running_loop(), run.request_stop):
+            await run.serve(lambda: print_ready(url_of(bound), server_config))
+    finally:
+        await client.stop()
+
+
+def load(engine_config: EngineConfig) -> LoadedModel:
+    loaded = load_model(
+        engine_config.model,
+        dtype=engine_config.dtype,
+        device=engine_config.device,
+        revision=engine_config.revision,
+    )
+    if loaded.tokenizer is None:
+        raise UnsupportedModel(
+            f"{engine_config.model} has no tokenizer, so text cannot be served from it",
+            "put the tokenizer.json of the original model into the folder",
+        )
+    return loaded
+
+
+def generation_config(source: Source) -> Mapping[str, Any]:
+    return Checkpoint.open(source.path).generation_config if source.path.is_dir() else {}
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingDefaults:
+    """What the model's makers recommend; values of a wrong type are passed over."""
+    fallback = SamplingDefaults()
+
+    def number(name: str, default: float) -> float:
+        value = generation_config.get(name)
+        return float(value) if isinstance(value, (int, float)) and value > 0 else default
+
+    def count(name: str) -> int | None:
+        value = generation_config.get(name)
+        return value if isinstance(value, int) and value > 0 else None
+
+    return SamplingDefaults(
+        temperature=number("temperature", fallback.temperature),
+        top_p=min(number("top_p", fallback.top_p), 1.0),
+        top_k=count("top_k") or fallback.top_k,
+        min_p=min(number("min_p", fallback.min_p), 1.0),
+        max_new_tokens=count("max_new_tokens"),
+    )
+
+
+def print_plan(loaded: LoadedModel, info: ModelInfo) -> None:
+    """What was decided, and why, on stderr."""
+    assert loaded.tokenizer is not None
+    num_tokens = info.num_kv_blocks * info.block_size
+    facts = {
+        "context": f"{info.max_model_len} tokens",
+        "KV cache": f"{info.num_kv_blocks} blocks of {info.block_size} = {num_tokens} tokens, "
+        f"{_size(info.kv_cache_bytes)}",
+        "batch": f"{info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens a step",
+        "chat template": loaded.tokenizer.chat_template_origin,
+    }
+    console.print(loaded.kernel_table())
+    for name, value in facts.items():
+        console.print(f"{name + ':':<15}{value}", highlight=False)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def print_ready(url: str, config: ServerConfig) -> None:
+    """The address and a first request, on stdout: this is what a caller waits for."""
+    body = orjson.dumps(
+        {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64, "stream": True}
+    ).decode()
+    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+    click.echo(f"Serving {config.served_model_names[0]} at {url}/v1")
+    click.echo(f"try: curl -N {url}/v1/chat/completions{key} -d '{body}'")
+
+
+def log_to_stderr() -> None:
+    """qtool's own lines, and uvicorn's tracebacks, on stderr; other libraries are left alone."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    for name, level in (("qtool", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False

@@ -1,0 +1,218 @@
+"""Prometheus metrics under vLLM's names, so that its Grafana dashboards and autoscalers work
+unchanged.
+
+Two names changed in vLLM over time; both are served: `vllm:gpu_cache_usage_perc` (now
+`kv_cache_usage_perc`) and `vllm:time_per_output_token_seconds` (now
+`inter_token_latency_seconds`). Buckets are vLLM's.
+
+What the engine counts is read from its stats, which it renews once a step, at the moment of the
+scrape: nothing is paid for a gauge that nobody reads, and it cannot be stale. Latencies are
+observed here, once a step and sequence, where the client's waiting is known. Each server has a
+registry of its own; prometheus-client's global one would mix the servers of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from qtool.runtime.engine.client import EngineStats, ModelInfo
+
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+TOKEN_GAP_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
+REQUEST_BUCKETS = (
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60,
+    120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
+FINISHED_REASONS = ("stop", "length", "abort", "error")
+INTER_TOKEN_LATENCY = "vllm:inter_token_latency_seconds"
+TIME_PER_OUTPUT_TOKEN = "vllm:time_per_output_token_seconds"
+
+
+def token_count_buckets(largest: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... up to the longest sequence there can be."""
+    steps = (mantissa * 10**exponent for exponent in range(10) for mantissa in (1, 2, 5))
+    return [count for count in steps if count <= largest] or [1]
+
+
+class Exposition(NamedTuple):
+    body: bytes
+    content_type: str
+
+
+class Metrics:
+    def __init__(self, info: ModelInfo, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self.registry = CollectorRegistry()
+        labels = {"model_name": model_name}
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...] | list[int]) -> Histogram:
+            family = Histogram(name, text, list(labels), registry=None, buckets=buckets)
+            self.registry.register(family)
+            return family.labels(**labels)
+
+        counts = token_count_buckets(info.max_model_len)
+        self.time_to_first_token = histogram(
+            "vllm:time_to_first_token_seconds",
+            "From the arrival of a request to its first token.",
+            FIRST_TOKEN_BUCKETS,
+        )
+        gaps = Histogram(
+            INTER_TOKEN_LATENCY,
+            "Time between two steps that gave a sequence tokens.",
+            list(labels),
+            registry=None,
+            buckets=TOKEN_GAP_BUCKETS,
+        )
+        self.registry.register(_UnderTwoNames(gaps, TIME_PER_OUTPUT_TOKEN))
+        self.inter_token_latency = gaps.labels(**labels)
+        self.request_time_per_token = histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "A request's mean time per token after the first.",
+            TOKEN_GAP_BUCKETS,
+        )
+        self.request_latency = histogram(
+            "vllm:e2e_request_latency_seconds",
+            "From the arrival of a request to its last token.",
+            REQUEST_BUCKETS,
+        )
+        self.prompt_tokens = histogram(
+            "vllm:request_prompt_tokens", "Tokens in the prompt of a request.", counts
+        )
+        self.generation_tokens = histogram(
+            "vllm:request_generation_tokens", "Tokens in the answer to a request.", counts
+        )
+        self._finished = Counter(
+            "vllm:request_success",
+            "Requests that ended, by how.",
+            [*labels, "finished_reason"],
+            registry=self.registry,
+        )
+        # Every reason from the start: a counter that appears with its first event hides that
+        # event from rate().
+        self.finished = {
+            reason: self._finished.labels(**labels, finished_reason=reason)
+            for reason in FINISHED_REASONS
+        }
+        self.cached_prompt_tokens = Counter(
+            "vllm:prompt_tokens_cached",
+            "Prompt tokens that were found in the KV cache.",
+            list(labels),
+            registry=self.registry,
+        ).labels(**labels)
+        self.registry.register(_EngineCollector(info, model_name, stats))
+
+    def expose(self, accept: str) -> Exposition:
+        encoder, content_type = choose_encoder(accept)
+        return Exposition(encoder(self.registry), content_type)
+
+
+class SequenceTimer:
+    """The latencies of one sequence, observed as its tokens arrive, in monotonic seconds."""
+
+    def __init__(self, metrics: Metrics, arrival: float) -> None:
+        self._metrics = metrics
+        self._arrival = arrival
+        self._first: float | None = None
+        self._latest = arrival
+        self._num_tokens = 0
+
+    @property
+    def seconds_to_first_token(self) -> float | None:
+        return None if self._first is None else self._first - self._arrival
+
+    def tokens(self, count: int, now: float) -> None:
+        if count == 0:
+            return
+        if self._first is None:
+            self._first = now
+            self._metrics.time_to_first_token.observe(now - self._arrival)
+        else:
+            self._metrics.inter_token_latency.observe(now - self._latest)
+        self._latest = now
+        self._num_tokens += count
+
+    def finished(
+        self, reason: str, num_prompt_tokens: int, num_cached_tokens: int, now: float
+    ) -> None:
+        metrics = self._metrics
+        metrics.finished[reason].inc()
+        metrics.cached_prompt_tokens.inc(num_cached_tokens)
+        if reason not in ("stop", "length"):
+            return  # an answer cut short says nothing about how long answers take
+        metrics.request_latency.observe(now - self._arrival)
+        metrics.prompt_tokens.observe(num_prompt_tokens)
+        metrics.generation_tokens.observe(self._num_tokens)
+        if self._first is not None and self._num_tokens > 1:
+            metrics.request_time_per_token.observe(
+                (self._latest - self._first) / (self._num_tokens - 1)
+            )
+
+
+class _UnderTwoNames(Collector):
+    """A histogram that is observed once and exposed under its own name and an alias."""
+
+    def __init__(self, source: Histogram, alias: str) -> None:
+        self._source = source
+        self._alias = alias
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._source.collect():
+            yield family
+            twin = HistogramMetricFamily(self._alias, family.documentation)
+            for sample in family.samples:
+                name = sample.name.replace(family.name, self._alias, 1)
+                twin.add_sample(name, sample.labels, sample.value)
+            yield twin
+
+
+class _EngineCollector(Collector):
+    """Gauges and counters that the engine keeps, read when they are asked for."""
+
+    def __init__(self, info: ModelInfo, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self._info = info
+        self._model_name = model_name
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        gauges = (
+            ("vllm:num_requests_running", "Sequences computed now.", stats.num_requests_running),
+            ("vllm:num_requests_waiting", "Sequences in the queue.", stats.num_requests_waiting),
+            ("vllm:kv_cache_usage_perc", "KV blocks in use, 0 to 1.", stats.kv_cache_usage),
+            ("vllm:gpu_cache_usage_perc", "Older name of the same.", stats.kv_cache_usage),
+        )
+        for name, text, value in gauges:
+            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+        counters = (
+            ("vllm:num_preemptions", "Times KV blocks ran out.", stats.num_preemptions),
+            ("vllm:prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total),
+            ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens_total),
+        )
+        for name, text, value in counters:
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
+            counter.add_metric([self._model_name], value)
+            yield counter
+        config = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "How the KV cache is laid out.",
+            labels=["model_name", "block_size", "num_gpu_blocks", "cache_dtype"],
+        )
+        info = self._info
+        config.add_metric(
+            [self._model_name, str(info.block_size), str(info.num_kv_blocks), info.dtype], 1
+        )
+        yield config

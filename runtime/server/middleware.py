@@ -1,0 +1,79 @@
+"""What happens to every request before a route sees it: a request id and the API key.
+
+Plain ASGI: a middleware made of Starlette's `BaseHTTPMiddleware` hides the client's disconnect
+from the route.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import uuid
+from collections.abc import Iterable, Sequence
+
+from qtool.runtime.server.asgi import App, Message, Receive, Scope, Send
+from qtool.runtime.server.errors import ApiError
+
+# What needs a key. Probes and scrapers (/health, /metrics, /version) carry none.
+GUARDED_PREFIXES = ("/v1/",)
+MAX_REQUEST_ID_BYTES = 128
+
+
+def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    return next((value for key, value in headers if key == name), None)
+
+
+class RequestIdMiddleware:
+    """Answer with the client's `x-request-id`, or one made here: logs on both sides then match."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = header(scope["headers"], b"x-request-id")
+        usable = given is not None and 0 < len(given) <= MAX_REQUEST_ID_BYTES and _printable(given)
+        request_id = given if given is not None and usable else uuid.uuid4().hex.encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+def _printable(value: bytes) -> bool:
+    return all(0x21 <= byte <= 0x7E for byte in value)
+
+
+class ApiKeyMiddleware:
+    """Bearer keys for `/v1/`. Digests are compared in constant time: nothing about a key leaks."""
+
+    def __init__(self, app: App, keys: Sequence[str]) -> None:
+        self.app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        guarded = scope["type"] == "http" and scope["path"].startswith(GUARDED_PREFIXES)
+        if not guarded or scope["method"] == "OPTIONS" or self._allows(scope["headers"]):
+            await self.app(scope, receive, send)
+            return
+        refusal = ApiError(
+            401,
+            "Incorrect or missing API key; send it as `Authorization: Bearer KEY`",
+            type="authentication_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await refusal.response()(scope, receive, send)
+
+    def _allows(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        scheme, _, key = (header(headers, b"authorization") or b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        given = hashlib.sha256(key.strip()).digest()
+        # Every key is compared, so that the time does not tell which one matched.
+        return any([hmac.compare_digest(given, digest) for digest in self._digests])

@@ -1,0 +1,158 @@
+"""Running the app: a socket bound before the model is loaded, and a stop that lets answers finish.
+
+On SIGTERM or Ctrl-C: no new connections, new requests on old ones get 503, running answers get
+`shutdown_timeout` seconds, what is left is ended with an error event, exit code 0. A second signal
+ends everything at once. uvicorn's own handling would raise the signal again after its shutdown, and
+the process would report death by signal to a supervisor that asked it politely.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from qtool.errors import QtoolError, UsageError
+from qtool.runtime.server.app import create_app
+from qtool.runtime.server.service import Service, logger
+
+# After the drain every answer has ended; connections get this long to take their last bytes.
+LAST_BYTES_SECONDS = 2.0
+LAST_BYTES_TRIES = 40
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 picks a free one. Bound early, a taken port costs no model load."""
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port {port} does not exist", "ports go from 1 to 65535; 0 picks one")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise UsageError(f"host {host!r}: {error.strerror}", "127.0.0.1 or 0.0.0.0?") from None
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise _cannot_bind(host, port, error) from None
+    return bound
+
+
+def _cannot_bind(host: str, port: int, error: OSError) -> QtoolError:
+    if error.errno == errno.EADDRINUSE:
+        return UsageError(
+            f"port {port} on {host} is in use",
+            "pass another --port, or --port 0 to pick a free one",
+        )
+    if error.errno == errno.EACCES:
+        return UsageError(f"port {port} is not allowed for this user", "pass a --port above 1023")
+    return UsageError(f"cannot listen on {host}:{port}: {error.strerror}", "try --host 127.0.0.1")
+
+
+def url_of(bound: socket.socket) -> str:
+    """Where to reach a bound socket from this machine."""
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if bound.family == socket.AF_INET else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_keep_alive=75,  # above the 60 s of common proxies, which must close first
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class ServerRun:
+    """One run of a server, from a bound socket to a clean stop."""
+
+    def __init__(self, service: Service, bound: socket.socket) -> None:
+        self._service = service
+        self._bound = bound
+        self._server = _Server(create_app(service))
+        self._stop_now = asyncio.Event()
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def serve(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until `request_stop`. The engine runs before this begins and is stopped by it."""
+        ready = asyncio.create_task(self._announce(on_ready))
+        try:
+            await self._server.serve(sockets=[self._bound])
+            if self._stopping is not None:
+                await self._stopping
+        finally:
+            ready.cancel()
+            await asyncio.gather(ready, return_exceptions=True)
+
+    async def _announce(self, on_ready: Callable[[], None]) -> None:
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+        on_ready()
+
+    def request_stop(self) -> None:
+        """First call: let running answers finish, then stop. Second call: stop now."""
+        if self._stopping is None:
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        else:
+            self._stop_now.set()
+
+    async def _stop(self) -> None:
+        admission, seconds = self._service.admission, self._service.config.shutdown_timeout
+        admission.close()
+        self._server.should_exit = True  # uvicorn closes the listening socket
+        if admission.num_inside:
+            logger.info("stopping: %d answers get up to %g s", admission.num_inside, seconds)
+        finished = asyncio.create_task(admission.wait_until_empty())
+        hurried = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait(
+            {finished, hurried}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        # What still runs ends now; its stream gets an error event, then the connection closes.
+        await self._service.client.stop(drain_seconds=0)
+        for task in (finished, hurried):
+            task.cancel()
+        connections = self._server.server_state.connections
+        for _ in range(LAST_BYTES_TRIES):
+            if not connections:
+                return
+            await asyncio.sleep(LAST_BYTES_SECONDS / LAST_BYTES_TRIES)
+        for connection in list(connections):
+            # A client that does not read would hold the process for ever.
+            connection.transport.abort()
+
+
+@contextmanager
+def stop_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Iterator[None]:
+    """Call ``stop`` on SIGTERM and Ctrl-C."""
+    handled = (signal.SIGTERM, signal.SIGINT)
+    for number in handled:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)
