@@ -1,0 +1,202 @@
+"""What a conversion will do, settled from headers before any weight is read.
+
+A linear goes into a packed format without requantizing or not at all: integer codes, scales and
+zeros are carried over as they are. What a format cannot hold (a shape Marlin has no tiles for, an
+asymmetric layer in GPTQ, GGUF's K-quants anywhere but in GGUF) becomes a dense tensor and is named
+with its reason. Nothing here quantizes; that is `qtool quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from qtool.arch import ARCHITECTURES
+from qtool.convert.formats import FORMATS, Held, WeightReader
+from qtool.errors import QtoolError, UnknownName, UsageError
+from qtool.scheme import QuantScheme
+
+DENSE_TARGET = "hf"
+GGUF_TARGET = "gguf"
+TARGETS = (GGUF_TARGET, "marlin", "gptq", "awq", "compressed-tensors", DENSE_TARGET)
+
+# --type of a dense checkpoint, under every name in use.
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "f16": torch.float16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "f32": torch.float32,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+# GGUF blocks that are integer grids with an fp16 scale, exactly.
+GRID_BLOCKS = {"Q4_0": QuantScheme(4, 32)}
+EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
+
+Action = Literal["repack", "dequantize", "cast", "copy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What becomes of one linear or tensor.
+
+    name    a module for "repack" and "dequantize", a tensor's full name else
+    held    what the source has
+    writes  what the output will have: a scheme or a dtype
+    reason  why a packed linear is not carried over packed, or None
+    nbytes  what it will take in the output, about
+    """
+
+    name: str
+    held: Held
+    action: Action
+    writes: str
+    nbytes: int
+    scheme: QuantScheme | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """A checkpoint to be written: every step, and the quantization_config that goes with them."""
+
+    target: str
+    dtype: torch.dtype
+    steps: tuple[Step, ...]
+    quantization_config: dict[str, Any] | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(step.nbytes for step in self.steps)
+
+    @property
+    def left_dense(self) -> dict[str, str]:
+        """Packed linears of the source that the output holds dense, with the reason."""
+        return {step.name: step.reason for step in self.steps if step.reason is not None}
+
+
+def check_target(target: str) -> None:
+    if target not in TARGETS:
+        raise UnknownName("conversion target", target, TARGETS)
+
+
+def plan_conversion(reader: WeightReader, *, target: str, type: str | None) -> ConversionPlan:
+    """The plan for a checkpoint target ("hf" or a name in FORMATS)."""
+    check_target(target)
+    if target == GGUF_TARGET:
+        raise ValueError("a GGUF file is planned by convert/gguf/export.py")
+    dtype = _dtype(reader.config, target, type)
+    steps = [_packed_step(reader, module, target, dtype) for module in reader.modules()]
+    steps += [_tensor_step(reader, name, target, dtype) for name in _kept_tensors(reader)]
+    if target == DENSE_TARGET:
+        return ConversionPlan(target, dtype, tuple(steps), None)
+    _require_something_packed(reader, target, steps)
+    packed = {step.name: step.scheme for step in steps if step.scheme is not None}
+    dense = [name for step in steps if (name := _dense_linear(step)) is not None]
+    config = FORMATS[target].quantization_config(packed, dense)
+    return ConversionPlan(target, dtype, tuple(steps), config)
+
+
+def _dtype(config: Mapping[str, Any], target: str, type: str | None) -> torch.dtype:
+    """The dtype of dense tensors and, in compressed-tensors, of scales."""
+    if type is None:
+        declared = config.get("dtype") or config.get("torch_dtype")
+        return DTYPES.get(str(declared), torch.bfloat16)
+    if target != DENSE_TARGET:
+        raise UsageError(
+            f"--type {type} does not go with --to {target}, whose layers keep the width they have",
+            "--type chooses a GGUF type (--to gguf) or the dtype of --to hf",
+        )
+    if type.lower() not in DTYPES:
+        raise UnknownName("type for --to hf", type, ("bf16", "fp16", "f32"))
+    return DTYPES[type.lower()]
+
+
+def _packed_step(reader: WeightReader, module: str, target: str, dtype: torch.dtype) -> Step:
+    held = reader.describe(module)
+    out_features, in_features = held.shape
+    dense_bytes = out_features * in_features * dtype.itemsize
+    scheme = held.scheme or GRID_BLOCKS.get(held.kind)
+    reason = _refusal(reader, module, held, scheme, target)
+    if reason is None and scheme is not None and target != DENSE_TARGET:
+        nbytes = int(scheme.bits_per_weight(in_features) * out_features * in_features / 8)
+        return Step(module, held, "repack", str(scheme), nbytes, scheme)
+    return Step(module, held, "dequantize", _name(dtype), dense_bytes, None, reason)
+
+
+def _refusal(
+    reader: WeightReader, module: str, held: Held, scheme: QuantScheme | None, target: str
+) -> str | None:
+    if target == DENSE_TARGET:
+        return None
+    if not _is_block_linear(reader, module):
+        return f"{target} packs the linears inside the blocks only"
+    if scheme is None:
+        return f"{target} cannot hold {held.kind} without requantizing"
+    out_features, in_features = held.shape
+    return FORMATS[target].refuses(scheme, out_features, in_features)
+
+
+def _is_block_linear(reader: WeightReader, module: str) -> bool:
+    """GGUF packs embeddings and the head as well; in a checkpoint what is packed is a linear."""
+    if reader.format != GGUF_TARGET:
+        return True
+    return any(part.isdigit() for part in module.split("."))
+
+
+def _kept_tensors(reader: WeightReader) -> list[str]:
+    """Plain tensors to write: all but a head that is tied, which loaders must not find stored."""
+    names = reader.tensor_names()
+    if not reader.config.get("tie_word_embeddings"):
+        return names
+    family = ARCHITECTURES.get(str(reader.config.get("model_type")))
+    head = f"{family.hf_name('head') if family else 'lm_head'}.weight"
+    return [name for name in names if name != head]
+
+
+def _tensor_step(reader: WeightReader, name: str, target: str, dtype: torch.dtype) -> Step:
+    """Dense tensors keep their type, but where --to hf asks for one."""
+    held = reader.describe(name)
+    source = DTYPES.get(held.kind)
+    count = 1
+    for size in held.shape:
+        count *= size
+    if target == DENSE_TARGET and source is not None and source != dtype:
+        return Step(name, held, "cast", _name(dtype), count * dtype.itemsize)
+    itemsize = (source or torch.float32).itemsize
+    return Step(name, held, "copy", held.kind, count * itemsize)
+
+
+def _dense_linear(step: Step) -> str | None:
+    """The module of a step that leaves a linear dense, for the loader's list of exceptions."""
+    if step.action == "repack" or len(step.held.shape) != 2:
+        return None
+    module = step.name if step.action == "dequantize" else step.name.removesuffix(".weight")
+    is_weight = step.action == "dequantize" or step.name.endswith(".weight")
+    return module if is_weight and module.split(".")[-1] not in EMBEDDINGS else None
+
+
+def _require_something_packed(reader: WeightReader, target: str, steps: list[Step]) -> None:
+    if any(step.action == "repack" for step in steps):
+        return
+    name = reader.source.name
+    if not reader.modules():
+        raise QtoolError(
+            f"{name} is not quantized, and {target} holds quantized weights",
+            f"quantize it first: qtool quantize {name} --recipe int4, "
+            "then convert what that writes",
+        )
+    step = next(step for step in steps if step.reason is not None)
+    raise QtoolError(
+        f"no linear of {name} can be carried over to {target}: {step.name}: {step.reason}",
+        "convert it with --to hf, and quantize the result for this format",
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,208 @@
+"""Carrying a conversion out: tensor by tensor, then read back and compared, then named.
+
+Memory is a layer and an output shard. The output is built in a hidden sibling folder, opened again
+as any reader would open it, and every weight compared with the source's; only then does it take its
+name. Codes and zeros must be equal. Scales may have been rounded where the target's type is
+narrower (fp16 to bfloat16), by no more than that type's rounding, and by how much is reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.artifact import MANIFEST_NAME, Manifest, write_manifest
+from qtool.checkpoint import OutputFolder, ShardWriter, Source, copy_side_files, resolve, write_json
+from qtool.convert.formats import FORMATS, WeightReader, open_weights
+from qtool.convert.plan import DENSE_TARGET, GGUF_TARGET, ConversionPlan, Step, plan_conversion
+from qtool.errors import QtoolError, VerificationFailed
+from qtool.progress import track
+from qtool.weights import QuantizedWeight
+
+# bfloat16 rounds a scale by 2**-9 at most; beyond twice that it is no rounding.
+MAX_SCALE_ERROR = 2.0**-8
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was written, as read back.
+
+    exact_layers     packed layers with the source's weights, bit for bit
+    rounded_layers   packed layers whose scales were rounded to the target's type
+    max_scale_error  the largest relative change of a scale among those
+    nbytes           of all files
+    """
+
+    out: Path
+    exact_layers: int
+    rounded_layers: int
+    max_scale_error: float
+    nbytes: int
+
+
+def convert_model(
+    source: str | Source,
+    *,
+    to: str,
+    type: str | None = None,
+    out: Path | str | None = None,
+    force: bool = False,
+) -> Path:
+    """Convert a model; returns what was written, a folder or a .gguf file.
+
+    source  a folder, a .gguf file, a Hub id or builtin:NAME
+    to      gguf, marlin, gptq, awq, compressed-tensors or hf
+    type    a GGUF type (Q4_K_M, ...), or a dtype with hf
+    out     "<model>-<to>" in the current folder where None
+    """
+    if isinstance(source, str):
+        source = resolve(source)
+    reader = open_weights(source)
+    path = None if out is None else Path(out)
+    if to == GGUF_TARGET:
+        return write_gguf_file(reader, type=type, out=path, force=force)
+    plan = plan_conversion(reader, target=to, type=type)
+    return write_checkpoint(reader, plan, path or default_out(source, to), force=force).out
+
+
+def default_out(source: Source, suffix: str) -> Path:
+    return Path(f"{source.short_name}-{suffix}")
+
+
+def write_checkpoint(
+    reader: WeightReader, plan: ConversionPlan, out: Path, *, force: bool = False
+) -> Outcome:
+    """Write, read back, compare, name."""
+    with OutputFolder(out, force=force, needed_bytes=plan.nbytes) as stage:
+        shards = ShardWriter(stage.path)
+        for step in track(plan.steps, f"writing {out.name}"):
+            for name, tensor in _tensors(reader, plan, step).items():
+                _require_finite(name, tensor)
+                shards.add(name, tensor)
+        shards.finish()
+        write_json(stage.path / "config.json", _config(reader, plan))
+        copy_side_files(reader.source.path, stage.path)
+        outcome = _compare(reader, plan, stage.path, out)
+        write_manifest(stage.path, _manifest(reader, plan, outcome))
+    return outcome
+
+
+def _tensors(reader: WeightReader, plan: ConversionPlan, step: Step) -> dict[str, Tensor]:
+    """The tensors that a step puts in the output, by full name."""
+    if step.action == "repack":
+        packed = FORMATS[plan.target].pack(_integer_weight(reader, step), plan.dtype)
+        return {f"{step.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+    return {_dense_name(step): _dense_tensor(reader, plan, step)}
+
+
+def _dense_name(step: Step) -> str:
+    return f"{step.name}.weight" if step.action == "dequantize" else step.name
+
+
+def _dense_tensor(reader: WeightReader, plan: ConversionPlan, step: Step) -> Tensor:
+    if step.action == "dequantize":
+        return reader.weight(step.name).dequantize(plan.dtype)
+    tensor = reader.tensor(step.name)
+    return tensor.to(plan.dtype) if step.action == "cast" else tensor
+
+
+def _integer_weight(reader: WeightReader, step: Step) -> QuantizedWeight:
+    weight = reader.weight(step.name)
+    assert isinstance(weight, QuantizedWeight), (step, type(weight))
+    return weight
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise QtoolError(
+            f"{name} would be written with NaN or infinite values as {tensor.dtype}",
+            "the source holds them already, or its values exceed that type; try --type bf16 or f32",
+        )
+
+
+def _config(reader: WeightReader, plan: ConversionPlan) -> dict[str, Any]:
+    config = dict(reader.config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(plan.dtype).removeprefix("torch.")
+    if plan.quantization_config is not None:
+        config["quantization_config"] = plan.quantization_config
+    return config
+
+
+def _compare(reader: WeightReader, plan: ConversionPlan, folder: Path, out: Path) -> Outcome:
+    """Open what was written and compare every step with the source."""
+    written = open_weights(Source(str(out), folder))
+    errors = []
+    for step in track(plan.steps, f"checking {out.name}"):
+        if step.action == "repack":
+            meant, found = _integer_weight(reader, step), _integer_weight(written, step)
+            errors.append(_scale_error(step.name, meant, found))
+        else:
+            name = _dense_name(step)
+            if not torch.equal(written.tensor(name), _dense_tensor(reader, plan, step)):
+                raise VerificationFailed(f"{name} reads back other than it was written")
+    return Outcome(
+        out=out,
+        exact_layers=errors.count(0.0),
+        rounded_layers=len(errors) - errors.count(0.0),
+        max_scale_error=max(errors, default=0.0),
+        nbytes=sum(file.stat().st_size for file in folder.iterdir()),
+    )
+
+
+def _scale_error(module: str, meant: QuantizedWeight, found: QuantizedWeight) -> float:
+    """The largest relative change of a scale; raises where anything else differs."""
+    if not torch.equal(meant.codes, found.codes) or not torch.equal(_zeros(meant), _zeros(found)):
+        raise VerificationFailed(f"{module}: the codes read back differ from the source's")
+    scales, others = meant.scales.double(), found.scales.double()
+    change = ((scales - others).abs() / scales.abs().clamp(min=1e-300)).max().item()
+    if change > MAX_SCALE_ERROR:
+        raise VerificationFailed(
+            f"{module}: a scale changes by {change:.1%} in the target's type",
+            "its scales are too small or too large for it; compressed-tensors keeps them",
+        )
+    return float(change)
+
+
+def _zeros(weight: QuantizedWeight) -> Tensor:
+    if weight.zeros is not None:
+        return weight.zeros
+    return torch.full(weight.scales.shape, weight.scheme.midpoint, dtype=torch.uint8)
+
+
+def _manifest(reader: WeightReader, plan: ConversionPlan, outcome: Outcome) -> Manifest:
+    """Where it comes from; the recipe and errors of a quantized source stay with it."""
+    source = reader.source
+    origin = _source_manifest(source)
+    warnings = () if origin is None else tuple(origin.warnings)
+    if outcome.rounded_layers:
+        warnings += (
+            f"scales of {outcome.rounded_layers} layers rounded to fit, "
+            f"by at most {outcome.max_scale_error:.2g} of a scale",
+        )
+    return Manifest(
+        format="dense" if plan.target == DENSE_TARGET else plan.target,
+        source=source.name,
+        source_revision=source.revision,
+        recipe=None if origin is None else origin.recipe,
+        calibration=None if origin is None else origin.calibration,
+        layers=() if origin is None else origin.layers,
+        unquantized={**({} if origin is None else origin.unquantized), **plan.left_dense},
+        warnings=warnings,
+    )
+
+
+def _source_manifest(source: Source) -> Manifest | None:
+    if not (source.path / MANIFEST_NAME).is_file():
+        return None
+    return Manifest.load(source.path)
+
+
+def write_gguf_file(
+    reader: WeightReader, *, type: str | None, out: Path | None, force: bool
+) -> Path:
+    raise NotImplementedError
