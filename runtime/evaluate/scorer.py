@@ -11,6 +11,8 @@ tokenizers of one evaluation are run on the text, and the first difference is an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +26,8 @@ from qtool.errors import QtoolError, UnsupportedModel
 from qtool.progress import bar
 from qtool.runtime.config import Device
 from qtool.runtime.evaluate.text import ScoringDtype
-from qtool.runtime.loading import LoadedModel, load_model
+from qtool.runtime.loading import LoadedModel, choose_device, load_model
+from qtool.runtime.tokenizer import Tokenizer
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -58,9 +61,6 @@ class Scorer(Protocol):
 
     @property
     def dtype(self) -> str: ...
-
-    @property
-    def device(self) -> torch.device: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -97,21 +97,11 @@ class RuntimeScorer:
         return str(self.loaded.dtype).removeprefix("torch.")
 
     @property
-    def device(self) -> torch.device:
-        return torch.device(self.loaded.device)
-
-    @property
     def vocab_size(self) -> int:
         return self.loaded.config.vocab_size
 
     def tokenize(self, text: str) -> TokenizedText:
-        tokenizer = self.loaded.tokenizer
-        if tokenizer is None:
-            raise QtoolError(
-                f"{self.name} has no tokenizer, so no text can be scored with it",
-                "put the original's tokenizer.json and tokenizer_config.json in its folder",
-            )
-        return tokenized(tokenizer, text, tokenizer.bos_token_id)
+        return tokenize(self.name, self.loaded.tokenizer, text)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.loaded.logits(tokens)
@@ -123,62 +113,72 @@ class TransformersScorer:
 
     name: str
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     scored_by: str = "transformers"
 
     @classmethod
     def load(
         cls, source: Source, name: str, *, dtype: ScoringDtype, device: Device
     ) -> TransformersScorer:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
-            with bar(f"loading {name} in transformers"):
+            with bar(f"loading {name} in transformers"), _no_foreign_bars():
                 model = AutoModelForCausalLM.from_pretrained(source.path, dtype=DTYPES[dtype])
-                tokenizer = AutoTokenizer.from_pretrained(source.path)
         except (ImportError, KeyError, OSError, ValueError) as error:
             raise UnsupportedModel(
                 f"the runtime does not have this family and transformers cannot load {name}: "
                 f"{error}",
                 "compressed-tensors is the format that transformers reads for every family",
             ) from error
-        return cls(name, model.to(place).eval(), tokenizer)
+        tokenizer = Tokenizer.load(source, open_weights(source))
+        return cls(name, model.to(choose_device(device)).eval(), tokenizer)
 
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
-
-    @property
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
     def tokenize(self, text: str) -> TokenizedText:
-        return tokenized(self.tokenizer, text, self.tokenizer.bos_token_id)
+        return tokenize(self.name, self.tokenizer, text)
 
     def logits(self, tokens: Tensor) -> Tensor:
         with torch.inference_mode():
-            output = self.model(input_ids=tokens.to(self.device), use_cache=False)
+            output = self.model(input_ids=tokens.to(self.model.device), use_cache=False)
         logits: Tensor = output.logits
         return logits.float()
 
 
-class _Encoder(Protocol):
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+@contextmanager
+def _no_foreign_bars() -> Iterator[None]:
+    """transformers draws a bar of its own over ours."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
-def tokenized(tokenizer: _Encoder, text: str, bos_token_id: int | None) -> TokenizedText:
+def tokenize(name: str, tokenizer: Tokenizer | None, text: str) -> TokenizedText:
     """The text's ids, behind a BOS if the tokenizer puts one before text, and with no end token."""
+    if tokenizer is None:
+        raise QtoolError(
+            f"{name} has no tokenizer, so no text can be scored with it",
+            "put the original's tokenizer.json and tokenizer_config.json in its folder",
+        )
+    bos = tokenizer.bos_token_id
     marked, plain = (tokenizer.encode("a", add_special_tokens=special) for special in (True, False))
-    adds_bos = bos_token_id is not None and marked[:1] == [bos_token_id] and marked != plain
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if adds_bos and bos_token_id is not None:
-        ids = [bos_token_id, *ids]
-    return TokenizedText(torch.tensor(ids, dtype=torch.long), bos_token_id if adds_bos else None)
+    if bos is None or marked == plain or marked[0] != bos:
+        return TokenizedText(torch.tensor(ids, dtype=torch.long), None)
+    return TokenizedText(torch.tensor([bos, *ids], dtype=torch.long), bos)
 
 
 def require_same_tokens(
