@@ -150,8 +150,7 @@ def run_cli(arguments: Sequence[str]) -> int:
     try:
         main(list(arguments))
     except SystemExit as ended:
-        assert isinstance(ended.code, int)
-        return ended.code
+        return int(ended.code or 0)
     return 0
 
 
