@@ -19,7 +19,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
-@dataclass(frozen=True, slots=True)
+# No slots: they would hide the defaults, which the command line reads as EngineConfig.max_num_seqs.
+@dataclass(frozen=True)
 class EngineConfig:
     """How to load and run one model.
 

@@ -120,7 +120,7 @@ class Tokenizer:
 
 
 def _generation_eos(source: Source) -> tuple[int, ...]:
-    """End-of-text ids of generation_config.json: chat models name more than their tokenizer does."""
+    """End-of-text ids of generation_config.json: chat models name more than the tokenizer does."""
     path = source.path / "generation_config.json"
     if not path.is_file():
         return ()

@@ -1,7 +1,8 @@
 """The seam between whoever serves text and whatever runs the model.
 
 A server holds an `EngineClient` and cannot tell whether the model runs in a thread of the same
-process, on several devices or on another machine. `AsyncEngine` is the first of them.
+process, on several devices or on another machine. `runtime.engine.async_engine.AsyncEngine` is
+the first of them.
 """
 
 from collections.abc import AsyncIterator

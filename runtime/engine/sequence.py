@@ -109,7 +109,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What one step did for one request. The last one of a request has a `finish_reason`."""
+    """What one step did for one request. The last one of a request has a `finish_reason`.
+
+    With finish_reason "stop" the last id is the end-of-text or stop id: counted, but no text.
+    """
 
     request_id: str
     new_token_ids: tuple[int, ...]
@@ -120,7 +123,7 @@ class TokenOutput:
     error: str | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A request inside the engine: its tokens, and how many of them the KV cache holds.
 

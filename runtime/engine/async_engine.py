@@ -1,0 +1,207 @@
+"""The engine in a thread of its own, and the asyncio side that talks to it.
+
+    asyncio thread                              engine thread, the only one that runs torch
+    generate, abort --- inbox (SimpleQueue) --> add, abort, step, step, ...
+    queue a request <-- call_soon_threadsafe -- all outputs of a step, handed over once
+
+With nothing to do the engine thread blocks on its inbox and uses no CPU. Between steps it empties
+the inbox without waiting, so an abort takes effect after at most one step.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from qtool.errors import QtoolError, UsageError
+from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.client import EngineStats, ModelInfo
+from qtool.runtime.engine.engine import Engine, validate
+from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
+from qtool.runtime.loading import LoadedModel, load_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """End every request and the thread."""
+
+
+_Message = _Add | _Abort | _Stop
+
+
+class EngineStopped(QtoolError):
+    """The engine takes no more requests."""
+
+
+class AsyncEngine:
+    """An `EngineClient` whose model runs in this process.
+
+    `start` loads the model in the engine thread, unless it was given loaded; all methods but
+    `stats` and `healthy` belong to the event loop that called `start`.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._load: Callable[[], LoadedModel] = lambda: load_model(
+            config.model, dtype=config.dtype, device=config.device, revision=config.revision
+        )
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._outputs: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._nothing_running = asyncio.Event()
+        self._nothing_running.set()
+        self._accepting = False
+        self._info: ModelInfo | None = None
+        self._stats = EngineStats()
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedModel, config: EngineConfig) -> "AsyncEngine":
+        engine = cls(config)
+        engine._load = lambda: loaded
+        return engine
+
+    @property
+    def info(self) -> ModelInfo:
+        if self._info is None:
+            raise RuntimeError("the engine has not been started")
+        return self._info
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def healthy(self) -> bool:
+        return self._info is not None and self._thread is not None and self._thread.is_alive()
+
+    async def start(self) -> None:
+        """Load the model and wait until it can run; raises what loading raises."""
+        if self._thread is not None:
+            raise RuntimeError("the engine has been started before")
+        self._loop = asyncio.get_running_loop()
+        ready: Future[ModelInfo] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(ready,), name="qtool-engine", daemon=True
+        )
+        self._thread.start()
+        self._info = await asyncio.wrap_future(ready)
+        self._accepting = True
+
+    async def stop(self, *, drain_seconds: float = 0.0) -> None:
+        self._accepting = False
+        if self._thread is None:
+            return
+        if drain_seconds > 0:
+            try:
+                async with asyncio.timeout(drain_seconds):
+                    await self._nothing_running.wait()
+            except TimeoutError:
+                logger.warning("%d requests are still running and end now", len(self._outputs))
+        self._inbox.put(_Stop())
+        await asyncio.to_thread(self._thread.join)
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        """See `EngineClient.generate`; a request that can never run is refused by this call."""
+        if not self._accepting:
+            raise EngineStopped("the engine is not taking requests")
+        if not self.healthy():
+            raise EngineStopped("the engine has ended after an error", hint="see the log")
+        validate(request, self.info)
+        if request.request_id in self._outputs:
+            raise UsageError(f"request {request.request_id} is already running")
+        return self._stream(request)
+
+    async def _stream(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
+        self._outputs[request.request_id] = queue
+        self._nothing_running.clear()
+        self._inbox.put(_Add(request))
+        finished = False
+        try:
+            while not finished:
+                output = await queue.get()
+                finished = output.finish_reason is not None
+                if finished:
+                    self._forget(request.request_id)
+                yield output
+        finally:
+            if not finished:
+                self._forget(request.request_id)
+                self.abort(request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        self._inbox.put(_Abort(request_id))
+
+    def _forget(self, request_id: str) -> None:
+        self._outputs.pop(request_id, None)
+        if not self._outputs:
+            self._nothing_running.set()
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            queue = self._outputs.get(output.request_id)
+            if queue is not None:
+                queue.put_nowait(output)
+
+    # What follows runs in the engine thread.
+
+    def _run(self, ready: Future[ModelInfo]) -> None:
+        try:
+            engine = Engine(self._load(), self._config)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(engine.info)
+        try:
+            while self._turn(engine):
+                pass
+        except BaseException:
+            logger.exception("the engine has failed and ends")
+            self._hand_over(engine, engine.abort_all("the engine has failed; see its log"))
+            raise
+
+    def _turn(self, engine: Engine) -> bool:
+        """Take the messages, run one step, hand over what came of both; False when told to stop."""
+        outputs: list[TokenOutput] = []
+        going_on = True
+        for message in self._messages(wait=not engine.has_work):
+            if isinstance(message, _Add):
+                engine.add(message.request)
+            elif isinstance(message, _Abort):
+                aborted = engine.abort(message.request_id)
+                outputs.extend([aborted] if aborted else [])
+            else:
+                going_on = False
+        outputs.extend(engine.step() if going_on else engine.abort_all())
+        self._hand_over(engine, outputs)
+        return going_on
+
+    def _messages(self, *, wait: bool) -> list[_Message]:
+        messages: list[_Message] = []
+        if wait:
+            messages.append(self._inbox.get())
+        while True:
+            try:
+                messages.append(self._inbox.get_nowait())
+            except Empty:
+                return messages
+
+    def _hand_over(self, engine: Engine, outputs: list[TokenOutput]) -> None:
+        self._stats = engine.stats()
+        if not outputs or self._loop is None or self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._deliver, outputs)

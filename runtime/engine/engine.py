@@ -1,0 +1,187 @@
+"""The engine: requests in, one step at a time, token ids out.
+
+    add, abort -> Scheduler.schedule -> make_batch -> ModelRunner.run -> sample -> outputs
+
+It is synchronous and single-threaded; `runtime.engine.async_engine.AsyncEngine` gives it a thread
+and `runtime.llm.LLM` calls it in a loop. A request that fails (the model computes no numbers for
+it, an operator raises) gets the error as its last output; the step is repeated for the others one
+by one, which is safe because a step only writes cache slots of its own sequences.
+"""
+
+import logging
+import random
+from collections.abc import Sequence as Series
+
+from qtool.errors import UsageError
+from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.batch import make_batch
+from qtool.runtime.engine.blocks import BlockManager
+from qtool.runtime.engine.client import EngineStats, ModelInfo
+from qtool.runtime.engine.runner import ModelRunner, block_bytes, choose_num_blocks
+from qtool.runtime.engine.sampler import sample
+from qtool.runtime.engine.scheduler import Scheduled, Scheduler
+from qtool.runtime.engine.sequence import (
+    FinishReason,
+    GenerationRequest,
+    PromptTooLong,
+    Sequence,
+    TokenOutput,
+)
+from qtool.runtime.loading import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        decoder = loaded.decoder
+        num_blocks, max_model_len = choose_num_blocks(
+            config, loaded.config, loaded.dtype, loaded.device
+        )
+        self.info = ModelInfo(
+            name=loaded.source.name,
+            max_model_len=max_model_len,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=loaded.device.type,
+            format=loaded.format,
+            vocab_size=loaded.config.vocab_size,
+            num_kv_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            weight_bytes=loaded.nbytes,
+            kv_cache_bytes=num_blocks * block_bytes(loaded.config, loaded.dtype, config.block_size),
+        )
+        self.blocks = BlockManager(num_blocks, config.block_size)
+        self._runner = ModelRunner(decoder, num_blocks=num_blocks, block_size=config.block_size)
+        self._scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._device = loaded.device
+        self._eos_token_ids = loaded.eos_token_ids
+        self._seeds = random.Random(config.seed)
+        self._sequences: dict[str, Sequence] = {}
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_requests_running=self._scheduler.num_running,
+            num_requests_waiting=self._scheduler.num_waiting,
+            kv_cache_usage=self.blocks.usage,
+            num_preemptions=self._scheduler.num_preemptions,
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._generation_tokens,
+        )
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request; raises PromptTooLong or UsageError if it can never run."""
+        validate(request, self.info)
+        if request.request_id in self._sequences:
+            raise UsageError(f"request {request.request_id} is already running")
+        sampling = request.sampling
+        room = self.info.max_model_len - len(request.prompt_token_ids)
+        new_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        eos = () if sampling.ignore_eos else self._eos_token_ids
+        sequence = Sequence(
+            request=request,
+            seed=self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed,
+            stop_token_ids=frozenset((*eos, *sampling.stop_token_ids)),
+            max_total_tokens=len(request.prompt_token_ids) + new_tokens,
+        )
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> TokenOutput | None:
+        """End a request and free its blocks now; None if it is not here (any more)."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else self._finish(sequence, "abort")
+
+    def abort_all(self, error: str | None = None) -> list[TokenOutput]:
+        """End every request, with an error if one is given."""
+        reason: FinishReason = "abort" if error is None else "error"
+        return [
+            self._finish(sequence, reason, error=error)
+            for sequence in list(self._sequences.values())
+        ]
+
+    def step(self) -> list[TokenOutput]:
+        """Compute what the scheduler chose; one output for each sequence that got a token."""
+        scheduled = self._scheduler.schedule()
+        if not scheduled:
+            return []
+        try:
+            results = self._compute(scheduled)
+        except Exception:
+            logger.exception("a step of %d sequences failed; trying each alone", len(scheduled))
+            results = [self._compute_alone(work) for work in scheduled]
+        outputs = []
+        for work, result in zip(scheduled, results, strict=True):
+            output = self._advance(work, result)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _compute(self, scheduled: Series[Scheduled]) -> list[int | Exception | None]:
+        """For each sequence its next token, its own failure, or None if it draws no token yet."""
+        logits = self._runner.run(make_batch(scheduled, self.blocks.table, self._device))
+        drawing = [work.sequence for work in scheduled if work.samples]
+        drawn = iter(sample(logits, drawing) if drawing else ())
+        return [next(drawn) if work.samples else None for work in scheduled]
+
+    def _compute_alone(self, work: Scheduled) -> int | Exception | None:
+        try:
+            return self._compute([work])[0]
+        except Exception as error:
+            logger.exception("request %s failed", work.sequence.id)
+            return error
+
+    def _advance(self, work: Scheduled, result: int | Exception | None) -> TokenOutput | None:
+        sequence = work.sequence
+        if isinstance(result, Exception):
+            self._runner.clear(self.blocks.table(sequence.id))
+            return self._finish(sequence, "error", error=str(result) or type(result).__name__)
+        sequence.num_computed_tokens += work.num_tokens
+        if result is None:
+            return None
+        if sequence.num_generated_tokens == 0:
+            self._prompt_tokens += sequence.num_prompt_tokens
+        self._generation_tokens += 1
+        reason = sequence.append(result)
+        if reason is not None:
+            return self._finish(sequence, reason, (result,))
+        return sequence.output((result,))
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        new_token_ids: tuple[int, ...] = (),
+        error: str | None = None,
+    ) -> TokenOutput:
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.id]
+        return sequence.output(new_token_ids, reason, error)
+
+
+def validate(request: GenerationRequest, info: ModelInfo) -> None:
+    """Raise unless the model can run the request: it fits, and every id is in the vocabulary."""
+    prompt = request.prompt_token_ids
+    if len(prompt) >= info.max_model_len:
+        raise PromptTooLong(len(prompt), info.max_model_len)
+    for token_id in (min(prompt), max(prompt)):
+        if not 0 <= token_id < info.vocab_size:
+            raise UsageError(
+                f"token id {token_id} is outside the vocabulary of {info.vocab_size} tokens"
+            )
+    for token_id in request.sampling.stop_token_ids:
+        if not 0 <= token_id < info.vocab_size:
+            raise UsageError(
+                f"stop_token_ids has {token_id}, outside the vocabulary of {info.vocab_size} tokens"
+            )

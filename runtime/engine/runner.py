@@ -1,0 +1,152 @@
+"""Runs batches: owns the KV pool, and gives the decoder an `attend` that reads and writes it.
+
+The pool is one tensor for keys and one for values a layer, [kv_heads, slots, head_dim]: the blocks
+of a head lie side by side, which is how `kernels.cpu.attention` wants to gather them. On a CPU its
+pages are touched as they are first used, so a large pool costs nothing until it is needed.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtool.arch import DecoderConfig
+from qtool.errors import UsageError
+from qtool.kernels.cpu import attention
+from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.batch import Batch
+from qtool.runtime.models.decoder import Decoder
+
+# Share of the memory that is free after loading which the pool may take.
+CPU_MEMORY_SHARE = 0.25
+CUDA_MEMORY_SHARE = 0.85
+
+
+class ModelRunner:
+    def __init__(self, decoder: Decoder, *, num_blocks: int, block_size: int) -> None:
+        config = decoder.config
+        self._decoder = decoder
+        self._block_size = block_size
+        self._scale = config.head_dim**-0.5
+        shape = (config.num_kv_heads, num_blocks * block_size, config.head_dim)
+        self._pools = [
+            (
+                _zeros(shape, decoder.dtype, decoder.device),
+                _zeros(shape, decoder.dtype, decoder.device),
+            )
+            for _ in range(config.num_layers)
+        ]
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """Logits of the sampled rows, [sampled, vocab] float32; the cache holds all rows after."""
+        decoder = self._decoder
+        plan = attention.plan(
+            batch.spans,
+            block_size=self._block_size,
+            window=decoder.config.sliding_window,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self._pools[layer]
+            attention.write(keys, values, key, value, plan.slots)
+            return attention.attend(
+                query, keys, values, plan, block_size=self._block_size, scale=self._scale
+            )
+
+        hidden = decoder.hidden(batch.token_ids, batch.positions, attend)
+        if batch.sampled_rows.numel() == 0:
+            return hidden.new_empty(0, decoder.config.vocab_size, dtype=torch.float32)
+        if batch.sampled_rows.numel() < hidden.shape[0]:
+            hidden = hidden.index_select(0, batch.sampled_rows)
+        return decoder.logits(hidden)
+
+    @torch.inference_mode()
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Zero blocks whose content may not be finite.
+
+        A block's next owner reads its unwritten end behind a mask, and 0 times NaN is NaN.
+        """
+        for block in block_ids:
+            slots = slice(block * self._block_size, (block + 1) * self._block_size)
+            for keys, values in self._pools:
+                keys[:, slots] = 0
+                values[:, slots] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zero pages (calloc), torch writes the zeros.
+    words = np.zeros(shape, dtype=np.uint16 if dtype.itemsize == 2 else np.uint32)
+    return torch.from_numpy(words).view(dtype)
+
+
+def block_bytes(config: DecoderConfig, dtype: torch.dtype, block_size: int) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return (
+        2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+    )
+
+
+def choose_max_model_len(asked: int | None, config: DecoderConfig, pool_tokens: int) -> int:
+    """The longest sequence: as asked, or what the model was made for and the pool can hold."""
+    trained = config.max_position_embeddings
+    if asked is None:
+        return min(trained, pool_tokens)
+    if asked > trained:
+        raise UsageError(
+            f"max_model_len is {asked}, and the model was made for {trained} tokens",
+            hint=f"use --max-model-len {trained} or less",
+        )
+    if asked > pool_tokens:
+        raise UsageError(
+            f"max_model_len is {asked}, and the KV cache has room for {pool_tokens} tokens",
+            hint=f"use --max-model-len {pool_tokens}, or give the cache more memory "
+            "(--kv-cache-memory-bytes)",
+        )
+    return asked
+
+
+def choose_num_blocks(
+    engine: EngineConfig, config: DecoderConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """(blocks in the pool, longest sequence), within memory and within what can ever be used."""
+    each = block_bytes(config, dtype, engine.block_size)
+    budget = engine.kv_cache_memory_bytes
+    if budget is None:
+        budget = free_memory_share(device)
+    affordable = budget // each
+    if affordable < 1:
+        raise UsageError(
+            f"the KV cache may take {budget:,} bytes, and one block of {engine.block_size} tokens "
+            f"takes {each:,}",
+            hint="give it more memory (--kv-cache-memory-bytes), or use smaller blocks",
+        )
+    max_model_len = choose_max_model_len(
+        engine.max_model_len, config, affordable * engine.block_size
+    )
+    useful = engine.max_num_seqs * -(-max_model_len // engine.block_size)
+    return min(affordable, useful), max_model_len
+
+
+def free_memory_share(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * CUDA_MEMORY_SHARE)
+    return int(free_ram() * CPU_MEMORY_SHARE)
+
+
+def free_ram() -> int:
+    """Bytes that can be had without swapping; page cache counts as free."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        # Not Linux: half of what is built in.
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
