@@ -190,7 +190,7 @@ def read_specs(
             f"{where} holds GPTQ weights in checkpoint format {layout!r}, which is not read",
             f"read: {V1} and {V2}",
         )
-    if config.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
+    if (config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
         raise UnsupportedModel(f"{where} packs into {config['pack_dtype']}; only int32 is read")
     return {
         module: LayerSpec(module, _scheme(_overridden(config, module, where), where), layout)
