@@ -71,13 +71,16 @@ class Protocol:
         return f"first token of each window replaced by BOS ({self.bos_token_id})"
 
     @property
-    def label(self) -> str:
-        """The short name that stands beside a number: "llama.cpp, 512-token windows, second half
-        scored".
-        """
+    def windows(self) -> str:
+        """What was cut and scored: "512-token windows (context is 512), second half scored"."""
         scored = "second half scored" if self.first_scored else "all tokens scored"
         why = f" ({self.shortened})" if self.shortened else ""
-        return f"{self.name}, {self.window}-token windows{why}, {scored}"
+        return f"{self.window}-token windows{why}, {scored}"
+
+    @property
+    def label(self) -> str:
+        """What stands beside a number: "llama.cpp, 512-token windows, second half scored"."""
+        return f"{self.name}, {self.windows}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ def test_markdown_tables_are_rectangular_and_escape_what_names_hold() -> None:
         lines = [line.replace("\\|", "") for line in table.strip().splitlines()]
         assert len({line.count("|") for line in lines}) == 1
     assert "<img" not in text
-    assert "PPL (llama.cpp): llama.cpp, 512-token windows, second half scored; stride 512" in text
+    assert "PPL (llama.cpp): 512-token windows, second half scored; stride 512" in text
     assert "512-token windows (context is 512), all tokens scored" in text
 
 
