@@ -1,0 +1,241 @@
+"""Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: 32 weights, one half-precision scale, perhaps a minimum.
+
+    type   bytes                                         weight
+    Q4_0   d h | qs[16]                                  d (q - 8)
+    Q4_1   d h | m h | qs[16]                            d q + m
+    Q5_0   d h | qh u32 (bit j: fifth bit of j) | qs[16]     d (q - 16)
+    Q5_1   d h | m h | qh u32 | qs[16]                   d q + m
+    Q8_0   d h | int8 q[32]                              d q
+
+qs: byte j holds element j in its low nibble and element j+16 in its high one.
+Without importance these follow quantize_row_*_ref of ggml-quants.c, with it quantize_row_*_impl.
+
+A symmetric int4 weight whose groups are whole blocks is Q4_0 already: same codes around 8, the
+group's scale repeated for each block. `pack_q4_0` keeps every weight as it was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.convert.gguf.blocks.lanes import (
+    constant,
+    divide,
+    exact_sqrt,
+    from_half,
+    from_lanes,
+    half_bytes,
+    lane_sum,
+    round_away,
+    signed_absmax,
+    to_lanes,
+)
+from qtool.convert.gguf.blocks.search import fit_scale, fit_scale_and_minimum
+from qtool.errors import FormatError
+from qtool.scheme import QuantScheme
+from qtool.weights import BlockWeight, QuantizedWeight
+
+BLOCK = 32
+
+
+def quantize_q4_0(rows: Tensor, importance: Tensor | None = None) -> Tensor:
+    """[rows, columns] float32 (importance: [columns]) -> [rows, bytes] uint8. So are the others."""
+    scales, codes = _symmetric(rows, importance, bits=4)
+    return _rows(rows, [half_bytes(scales), _pack_nibbles(from_lanes(codes))])
+
+
+def quantize_q5_0(rows: Tensor, importance: Tensor | None = None) -> Tensor:
+    scales, lanes = _symmetric(rows, importance, bits=5)
+    codes = from_lanes(lanes)
+    return _rows(rows, [half_bytes(scales), _pack_fifth_bits(codes), _pack_nibbles(codes)])
+
+
+def quantize_q4_1(rows: Tensor, importance: Tensor | None = None) -> Tensor:
+    scales, offsets, codes = _affine(rows, importance, bits=4)
+    return _rows(
+        rows, [half_bytes(scales), half_bytes(offsets), _pack_nibbles(from_lanes(codes))]
+    )
+
+
+def quantize_q5_1(rows: Tensor, importance: Tensor | None = None) -> Tensor:
+    scales, offsets, lanes = _affine(rows, importance, bits=5)
+    codes = from_lanes(lanes)
+    return _rows(
+        rows,
+        [half_bytes(scales), half_bytes(offsets), _pack_fifth_bits(codes), _pack_nibbles(codes)],
+    )
+
+
+def quantize_q8_0(rows: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Plain rounding; the reference ignores importance here."""
+    x = to_lanes(rows, BLOCK)
+    scales = x.abs().amax(0) / constant(127.0)
+    codes = round_away(x * divide(constant(1.0), scales))
+    return _rows(
+        rows, [half_bytes(scales), codes.to(torch.int8).t().contiguous().view(torch.uint8)]
+    )
+
+
+def _symmetric(rows: Tensor, importance: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    """scales [blocks], codes [32, blocks]. The scale is that of the signed peak, so that the peak
+    gets the one extra negative code; codes come from the scale before it is rounded to half."""
+    limit = 2 ** (bits - 1)
+    x = to_lanes(rows, BLOCK)
+    if importance is not None:
+        return fit_scale(x, limit, _importance_lanes(rows, importance))
+    scales = signed_absmax(x) / constant(-float(limit))
+    inverse = divide(constant(1.0), scales)
+    codes = (x * inverse).add_(limit + 0.5).trunc_().clamp_(max=2 * limit - 1)
+    return scales, codes
+
+
+def _affine(rows: Tensor, importance: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """scales and offsets [blocks], codes [32, blocks]: weight = scale * code + offset."""
+    limit = 2**bits - 1
+    x = to_lanes(rows, BLOCK)
+    if importance is not None:
+        weights = _importance_lanes(rows, importance)
+        fit = fit_scale_and_minimum(x, limit, weights, first=-0.9, step=0.05, steps=36)
+        return fit.scales, -fit.minima, fit.codes
+    lowest = x.amin(0)
+    scales = (x.amax(0) - lowest) / constant(float(limit))
+    codes = ((x - lowest) * divide(constant(1.0), scales)).add_(0.5).trunc_().clamp_(max=limit)
+    return scales, lowest, codes
+
+
+def _importance_lanes(rows: Tensor, importance: Tensor) -> Tensor:
+    """qw * sqrt(sigma2 + x**2) as [32, blocks]; sigma2 is the row's mean square, added left to
+    right over the whole row as the reference does."""
+    columns = rows.t().contiguous()
+    squares = columns * columns
+    sigma2 = lane_sum(squares) / constant(float(rows.shape[1]))
+    weights = importance[:, None] * exact_sqrt(sigma2 + squares)
+    return to_lanes(weights.t(), BLOCK)
+
+
+def _rows(rows: Tensor, fields: list[Tensor]) -> Tensor:
+    """Fields [blocks, bytes] side by side, as rows of blocks."""
+    return torch.cat(fields, 1).view(rows.shape[0], -1)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """[blocks, 32] -> [blocks, 16]: elements j and j+16 in byte j."""
+    low = codes & 15
+    return low[:, :16] | (low[:, 16:] << 4)
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    """[..., 16] -> [..., 32], the inverse."""
+    return torch.cat([packed & 15, packed >> 4], -1)
+
+
+_BIT = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+
+
+def _pack_fifth_bits(codes: Tensor) -> Tensor:
+    """[blocks, 32] -> [blocks, 4]: bit j of a little-endian u32 is bit 4 of element j."""
+    bits = (codes >> 4).view(-1, 4, 8)
+    return (bits * _BIT).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_fifth_bits(packed: Tensor) -> Tensor:
+    """[..., 4] -> [..., 32], as 0 or 16."""
+    bits = (packed.unsqueeze(-1) & _BIT.to(packed.device)) != 0
+    return bits.flatten(-2).to(torch.uint8) << 4
+
+
+def _blocks(data: Tensor, block_bytes: int) -> Tensor:
+    return data.view(data.shape[0], -1, block_bytes)
+
+
+def dequantize_q4_0(data: Tensor) -> Tensor:
+    """[rows, bytes] uint8 -> [rows, columns] float32. So are the others."""
+    blocks = _blocks(data, 18)
+    codes = _unpack_nibbles(blocks[..., 2:]).float() - 8
+    return (from_half(blocks[..., :2]) * codes).flatten(1)
+
+
+def dequantize_q4_1(data: Tensor) -> Tensor:
+    blocks = _blocks(data, 20)
+    codes = _unpack_nibbles(blocks[..., 4:]).float()
+    return (from_half(blocks[..., :2]) * codes + from_half(blocks[..., 2:4])).flatten(1)
+
+
+def dequantize_q5_0(data: Tensor) -> Tensor:
+    blocks = _blocks(data, 22)
+    codes = _unpack_nibbles(blocks[..., 6:]) | _unpack_fifth_bits(blocks[..., 2:6])
+    return (from_half(blocks[..., :2]) * (codes.float() - 16)).flatten(1)
+
+
+def dequantize_q5_1(data: Tensor) -> Tensor:
+    blocks = _blocks(data, 24)
+    codes = (_unpack_nibbles(blocks[..., 8:]) | _unpack_fifth_bits(blocks[..., 4:8])).float()
+    return (from_half(blocks[..., :2]) * codes + from_half(blocks[..., 2:4])).flatten(1)
+
+
+def dequantize_q8_0(data: Tensor) -> Tensor:
+    blocks = _blocks(data, 34)
+    codes = blocks[..., 2:].contiguous().view(torch.int8)
+    return (from_half(blocks[..., :2]) * codes.float()).flatten(1)
+
+
+def repack_refusal(scheme: QuantScheme, columns: int) -> str | None:
+    """Why an integer weight is not blocks of Q4_0 or Q8_0 already, or None where it is."""
+    if not scheme.symmetric:
+        return "it has zero points"
+    if scheme.bits not in (4, 8):
+        return f"it has {scheme.bits} bits"
+    if scheme.group_width(columns) % BLOCK:
+        return f"its groups of {scheme.group_width(columns)} are not whole blocks of {BLOCK}"
+    return None
+
+
+def pack_q4_0(weight: QuantizedWeight, *, max_scale_error: float = 0.0) -> Tensor:
+    """Symmetric int4 to Q4_0 bytes [out, row_bytes]: the same codes, the same scales.
+
+    Raises FormatError for other schemes, and where half precision changes a scale by more than
+    `max_scale_error` of it: by default every weight stays exactly what it was.
+    """
+    scales = _block_scales(weight, 4, max_scale_error)
+    return _rows(weight.codes, [scales, _pack_nibbles(weight.codes.reshape(-1, BLOCK))])
+
+
+def pack_q8_0(weight: QuantizedWeight, *, max_scale_error: float = 0.0) -> Tensor:
+    """Symmetric int8 to Q8_0 bytes, likewise. Codes 0 .. 255 around 128 become signed bytes."""
+    scales = _block_scales(weight, 8, max_scale_error)
+    return _rows(weight.codes, [scales, weight.codes.reshape(-1, BLOCK) ^ 128])
+
+
+def half_scale_error(weight: QuantizedWeight) -> float:
+    """The largest change of a scale, as a part of it, when stored in half precision."""
+    exact = weight.scales.double()
+    change = (exact.half().double() - exact).abs()
+    return float((change / exact.abs().clamp(min=1e-300)).max())
+
+
+def _block_scales(weight: QuantizedWeight, bits: int, max_scale_error: float) -> Tensor:
+    """One half-precision scale a block, [blocks, 2] bytes."""
+    columns = weight.shape[1]
+    refusal = repack_refusal(weight.scheme, columns)
+    if refusal is None and weight.scheme.bits != bits:
+        refusal = f"it has {weight.scheme.bits} bits"
+    if refusal is not None:
+        raise FormatError(f"{weight.scheme} cannot be repacked as Q{bits}_0: {refusal}")
+    error = half_scale_error(weight)
+    if error > max_scale_error:
+        raise FormatError(
+            f"half precision, which Q{bits}_0 has, changes a scale by {error:.2g} of it, "
+            f"and {max_scale_error:.2g} was allowed"
+        )
+    repeats = weight.scheme.group_width(columns) // BLOCK
+    return weight.scales.half().repeat_interleave(repeats, 1).view(-1, 1).view(torch.uint8)
+
+
+def unpack_q4_0(weight: BlockWeight) -> QuantizedWeight:
+    """Q4_0 bytes as symmetric int4 in groups of 32, exactly."""
+    assert weight.codec.name == "Q4_0", weight.codec.name
+    blocks = _blocks(weight.data, 18)
+    codes = _unpack_nibbles(blocks[..., 2:]).flatten(1)
+    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    return QuantizedWeight(codes, scales, None, QuantScheme(4, BLOCK))

@@ -1,0 +1,413 @@
+"""A model into one GGUF file, in one step: plan everything from headers, then stream the tensors.
+
+`plan_export` decides each tensor's type and how its bytes come about, before any weight is read:
+
+    copy        already held as it will be
+    cast        another floating type
+    repack      integer codes kept: symmetric int4 is Q4_0, symmetric int8 is Q8_0
+    quantize    rounded for the first time
+    requantize  rounded again; the plan warns
+    decode      a quantized weight written out in a floating type
+
+`write_gguf` carries it out slab by slab; memory is about one tensor. For dense sources the data
+section is that of llama.cpp's two steps (convert, then llama-quantize on x86-64) without the file in
+between: same mix, same order, same bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtool.arch import DecoderConfig, find_architecture
+from qtool.convert.formats import Held, WeightReader
+from qtool.convert.gguf.blocks.codecs import can_write, quantize, slab_rows
+from qtool.convert.gguf.blocks.legacy import (
+    half_scale_error,
+    pack_q4_0,
+    pack_q8_0,
+    repack_refusal,
+)
+from qtool.convert.gguf.container import KeyValue
+from qtool.convert.gguf.import_ import FLOAT_DTYPES, GgufWeights
+from qtool.convert.gguf.metadata import export_entries
+from qtool.convert.gguf.mix import (
+    DEFAULT_TYPES,
+    MixModel,
+    MixOverrides,
+    TypeChoice,
+    choose_types,
+    file_order,
+    find_file_type,
+    is_quantizable,
+)
+from qtool.convert.gguf.names import ROPE_FREQUENCIES, NameMap, rope_divisors
+from qtool.convert.gguf.parallel import run_in_order
+from qtool.convert.gguf.types import TENSOR_TYPES
+from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
+from qtool.errors import FormatError, QtoolError, UnknownName
+from qtool.progress import bar
+from qtool.weights import DenseWeight, QuantizedWeight, Weight
+
+How = Literal["copy", "cast", "repack", "quantize", "requantize", "decode"]
+
+REPACKED_TYPE = "Q4_0"
+DEFAULT_TYPE = "Q4_K_M"
+# A scale may move by half precision's rounding where repacking needs it; more is not repacking.
+MAX_SCALE_ERROR = 2.0**-10
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the file.
+
+    source  its Hugging Face name, None for one that is computed from the config
+    held    what the source holds
+    wanted  the type it would have if its rows were whole blocks of that type
+    """
+
+    info: TensorInfo
+    source: str | None
+    held: Held
+    how: How
+    wanted: str
+
+    @property
+    def reason(self) -> str | None:
+        """Why it has another type than the mix wanted."""
+        if self.wanted == self.info.type.name:
+            return None
+        block = TENSOR_TYPES[self.wanted].block_size
+        return f"rows of {self.info.shape[-1]} are not whole blocks of {block} for {self.wanted}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """A whole file, decided. `nbytes` is exact."""
+
+    reader: WeightReader
+    file_type: str
+    tensors: tuple[PlannedTensor, ...]
+    layout: GgufLayout
+    warnings: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def num_weights(self) -> int:
+        return sum(tensor.info.rows * tensor.info.shape[-1] for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(tensor.info.nbytes for tensor in self.tensors) / self.num_weights
+
+    @property
+    def fallbacks(self) -> tuple[PlannedTensor, ...]:
+        return tuple(tensor for tensor in self.tensors if tensor.reason is not None)
+
+    def counts(self) -> Mapping[str, int]:
+        """Tensors of each type, the most frequent first."""
+        return dict(Counter(tensor.info.type.name for tensor in self.tensors).most_common())
+
+
+class _Source(NamedTuple):
+    """A tensor of the model under both names."""
+
+    hf: str
+    gguf: str
+    held: Held
+    module: str
+
+    @property
+    def is_dense(self) -> bool:
+        return self.held.scheme is None and self.held.kind not in TENSOR_TYPES
+
+
+def plan_export(
+    reader: WeightReader,
+    type: str | None = None,
+    *,
+    pre: str | None = None,
+    overrides: MixOverrides | None = None,
+) -> ExportPlan:
+    """Decide a whole GGUF file without reading weights.
+
+    type  a file type such as "Q4_K_M"; None keeps symmetric int4 as it is (Q4_0), and makes of
+          everything else Q4_K_M
+    pre   tokenizer.ggml.pre, where the tokenizer's is not recognized
+    """
+    architecture = find_architecture(reader.config)
+    config = DecoderConfig.from_hf(reader.config)
+    names = NameMap.of(architecture, config)
+    sources = _sources(reader, names)
+    keep_codes = type is None and any(_repacks_to(source, "Q4_0") for source in sources)
+    file_type = _writable(type or (REPACKED_TYPE if keep_codes else DEFAULT_TYPE))
+    shapes = {source.gguf: source.held.shape for source in sources}
+    model = MixModel(
+        architecture.gguf_name, config.num_layers, config.num_heads, config.num_kv_heads
+    )
+    choices = choose_types(file_type, shapes, model, overrides)
+    by_name = {source.gguf: source for source in sources}
+    tensors = []
+    for name in file_order([*by_name, ROPE_FREQUENCIES]):
+        if name == ROPE_FREQUENCIES:
+            tensors += _rope_tensor(reader, config)
+            continue
+        source = by_name[name]
+        choice = choices.get(name) or _unquantized(source)
+        if source.gguf in choices:
+            choice = _keep_codes(source, file_type, choice, left_dense_in_int4=keep_codes)
+        tensors.append(_plan_tensor(source, choice))
+    entries = export_entries(
+        reader, config, architecture, file_type, sum(_count(tensor) for tensor in tensors), pre
+    )
+    layout = GgufLayout.of(entries, [tensor.info for tensor in tensors])
+    warnings = _warnings(tensors, config)
+    return ExportPlan(reader, file_type, tuple(tensors), layout, warnings)
+
+
+def _writable(name: str) -> str:
+    """The file type, checked to be one whose default type can be written."""
+    aliases = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's
+    known = [file_type for file_type, default in DEFAULT_TYPES.items() if can_write(default)]
+    file_type = find_file_type(aliases.get(name.upper(), name))
+    if file_type not in known:
+        raise UnknownName("GGUF type that can be written", name, known)
+    return file_type
+
+
+def _sources(reader: WeightReader, names: NameMap) -> list[_Source]:
+    sources = []
+    found = [f"{module}.weight" for module in reader.modules()] + reader.tensor_names()
+    for hf in found:
+        gguf = names.to_gguf(hf)
+        if gguf is None or (gguf == "output.weight" and names.config.tie_word_embeddings):
+            continue
+        module = hf.rpartition(".")[0]
+        held = reader.describe(module if module in reader.modules() and hf.endswith(".weight") else hf)
+        if held.shape != names.shape(hf):
+            raise FormatError(
+                f"{hf} has shape {list(held.shape)}, config.json says {list(names.shape(hf))}"
+            )
+        sources.append(_Source(hf, gguf, held, module))
+    present = {source.hf for source in sources}
+    missing = [name for name in names.required() if name not in present]
+    if missing:
+        raise FormatError(f"{reader.source.name} has no tensor {missing[0]}")
+    return sources
+
+
+def _repacks_to(source: _Source, type: str) -> bool:
+    """Whether a weight's integer codes are those of Q4_0 or Q8_0 already."""
+    scheme = source.held.scheme
+    if scheme is None or repack_refusal(scheme, source.held.shape[-1]) is not None:
+        return False
+    return type == f"Q{scheme.bits}_0"
+
+
+def _keep_codes(
+    source: _Source, file_type: str, choice: TypeChoice, *, left_dense_in_int4: bool
+) -> TypeChoice:
+    """Where the file type is that of the source's codes, keep them, whatever the mix says.
+
+    left_dense_in_int4  the type was not asked for but follows from an int4 model: codes of 8 bits
+                        stay too, and linears that were left in 16 bit get 8, not 4
+    """
+    for type in ("Q4_0", "Q8_0"):
+        if _repacks_to(source, type) and (file_type == type or left_dense_in_int4):
+            return TypeChoice(type, type)
+    in_block = source.gguf.startswith("blk.")
+    if left_dense_in_int4 and in_block and source.is_dense:
+        fits = source.held.shape[-1] % TENSOR_TYPES["Q8_0"].block_size == 0
+        return TypeChoice("Q8_0" if fits else "F16", "Q8_0")
+    return choice
+
+
+def _unquantized(source: _Source) -> TypeChoice:
+    """Norms and biases are F32, as the converter writes them."""
+    return TypeChoice("F32", "F32")
+
+
+def _plan_tensor(source: _Source, choice: TypeChoice) -> PlannedTensor:
+    if not can_write(choice.type):
+        raise QtoolError(
+            f"{source.gguf} would have the type {choice.type}, which cannot be written",
+            "choose another --type",
+        )
+    info = TensorInfo(source.gguf, source.held.shape, TENSOR_TYPES[choice.type])
+    return PlannedTensor(info, source.hf, source.held, _how(source, choice.type), choice.wanted)
+
+
+def _how(source: _Source, type: str) -> How:
+    if source.is_dense:
+        if TENSOR_TYPES[type].is_quantized:
+            return "quantize"
+        same = source.held.kind == str(FLOAT_DTYPES[type]).removeprefix("torch.")
+        return "copy" if same else "cast"
+    if source.held.kind == type:
+        return "copy"
+    if _repacks_to(source, type):
+        return "repack"
+    return "requantize" if TENSOR_TYPES[type].is_quantized else "decode"
+
+
+def _rope_tensor(reader: WeightReader, config: DecoderConfig) -> list[PlannedTensor]:
+    if rope_divisors(config.rope, config.head_dim) is None:
+        return []
+    shape = (config.head_dim // 2,)
+    info = TensorInfo(ROPE_FREQUENCIES, shape, TENSOR_TYPES["F32"])
+    return [PlannedTensor(info, None, Held(shape, "float32"), "copy", "F32")]
+
+
+def _count(tensor: PlannedTensor) -> int:
+    return tensor.info.rows * tensor.info.shape[-1]
+
+
+def _warnings(tensors: list[PlannedTensor], config: DecoderConfig) -> tuple[str, ...]:
+    warnings = []
+    again = [tensor for tensor in tensors if tensor.how == "requantize"]
+    if again:
+        kinds = ", ".join(sorted({tensor.held.kind for tensor in again}))
+        warnings.append(
+            f"{len(again)} tensors are quantized already ({kinds}) and are rounded a second time; "
+            "convert the original model, or choose the type that keeps their codes"
+        )
+    reasons = Counter((t.reason, t.info.type.name) for t in tensors if t.reason is not None)
+    warnings += [f"{count} tensors are {type}: {why}" for (why, type), count in reasons.items()]
+    if config.sliding_window is not None:
+        warnings.append(
+            f"GGUF's llama architecture has no sliding window ({config.sliding_window} here): "
+            "beyond it the file attends to more than the model did"
+        )
+    return tuple(warnings)
+
+
+def write_gguf(
+    plan: ExportPlan,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[str, ...]:
+    """Write the file; returns what only the data could tell: rounded scales, tensor by tensor.
+
+    progress  called with the bytes of each slab that was written; None shows a bar on stderr
+    """
+    notes: list[str] = []
+    with GgufWriter(out, plan.layout, force=force) as writer:
+        if progress is not None:
+            _stream(plan, writer, notes, progress)
+        else:
+            with bar(f"writing {out.name}", plan.nbytes) as shown:
+                _stream(plan, writer, notes, shown.advance)
+    return tuple(notes)
+
+
+class _Slab(NamedTuple):
+    info: TensorInfo
+    data: Tensor
+
+
+def _stream(
+    plan: ExportPlan,
+    writer: GgufWriter,
+    notes: list[str],
+    progress: Callable[[int], None],
+) -> None:
+    architecture = find_architecture(plan.reader.config)
+    names = NameMap.of(architecture, DecoderConfig.from_hf(plan.reader.config))
+
+    def jobs() -> Iterator[Callable[[], _Slab]]:
+        for tensor in plan.tensors:
+            yield from _jobs(tensor, plan.reader, names, notes)
+
+    for slab in run_in_order(jobs()):
+        writer.write(slab.info, slab.data)
+        progress(slab.data.numel())
+
+
+def _jobs(
+    tensor: PlannedTensor, reader: WeightReader, names: NameMap, notes: list[str]
+) -> Iterator[Callable[[], _Slab]]:
+    """The work on one tensor, a slab of rows at a time; its source is read when this begins."""
+    info = tensor.info
+    if tensor.source is None or len(info.shape) == 1:
+        values = _vector(tensor, reader, names)
+        yield lambda: _Slab(info, _encode(tensor, values))
+        return
+    module = tensor.source.rpartition(".")[0]
+    weight = reader.weight(module)
+    if tensor.how == "repack":
+        assert isinstance(weight, QuantizedWeight), type(weight)
+        error = half_scale_error(weight)
+        if error > MAX_SCALE_ERROR:
+            raise QtoolError(
+                f"{module}: half precision changes its scales by {error:.2g} of them, "
+                f"so {info.type.name} cannot hold it",
+                "choose a --type that quantizes again, such as Q4_K_M",
+            )
+        if error > 0:
+            notes.append(f"{module}: scales rounded to half precision, by up to {error:.2g} of one")
+    order = names.row_order(module)
+    height = slab_rows(info.shape[-1])
+    for begin in range(0, info.rows, height):
+        end = min(begin + height, info.rows)
+        rows = torch.arange(begin, end) if order is None else order[begin:end]
+
+        def job(rows: Tensor = rows) -> _Slab:
+            return _Slab(info, _encode_rows(tensor, weight, rows))
+
+        yield job
+
+
+def _vector(tensor: PlannedTensor, reader: WeightReader, names: NameMap) -> Tensor:
+    """A one-dimensional tensor's values, in GGUF's order."""
+    if tensor.source is None:
+        if isinstance(reader, GgufWeights) and ROPE_FREQUENCIES in reader.file.tensors:
+            return reader.file.data(ROPE_FREQUENCIES).clone().view(torch.float32).view(-1)
+        divisors = rope_divisors(names.config.rope, names.config.head_dim)
+        assert divisors is not None
+        return divisors
+    values = reader.tensor(tensor.source)
+    order = names.row_order(tensor.source.rpartition(".")[0])
+    return values if order is None else values[order]
+
+
+def _encode_rows(tensor: PlannedTensor, weight: Weight, rows: Tensor) -> Tensor:
+    """The bytes of some rows of a weight, uint8 [rows, row_bytes]."""
+    if isinstance(weight, DenseWeight):
+        return _encode(tensor, weight.values[rows])
+    part = weight.rows(rows)
+    if tensor.how == "repack":
+        assert isinstance(part, QuantizedWeight), type(part)
+        pack = pack_q4_0 if tensor.info.type.name == "Q4_0" else pack_q8_0
+        return pack(part, max_scale_error=MAX_SCALE_ERROR)
+    if tensor.how == "copy":
+        # a Q4_0 block weight comes out of a GGUF reader as codes: the same bytes again
+        return pack_q4_0(part) if isinstance(part, QuantizedWeight) else part.data
+    return _encode(tensor, part.dequantize())
+
+
+def _encode(tensor: PlannedTensor, values: Tensor) -> Tensor:
+    """The bytes of dense values in the planned type; refuses NaN and infinities, new ones too."""
+    type = tensor.info.type
+    rows = values.float().view(-1, values.shape[-1])
+    finite = rows if type.name != "F16" else rows.half()
+    if not bool(finite.isfinite().all()):
+        if bool(rows.isfinite().all()):
+            raise QtoolError(
+                f"{tensor.info.name} has values of {float(rows.abs().max()):g}, too large for F16",
+                "choose --type BF16",
+            )
+        raise QtoolError(f"{tensor.info.name} has NaN or infinite values in the source")
+    if not type.is_quantized:
+        return rows.to(FLOAT_DTYPES[type.name]).view(torch.uint8)
+    return quantize(type.name, rows)

@@ -1,0 +1,75 @@
+"""The key-value part of an exported file, in the order llama.cpp's two tools leave it.
+
+The converter writes: general.*, the architecture's settings, general.file_type, what the family adds,
+general.quantization_version, tokenizer.*. llama-quantize then takes quantization_version and
+file_type out and appends them; so does this for quantized types.
+"""
+
+from __future__ import annotations
+
+from qtool.arch import Architecture, DecoderConfig
+from qtool.convert.formats import WeightReader
+from qtool.convert.gguf.container import KeyValue
+from qtool.convert.gguf.import_ import GgufWeights
+from qtool.convert.gguf.mix import DEFAULT_TYPES
+from qtool.convert.gguf.names import extra_hparams, hparams
+from qtool.convert.gguf.types import (
+    ALIGNMENT_KEY,
+    FILE_TYPES,
+    QUANTIZATION_VERSION,
+    TENSOR_TYPES,
+    ValueType,
+)
+from qtool.convert.gguf.vocab_write import tokenizer_metadata
+
+_FILE_TYPE = "general.file_type"
+_VERSION = "general.quantization_version"
+
+
+def export_entries(
+    reader: WeightReader,
+    config: DecoderConfig,
+    architecture: Architecture,
+    file_type: str,
+    num_weights: int,
+    pre: str | None,
+) -> list[KeyValue]:
+    """All metadata of the file to be written."""
+    kind = KeyValue(_FILE_TYPE, FILE_TYPES[file_type], ValueType.UINT32)
+    version = KeyValue(_VERSION, QUANTIZATION_VERSION, ValueType.UINT32)
+    if isinstance(reader, GgufWeights):
+        return [*_kept(reader), version, kind]
+    head = [
+        KeyValue("general.architecture", architecture.gguf_name, ValueType.STRING),
+        KeyValue("general.type", "model", ValueType.STRING),
+        KeyValue("general.name", reader.source.short_name, ValueType.STRING),
+        KeyValue("general.size_label", size_label(num_weights), ValueType.STRING),
+    ]
+    settings = hparams(config, reader.config, architecture.gguf_name)
+    extra = extra_hparams(config, architecture.gguf_name)
+    tokenizer = tokenizer_metadata(reader.source.path, reader.config, pre)
+    if TENSOR_TYPES[DEFAULT_TYPES[file_type]].is_quantized:
+        return [*head, *settings, *extra, *tokenizer, version, kind]
+    return [*head, *settings, kind, *extra, version, *tokenizer]
+
+
+def _kept(reader: GgufWeights) -> list[KeyValue]:
+    """A GGUF source's own entries, but for those that describe how it was stored."""
+    return [
+        entry
+        for entry in reader.file.entries
+        if entry.key not in (_FILE_TYPE, _VERSION, ALIGNMENT_KEY)
+        and not entry.key.startswith("split.")
+    ]
+
+
+def size_label(num_weights: int) -> str:
+    """A model's size in two digits, as in file names: 7343360 -> "7.3M", 494032768 -> "494M"."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if num_weights > limit:
+            scaled = num_weights / limit
+            break
+    else:
+        scaled, suffix = num_weights / 1e3, "K"
+    decimals = max(2 - len(str(round(scaled)).lstrip("0")), 0)
+    return f"{scaled:.{decimals}f}{suffix}"

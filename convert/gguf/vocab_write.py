@@ -1,0 +1,329 @@
+"""Tokenizer metadata out of a Hugging Face folder, checked by using it.
+
+    tokenizer.json model   tokenizer.ggml.model
+    BPE, byte-level        gpt2    merges, and the pre-tokenizer's name (pretokenizers.py)
+    BPE, byte_fallback     llama   scores in the order of merges
+
+Whatever the mapping misses would show only as bad text, so nothing is written on trust: the
+tokenizer is rebuilt from the metadata (vocab.py) and has to give the folder's own tokens for
+texts that exercise what differs between tokenizers.
+
+Key order, and which file a special token's id is taken from, are those of llama.cpp's converter.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from qtool.checkpoint import read_json
+from qtool.convert.gguf import pretokenizers
+from qtool.convert.gguf.container import KeyValue
+from qtool.convert.gguf.pretokenizers import PRE_TOKENIZERS
+from qtool.convert.gguf.types import ValueType
+from qtool.convert.gguf.vocab import (
+    PREFIX,
+    SPACE,
+    SPECIAL_KEYS,
+    TokenKind,
+    tokenizer_from_gguf,
+)
+from qtool.errors import FormatError, QtoolError, UnknownName, UnsupportedModel
+
+# The converter's order; eot and eom are added here, for models with several ends.
+_SPECIAL_ORDER = ("bos", "eos", "unk", "sep", "pad", "mask")
+
+_SAMPLES = (
+    "Hello, world! It's 3.14159 o'clock; they'LL've paid $1,234,567.89 (about 12%).",
+    "    def f(x):\n\t\treturn {'a': [x**2 for _ in range(10)]}  # tabs\t and  spaces   \n\n\n  end",
+    "Übergrößenträger naïve café Ελληνικά русский язык עברית العربية हिन्दी ไทย",
+    "日本語のテキスト、中文文本，한국어 텍스트 — “quotes” … ™ 1²3 ½ Ⅷ ١٢٣",
+    "🚀 (normal) 😶‍🌫️ (several points) 👨‍👩‍👧 \u200b\u00a0\u3000 \x01 end",
+    "3 33 333 3333 33333 word123word CamelCaseWords SCREAMING_CASE http://a.b/c?d=e&f#g",
+    "  leading, trailing  \r\n windows\r\n\r\nline ends 'quoted''s I'm you're we'Re",
+)
+
+
+def tokenizer_metadata(
+    folder: Path, config: Mapping[str, Any], pre: str | None = None
+) -> list[KeyValue]:
+    """The tokenizer.* entries for a model folder.
+
+    config  config.json: its vocab_size is the number of rows of the embedding
+    pre     tokenizer.ggml.pre by the user's word, for pre-tokenizers that are not recognized
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UnsupportedModel(
+            f"{folder} has no tokenizer.json, so its tokenizer cannot be put into GGUF",
+            "load it with transformers and save_pretrained() it: that writes one",
+        )
+    try:
+        own = Tokenizer.from_file(str(path))  # also vouches for the structure of the JSON
+    except Exception as error:  # the library raises bare Exceptions
+        raise FormatError(f"{path} cannot be loaded: {error}") from error
+    source = read_json(path)
+    settings = _read_optional(folder / "tokenizer_config.json")
+    model = source.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or "vocab" not in model:
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise UnsupportedModel(f"{path}: a {kind} tokenizer cannot be put into GGUF; BPE can")
+    if pre is not None and pre not in PRE_TOKENIZERS:
+        raise UnknownName("tokenizer.ggml.pre", pre, PRE_TOKENIZERS)
+    sentencepiece = bool(model.get("byte_fallback"))
+    tokens, kinds = _tokens(path, source, config, bytes_too=sentencepiece)
+    entries = [_text("model", "llama" if sentencepiece else "gpt2")]
+    entries.append(_text("pre", "default" if sentencepiece else _pre(path, source, pre)))
+    entries.append(_list("tokens", tokens, ValueType.STRING))
+    if sentencepiece:
+        entries.append(_list("scores", _scores(model, tokens, kinds), ValueType.FLOAT32))
+    entries.append(_list("token_type", [int(kind) for kind in kinds], ValueType.INT32))
+    if not sentencepiece:
+        merges = [_merge_text(merge) for merge in model["merges"]]
+        entries.append(_list("merges", merges, ValueType.STRING))
+    entries += _special_entries(folder, source, settings, config, tokens)
+    if sentencepiece:
+        entries += _space_prefix(path, source)
+    entries += _templates(folder, settings)
+    _check(path, own, entries, pre)
+    return entries
+
+
+def _tokens(
+    path: Path, source: Mapping[str, Any], config: Mapping[str, Any], *, bytes_too: bool
+) -> tuple[list[str], list[TokenKind]]:
+    """Every token by id with its kind; ids of the embedding that no token has are padding."""
+    vocab: dict[str, int] = dict(source["model"]["vocab"])
+    added = {token["content"]: token for token in source.get("added_tokens") or []}
+    vocab |= {text: token["id"] for text, token in added.items()}
+    rows = int(config["vocab_size"])
+    by_id: dict[int, str] = {}
+    for text, number in vocab.items():
+        if not isinstance(number, int) or number < 0 or number in by_id:
+            raise FormatError(f"{path}: the id {number!r} of token {text!r} is taken or no number")
+        by_id[number] = text
+    if max(by_id) >= rows:
+        raise UnsupportedModel(
+            f"{path} has token {by_id[max(by_id)]!r} with id {max(by_id)}, and the model's "
+            f"embedding has {rows} rows"
+        )
+    unknown = source["model"].get("unk_token")
+    tokens, kinds = [], []
+    for number in range(rows):
+        text = by_id.get(number, f"[PAD{number}]")
+        tokens.append(text)
+        if number not in by_id:
+            kinds.append(TokenKind.UNUSED)
+        elif text == unknown and bytes_too:
+            kinds.append(TokenKind.UNKNOWN)
+        elif text in added:
+            special = added[text].get("special")
+            kinds.append(TokenKind.CONTROL if special else TokenKind.USER_DEFINED)
+        elif bytes_too and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            kinds.append(TokenKind.BYTE)
+        else:
+            kinds.append(TokenKind.NORMAL)
+    return tokens, kinds
+
+
+def _pre(path: Path, source: Mapping[str, Any], chosen: str | None) -> str:
+    found = chosen or pretokenizers.detect(source)
+    if found is None:
+        raise UnsupportedModel(
+            f"{path}: its pre_tokenizer is none that llama.cpp knows",
+            "if you know a name that does the same, give it with --pre: "
+            + ", ".join(sorted({entry.name for entry in PRE_TOKENIZERS.values()})),
+        )
+    return found
+
+
+def _merge_text(merge: str | list[str]) -> str:
+    """ "a b"; a space inside a part is written as byte-level BPE spells it, since it separates."""
+    if isinstance(merge, str):
+        return merge
+    return " ".join(part.replace(" ", "\u0120") for part in merge)
+
+
+def _scores(model: Mapping[str, Any], tokens: list[str], kinds: list[TokenKind]) -> list[float]:
+    """Scores that merge in the order of the merges: minus the rank of the first that makes a token.
+
+    SentencePiece's own files count the same way. Tokens that nothing makes (single characters)
+    come after all merges, where their score is never asked for; bytes and special tokens have 0.
+    """
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, rank)
+    scores, last = [], len(ranks)
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind is not TokenKind.NORMAL:
+            scores.append(0.0)
+        elif token in ranks:
+            scores.append(-float(ranks[token]))
+        else:
+            scores.append(-float(last))
+            last += 1
+    return scores
+
+
+def _special_entries(
+    folder: Path,
+    source: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokens: list[str],
+) -> Iterator[KeyValue]:
+    ids = {text: number for number, text in enumerate(tokens)}
+    found: dict[str, int] = {}
+    for name in _SPECIAL_ORDER:
+        entry = settings.get(f"{name}_token")
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        number = ids.get(text) if isinstance(text, str) else config.get(f"{name}_token_id")
+        if isinstance(number, int) and 0 <= number < len(tokens):
+            found[name] = number
+    ends = _end_ids(folder, config)
+    if "eos" not in found and ends:
+        found["eos"] = ends[0]
+    for number in ends:
+        if number not in found.values() and number < len(tokens):
+            found.setdefault("eom" if tokens[number] == "<|eom_id|>" else "eot", number)
+    for name, number in found.items():
+        yield KeyValue(PREFIX + SPECIAL_KEYS[name], number, ValueType.UINT32)
+    for name, ends_with in (("bos", False), ("eos", True)):
+        adds = _adds(source, settings, name, ends_with=ends_with)
+        if adds is not None:
+            yield KeyValue(f"{PREFIX}add_{name}_token", adds, ValueType.BOOL)
+
+
+def _end_ids(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """Every end-of-text id of generation_config.json and config.json."""
+    generation = _read_optional(folder / "generation_config.json")
+    ids: list[int] = []
+    for place in (generation, config):
+        value = place.get("eos_token_id")
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(ids))
+
+
+def _adds(
+    source: Mapping[str, Any], settings: Mapping[str, Any], name: str, *, ends_with: bool
+) -> bool | None:
+    """Whether encoding adds bos or eos: what the post-processor does, else what the config says.
+
+    Always said for bos: llama.cpp's default depends on the kind of tokenizer.
+    """
+    entry = settings.get(f"{name}_token")
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    processor = source.get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") == "TemplateProcessing" and len(part.get("single", [])) > 1:
+            edge = part["single"][-1 if ends_with else 0].get("SpecialToken", {}).get("id")
+            if edge is not None and edge == text:
+                return True
+    said = settings.get(f"add_{name}_token")
+    if source.get("post_processor") is None and isinstance(said, bool):
+        return said
+    return None if ends_with and not isinstance(said, bool) else False
+
+
+def _space_prefix(path: Path, source: Mapping[str, Any]) -> Iterator[KeyValue]:
+    """add_space_prefix: whether a text gets a leading space, as llama.cpp assumes if nothing is said.
+
+    Either a normalizer Prepend, or a pre-tokenizer Metaspace whose scheme is not "never".
+    """
+    normalizer = source.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    prepends = any(step.get("type") == "Prepend" for step in steps)
+    node = source.get("pre_tokenizer") or {}
+    if node.get("type") == "Metaspace":
+        prepends = node.get("prepend_scheme", "always") != "never"
+    elif not any(step.get("type") == "Replace" for step in steps):
+        raise UnsupportedModel(f"{path}: nothing in it turns spaces into {SPACE}")
+    if not prepends:
+        yield KeyValue(f"{PREFIX}add_space_prefix", False, ValueType.BOOL)
+
+
+def _templates(folder: Path, settings: Mapping[str, Any]) -> Iterator[KeyValue]:
+    """Chat templates: one string, or a named set of which "default" is the one without a name."""
+    template = settings.get("chat_template")
+    file = folder / "chat_template.jinja"
+    old_file = folder / "chat_template.json"
+    named: dict[str, str] = {}
+    if template is None and file.is_file():
+        named["default"] = file.read_text(encoding="utf-8")
+        for other in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+            named[other.stem] = other.read_text(encoding="utf-8")
+    elif template is None and old_file.is_file():
+        template = read_json(old_file).get("chat_template")
+    if isinstance(template, str):
+        named["default"] = template
+    elif isinstance(template, list):
+        named = {item["name"]: item["template"] for item in template}
+    others = {
+        "".join(c if c.isascii() and c.isalnum() else "_" for c in name): text
+        for name, text in named.items()
+        if name != "default"
+    }
+    for name, text in others.items():
+        yield KeyValue(f"tokenizer.chat_template.{name}", text, ValueType.STRING)
+    if others:
+        yield KeyValue(
+            "tokenizer.chat_templates", sorted(others), ValueType.ARRAY, ValueType.STRING
+        )
+    if "default" in named:
+        yield KeyValue("tokenizer.chat_template", named["default"], ValueType.STRING)
+
+
+def _check(path: Path, own: Tokenizer, entries: list[KeyValue], pre: str | None) -> None:
+    """Rebuild the tokenizer from the entries and compare it with the folder's own."""
+    rebuilt = tokenizer_from_gguf({entry.key: entry.value for entry in entries}).tokenizer
+    # without a post-processor transformers adds special tokens by itself, by tokenizer_config.json
+    for special in (False,) if own.post_processor is None else (False, True):
+        for sample in _SAMPLES:
+            text = unicodedata.normalize("NFC", sample)  # which llama.cpp leaves to its callers
+            expected = own.encode(text, add_special_tokens=special).ids
+            found = rebuilt.encode(text, add_special_tokens=special).ids
+            if expected != found:
+                _refuse(path, entries, pre, text, expected, found)
+
+
+def _refuse(
+    path: Path,
+    entries: list[KeyValue],
+    pre: str | None,
+    text: str,
+    expected: list[int],
+    found: list[int],
+) -> None:
+    name = next(entry.value for entry in entries if entry.key == f"{PREFIX}pre")
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
+        min(len(expected), len(found)),
+    )
+    problem = (
+        f"{path}: the tokenizer that GGUF metadata can describe (pre {name!r}) splits "
+        f"{json.dumps(text[:40], ensure_ascii=False)}... otherwise: token {at} is "
+        f"{found[at : at + 3]}, not {expected[at : at + 3]}"
+    )
+    if pre is not None:
+        raise QtoolError(problem, "the name given with --pre does not do what this tokenizer does")
+    raise UnsupportedModel(
+        problem, "llama.cpp would tokenize it wrongly too; if another name fits, give it with --pre"
+    )
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _text(key: str, value: str) -> KeyValue:
+    return KeyValue(PREFIX + key, value, ValueType.STRING)
+
+
+def _list(key: str, values: list[Any], element: ValueType) -> KeyValue:
+    return KeyValue(PREFIX + key, values, ValueType.ARRAY, element)
