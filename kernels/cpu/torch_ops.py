@@ -33,6 +33,9 @@ INT8_DENSE_ABOVE = 12
 SCRATCH_BYTES = 32 << 20
 # The operator packs 64 output rows side by side; fewer at the end of a matrix have other layouts.
 INT4_ROWS = 64
+# The operator reads 16 columns at a time, past the end of a row that is no multiple: torch checks
+# nothing and the process dies.
+INT8_COLUMNS = 16
 
 
 class DensePacked(NamedTuple):
@@ -166,6 +169,8 @@ def int8_refuses(weight: QuantizedWeight, dtype: torch.dtype, device: torch.devi
         return "takes symmetric codes, these have zero points"
     if scheme.num_groups(weight.shape[1]) != 1:
         return f"takes one scale a row, these have one for {scheme.group_size} columns"
+    if weight.shape[1] % INT8_COLUMNS:
+        return f"takes rows of a multiple of {INT8_COLUMNS}, these have {weight.shape[1]}"
     return _refuses_activations(dtype, device)
 
 
