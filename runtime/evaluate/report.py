@@ -180,9 +180,9 @@ def footnotes(report: EvaluationReport) -> list[str]:
     text = report.text
     used = f"{text.num_tokens_used:,} of {text.num_tokens:,}" if text.was_cut else "all"
     lines = [
-        f"PPL ({result.protocol.name}): {result.protocol.windows}; stride {result.protocol.stride}; "
-        f"BOS: {result.protocol.bos_rule}; {result.num_scored:,} tokens scored in "
-        f"{result.num_windows} windows."
+        f"PPL ({result.protocol.name}): {result.protocol.windows}; "
+        f"stride {result.protocol.stride}; BOS: {result.protocol.bos_rule}; "
+        f"{result.num_scored:,} tokens scored in {result.num_windows} windows."
         for result in report.models[0].perplexity
     ]
     if report.reference is not None and (divergence := report.models[0].divergence):

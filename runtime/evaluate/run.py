@@ -262,7 +262,7 @@ def _model_report(
     manifest = subject.manifest
     speed: Speed | None = None
     if with_speed and outcome.scored_by == "qtool runtime":
-        speed = measure_speed(subject.source, device=device)
+        speed = measure_speed(subject.source, subject.name, device=device)
     with bar(f"hashing {subject.name}"):
         hashes = weight_hashes(subject.source)
     return ModelReport(
