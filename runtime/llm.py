@@ -219,7 +219,7 @@ class _Answer:
         self.finish_reason = output.finish_reason
         text_ids = output.new_token_ids
         if output.finish_reason == "stop":
-            *text_ids, self.stop = output.new_token_ids
+            text_ids, self.stop = text_ids[:-1], text_ids[-1]
         if self._detokenizer is None:
             return
         delta = self._detokenizer.push(text_ids)

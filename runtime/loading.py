@@ -155,7 +155,9 @@ def causal_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
         mask = (distance >= 0) & (distance < config.sliding_window)
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (part.unflatten(0, (batch, length)) for part in (query, key, value))
+        query, key, value = (
+            part.view(batch, length, -1, config.head_dim) for part in (query, key, value)
+        )
         output = causal_attention(
             query, key.transpose(1, 2), value.transpose(1, 2), scale=scale, mask=mask
         )

@@ -15,12 +15,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
 from qtool.checkpoint import Source, read_json
+from qtool.convert.formats import WeightReader
+from qtool.convert.gguf.import_ import GgufWeights
+from qtool.convert.gguf.vocab import tokenizer_from_gguf
 from qtool.errors import FormatError, UnsupportedModel, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from qtool.convert.formats import WeightReader
 
 # Any of these beside the weights means that the model has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -69,7 +70,7 @@ class Tokenizer:
     @classmethod
     def load(cls, source: Source, reader: WeightReader) -> Tokenizer | None:
         """The model's tokenizer, or None where the source has none."""
-        if source.is_gguf:
+        if isinstance(reader, GgufWeights):
             return cls._from_gguf(reader)
         if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
             return None
@@ -86,8 +87,17 @@ class Tokenizer:
         return cls(wrapped, _generation_eos(source))
 
     @classmethod
-    def _from_gguf(cls, reader: WeightReader) -> Tokenizer | None:
-        raise NotImplementedError
+    def _from_gguf(cls, reader: GgufWeights) -> Tokenizer:
+        from transformers import PreTrainedTokenizerFast
+
+        found = tokenizer_from_gguf(reader.metadata)
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=found.tokenizer,
+            bos_token=found.token("bos"),
+            eos_token=found.token("eos"),
+            chat_template=found.chat_template,
+        )
+        return cls(wrapped, found.eos_token_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
