@@ -34,8 +34,6 @@ DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "float32": torch.float32,
 }
-# GGUF blocks that are integer grids with an fp16 scale, exactly.
-GRID_BLOCKS = {"Q4_0": QuantScheme(4, 32)}
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
 
 Action = Literal["repack", "dequantize", "cast", "copy"]
@@ -121,25 +119,21 @@ def _packed_step(reader: WeightReader, module: str, target: str, dtype: torch.dt
     held = reader.describe(module)
     out_features, in_features = held.shape
     dense_bytes = out_features * in_features * dtype.itemsize
-    scheme = held.scheme or GRID_BLOCKS.get(held.kind)
-    reason = _refusal(reader, module, held, scheme, target)
+    scheme = held.scheme
+    reason = None if target == DENSE_TARGET else _refusal(reader, module, held, target)
     if reason is None and scheme is not None and target != DENSE_TARGET:
         nbytes = int(scheme.bits_per_weight(in_features) * out_features * in_features / 8)
         return Step(module, held, "repack", str(scheme), nbytes, scheme)
     return Step(module, held, "dequantize", _name(dtype), dense_bytes, None, reason)
 
 
-def _refusal(
-    reader: WeightReader, module: str, held: Held, scheme: QuantScheme | None, target: str
-) -> str | None:
-    if target == DENSE_TARGET:
-        return None
+def _refusal(reader: WeightReader, module: str, held: Held, target: str) -> str | None:
     if not _is_block_linear(reader, module):
         return f"{target} packs the linears inside the blocks only"
-    if scheme is None:
+    if held.scheme is None:
         return f"{target} cannot hold {held.kind} without requantizing"
     out_features, in_features = held.shape
-    return FORMATS[target].refuses(scheme, out_features, in_features)
+    return FORMATS[target].refuses(held.scheme, out_features, in_features)
 
 
 def _is_block_linear(reader: WeightReader, module: str) -> bool:

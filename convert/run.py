@@ -18,13 +18,17 @@ from torch import Tensor
 from qtool.artifact import MANIFEST_NAME, Manifest, write_manifest
 from qtool.checkpoint import OutputFolder, ShardWriter, Source, copy_side_files, resolve, write_json
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
+from qtool.convert.gguf.import_ import GgufWeights
+from qtool.convert.gguf.vocab import tokenizer_from_gguf
 from qtool.convert.plan import DENSE_TARGET, GGUF_TARGET, ConversionPlan, Step, plan_conversion
-from qtool.errors import QtoolError, VerificationFailed
+from qtool.errors import QtoolError, UsageError, VerificationFailed
 from qtool.progress import track
 from qtool.weights import QuantizedWeight
 
 # bfloat16 rounds a scale by 2**-9 at most; beyond twice that it is no rounding.
 MAX_SCALE_ERROR = 2.0**-8
+# The special tokens that a Hugging Face tokenizer names.
+HF_SPECIAL = {"bos", "eos", "unk", "sep", "pad", "mask"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,8 @@ def write_checkpoint(
     reader: WeightReader, plan: ConversionPlan, out: Path, *, force: bool = False
 ) -> Outcome:
     """Write, read back, compare, name."""
+    if out.resolve() == reader.source.path.resolve():
+        raise UsageError(f"{out} is the source itself", "name another --out")
     with OutputFolder(out, force=force, needed_bytes=plan.nbytes) as stage:
         shards = ShardWriter(stage.path)
         for step in track(plan.steps, f"writing {out.name}"):
@@ -85,7 +91,7 @@ def write_checkpoint(
                 shards.add(name, tensor)
         shards.finish()
         write_json(stage.path / "config.json", _config(reader, plan))
-        copy_side_files(reader.source.path, stage.path)
+        _write_side_files(reader, stage.path)
         outcome = _compare(reader, plan, stage.path, out)
         write_manifest(stage.path, _manifest(reader, plan, outcome))
     return outcome
@@ -131,6 +137,20 @@ def _config(reader: WeightReader, plan: ConversionPlan) -> dict[str, Any]:
     if plan.quantization_config is not None:
         config["quantization_config"] = plan.quantization_config
     return config
+
+
+def _write_side_files(reader: WeightReader, folder: Path) -> None:
+    """The tokenizer and what else stands beside the weights; rebuilt where the source is GGUF."""
+    if not isinstance(reader, GgufWeights):
+        copy_side_files(reader.source.path, folder)
+        return
+    found = tokenizer_from_gguf(reader.metadata)
+    found.tokenizer.save(str(folder / "tokenizer.json"))
+    special = {f"{name}_token": found.token(name) for name in HF_SPECIAL & {*found.special_ids}}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    if found.chat_template is not None:
+        settings["chat_template"] = found.chat_template
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def _compare(reader: WeightReader, plan: ConversionPlan, folder: Path, out: Path) -> Outcome:
@@ -197,7 +217,7 @@ def _manifest(reader: WeightReader, plan: ConversionPlan, outcome: Outcome) -> M
 
 
 def _source_manifest(source: Source) -> Manifest | None:
-    if not (source.path / MANIFEST_NAME).is_file():
+    if source.is_gguf or not (source.path / MANIFEST_NAME).is_file():
         return None
     return Manifest.load(source.path)
 
