@@ -170,36 +170,18 @@ def summary(report: EvaluationReport, answer: str, seconds: float) -> dict[str, 
 
 def print_table(report: EvaluationReport, out: Path, seconds: float) -> None:
     """The one table, and where everything is."""
-    from rich.table import Table
+    from qtool.runtime.evaluate.terminal import output_console, report_table
 
-    from qtool.runtime.evaluate.report import size_text
-    from qtool.runtime.evaluate.terminal import output_console
-
-    protocol = report.models[0].perplexity_in("llama.cpp").protocol
-    table = Table(
-        title=f"books-7m, evaluated on {report.text.num_tokens_used:,} tokens ({protocol.label})",
-        caption="tokens/s: greedy generation of one sequence",
-        title_justify="left",
-        caption_justify="left",
-        header_style="bold",
-    )
-    columns = ("model", "format", "size", "bits/w", "perplexity", "KLD", "same top", "tokens/s")
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("model", "format") else "right")
-    for row in report.rows:
-        table.add_row(
-            "original" if row is report.reference else row.name,
-            row.format,
-            size_text(row.size_bytes),
-            f"{row.bits_per_weight:.2f}",
-            f"{row.perplexity_in('llama.cpp').value:.2f}",
-            f"{row.divergence.kld.value:.4f}" if row.divergence else "0",
-            f"{100 * row.divergence.same_top.value:.1f} %" if row.divergence else "100 %",
-            f"{row.speed.tokens_per_second:.0f}" if row.speed else "-",
-        )
+    windows = {
+        result.protocol.name: result.protocol.windows for result in report.rows[0].perplexity
+    }
     console = output_console()
     console.print()
-    console.print(table)
+    console.print(report_table(report))
     console.print(
-        f"\n{out}/ holds the models and report.html; {seconds:.0f} s in all", markup=False
+        f"Evaluated on {report.text.num_tokens_used:,} tokens of a text that neither training nor "
+        f"calibration has seen; llama.cpp: {windows['llama.cpp']}; papers: {windows['papers']}.",
+        style="dim",
     )
+    console.print(f"\nmodels: {out}\nreport: {out / 'report.html'}", markup=False, soft_wrap=True)
+    console.print(f"{seconds:.0f} s in all")

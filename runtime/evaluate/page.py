@@ -124,7 +124,7 @@ def _summary(report: EvaluationReport) -> str:
     # The format goes under the name: nine columns do not fit a page.
     header = (TABLE_HEADER[0], *TABLE_HEADER[2:])
     rows = [(row[0], *row[2:]) for row in table_rows(report)]
-    formats = [row.format for row in report.rows]
+    formats = [row[1] for row in table_rows(report)]
     classes = ["original" if row is report.reference else "" for row in report.rows]
     notes = "".join(f"<li>{escape(line)}</li>" for line in footnotes(report))
     table = _table(header, rows, classes=classes, under=formats)

@@ -162,14 +162,13 @@ def table_rows(report: EvaluationReport) -> list[tuple[str, ...]]:
 def _row(model: ModelReport, *, is_reference: bool) -> tuple[str, ...]:
     perplexities = (model.perplexity_in(name) for name in ("llama.cpp", "papers"))
     divergence = model.divergence
-    nothing = "0 (itself)" if is_reference else "-"
     return (
-        model.name + (" (original)" if is_reference else ""),
-        model.format,
+        model.name,
+        f"{model.format}, original" if is_reference else model.format,
         size_text(model.size_bytes),
         f"{model.bits_per_weight:.2f}",
         *(f"{result.value:.3f} ± {result.error:.3f}" for result in perplexities),
-        estimate_text(divergence.kld, 5) if divergence else nothing,
+        estimate_text(divergence.kld, 5) if divergence else "-",
         f"{estimate_text(divergence.same_top, 2, 100)} %" if divergence else "-",
         f"{model.speed.tokens_per_second:.1f}" if model.speed else "-",
     )

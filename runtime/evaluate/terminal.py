@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from qtool.runtime.evaluate.report import (
-    TABLE_HEADER,
     EvaluationReport,
     footnotes,
     table_rows,
     verdict_line,
 )
 
-# A pipe has no width; rich would fold the table into its 80 columns.
+# A pipe has no width; rich would fold the table and the notes into its 80 columns.
 PIPE_WIDTH = 160
+
+# Two lines each, so that the table fits 80 columns: names under names, errors under numbers.
+HEADER = (
+    "model\nformat",
+    "size",
+    "bits /\nweight",
+    "PPL\nllama.cpp",
+    "PPL\npapers",
+    "KL\ndivergence",
+    "same\ntop",
+    "tokens\n/ s",
+)
 
 
 def print_report(report: EvaluationReport, folder: Path | None = None) -> None:
@@ -26,16 +38,30 @@ def print_report(report: EvaluationReport, folder: Path | None = None) -> None:
     for model in report.models:
         line = verdict_line(model, report.reference)
         console.print(f"[bold]{escape(model.name)}[/bold]: {escape(line)}")
-    table = Table(header_style="bold")
-    for index, name in enumerate(TABLE_HEADER):
-        table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
-    for row in table_rows(report):
-        table.add_row(*map(escape, row))
-    console.print(table)
+    console.print(report_table(report))
     for line in footnotes(report):
         console.print(f"- {line}", markup=False, style="dim")
     if folder is not None:
-        console.print(f"\nreport: {folder / 'report.html'}", markup=False)
+        console.print(f"\nreport: {folder / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def report_table(report: EvaluationReport) -> Table:
+    """The summary table, the original first."""
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    first, *others = HEADER
+    table.add_column(first, overflow="fold", min_width=13)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, kind, *numbers in table_rows(report):
+        table.add_row(f"{escape(name)}\n[dim]{escape(kind)}[/dim]", *map(_two_lines, numbers))
+    return table
+
+
+def _two_lines(text: str) -> str:
+    """ "94.10 ± 0.21 %" with its error underneath, the unit at the value."""
+    value, _, error = escape(text).partition(" ± ")
+    unit = " %" if error.endswith(" %") else ""
+    return f"{value}{unit}\n[dim]± {error.removesuffix(unit)}[/dim]" if error else value
 
 
 def output_console() -> Console:
