@@ -9,6 +9,7 @@ no import that starts at one of them.
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import sys
@@ -64,14 +65,14 @@ MAY_IMPORT = {
     "quantize": {"core", "codecs", "kernels", "calibration", "quantize"},
     "top": {"core", "codecs", "kernels", "engine", "calibration", "quantize", "top"},
 }
-# The package's own __init__ loads names on use: it may point upward, inside functions only.
+# The package's own __init__ loads names on use: it may point upward where nothing is imported.
 FACADE = "qtool"
 
 
 class Import(NamedTuple):
     name: str  # the module, with the imported name appended when that is itself a module of ours
     line: int
-    is_lazy: bool  # inside a function: runs on use, not on import
+    is_lazy: bool  # inside a function or for type checkers only: does not run on import
 
 
 def module_name(path: Path) -> str:
@@ -82,15 +83,21 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in SOURCES}
 
 
-def imports_of(path: Path) -> Iterator[Import]:
+@functools.cache
+def imports_of(path: Path) -> tuple[Import, ...]:
     """Every import of a file, those for type checkers too: they are arrows as well."""
+    return tuple(find_imports(path))
+
+
+def find_imports(path: Path) -> Iterator[Import]:
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    lazy = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for node in ast.walk(function)
-    }
+    deferred = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    )
+    lazy = {id(node) for branch in deferred for node in ast.walk(branch)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
