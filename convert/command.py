@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 if TYPE_CHECKING:
+    from qtool.convert.gguf.export import ExportPlan
     from qtool.convert.plan import ConversionPlan
     from qtool.convert.run import Outcome
 
@@ -63,89 +65,132 @@ def convert(
     """
     from qtool.checkpoint import resolve
     from qtool.convert.formats import open_weights
+    from qtool.convert.gguf.export import plan_export
     from qtool.convert.plan import GGUF_TARGET, check_target, plan_conversion
-    from qtool.convert.run import default_out, write_checkpoint
+    from qtool.convert.run import default_gguf_out, default_out, write_checkpoint, write_gguf_file
 
     check_target(target)
     source = resolve(model)
     reader = open_weights(source)
     if target == GGUF_TARGET:
-        raise NotImplementedError
+        export = plan_export(reader, type_)
+        facts = {"source": source.name, **_show_export(export, source.name)}
+        if dry_run:
+            return _finish(facts, None, as_json)
+        gguf_out = out or default_gguf_out(source, export.file_type)
+        return _finish(facts, write_gguf_file(export, gguf_out, force=force), as_json)
     plan = plan_conversion(reader, target=target, type=type_)
-    _show_plan(plan, source.name)
+    facts = {"source": source.name, **_show_plan(plan, source.name)}
     if dry_run:
-        if as_json:
-            click.echo(json.dumps(_plan_facts(plan, source.name), indent=2))
-        return
-    outcome = write_checkpoint(reader, plan, out or default_out(source, target), force=force)
-    if as_json:
-        facts = _plan_facts(plan, source.name) | _outcome_facts(outcome)
-        click.echo(json.dumps(facts, indent=2))
-    else:
-        click.echo(_closing_lines(plan, outcome))
+        return _finish(facts, None, as_json)
+    out = out or default_out(source, target)
+    return _finish(facts, write_checkpoint(reader, plan, out, force=force), as_json)
 
 
-# How each action reads in the plan.
+# How each action of a plan reads.
 HOW = {
     "repack": "codes kept",
     "dequantize": "dequantized",
-    "cast": "rounded to the type",
+    "cast": "other float type",
     "copy": "as it is",
+    "quantize": "quantized",
+    "requantize": "quantized again",
+    "decode": "dequantized",
 }
 
 
-def _show_plan(plan: ConversionPlan, source: str) -> None:
-    """What happens to which tensors, a row for each kind of them; then what stays dense and why."""
-    from rich.table import Table
+class _Row(NamedTuple):
+    name: str
+    held: str
+    writes: str
+    action: str
 
-    from qtool.progress import console
 
-    table = Table("tensors", "", "has", "gets", "", title=f"{source} to {plan.target}", box=None,
-                  title_justify="left", pad_edge=False)  # fmt: skip
-    rows: dict[tuple[str, str, str], list[str]] = {}
-    for step in plan.steps:
-        rows.setdefault((step.held.kind, step.writes, step.action), []).append(step.name)
-    for (held, writes, action), names in rows.items():
-        table.add_row(_summary(names), str(len(names)), held, writes, HOW[action])
-    console.print(table)
+def _show_plan(plan: ConversionPlan, source: str) -> dict[str, Any]:
+    """What happens to which tensors, then what stays dense and why; the same as facts for JSON."""
+    rows = [_Row(s.name, s.held.kind, s.writes, s.action) for s in plan.steps]
+    _show_table(rows, f"{source} to {plan.target}", plan.nbytes)
     by_reason: dict[str, list[str]] = {}
     for name, reason in plan.left_dense.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
-        console.print(f"stays dense, {reason}: {', '.join(names)}", highlight=False)
+        _say(f"stays dense, {reason}: {', '.join(names)}")
+    return {"target": plan.target, "tensors": _counts(rows), "left_dense": plan.left_dense}
+
+
+def _show_export(plan: ExportPlan, source: str) -> dict[str, Any]:
+    rows = [_Row(t.info.name, t.held.kind, t.info.type.name, t.how) for t in plan.tensors]
+    _show_table(rows, f"{source} to GGUF {plan.file_type}", plan.nbytes)
+    for warning in plan.warnings:
+        _say(f"warning: {warning}")
+    return {
+        "target": "gguf",
+        "type": plan.file_type,
+        "bits_per_weight": round(plan.bits_per_weight, 3),
+        "tensors": _counts(rows),
+        "warnings": list(plan.warnings),
+    }
+
+
+def _show_table(rows: list[_Row], title: str, nbytes: int) -> None:
+    """A row for each kind of change: which tensors, how many, from what to what, and how."""
+    from rich.table import Table
+
+    from qtool.progress import console
+
+    table = Table("tensors", "count", "has", "gets", "how", box=None, pad_edge=False)
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault(row[1:], []).append(row.name)
+    for (held, writes, action), names in groups.items():
+        table.add_row(_summary(names), str(len(names)), held, writes, HOW[action])
+    _say(f"{title}, about {nbytes / 1e6:.1f} MB")
+    console.print(table)
 
 
 def _summary(names: list[str]) -> str:
-    """The last parts of the names, each once: "q_proj, k_proj, v_proj"."""
+    """The last parts of the names, each once: "k_proj, q_proj, v_proj"."""
     parts = [name.removesuffix(".weight").split(".") for name in names]
     kinds = {".".join(p[-2:]) if p[-1] == "bias" else p[-1] for p in parts}
     return ", ".join(sorted(kinds))
 
 
-def _plan_facts(plan: ConversionPlan, source: str) -> dict[str, Any]:
-    counts: dict[str, int] = {}
-    for step in plan.steps:
-        counts[step.action] = counts.get(step.action, 0) + 1
-    return {
-        "source": source,
-        "target": plan.target,
-        "tensors": counts,
-        "left_dense": plan.left_dense,
-    }
+def _counts(rows: list[_Row]) -> dict[str, int]:
+    return dict(Counter(row.action for row in rows))
 
 
-def _outcome_facts(outcome: Outcome) -> dict[str, Any]:
+def _say(text: str) -> None:
+    from qtool.progress import console
+
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _finish(facts: dict[str, Any], outcome: Outcome | None, as_json: bool) -> None:
+    """The result on stdout: lines for a reader, or everything as JSON."""
+    if as_json:
+        click.echo(json.dumps(facts | _outcome_facts(outcome), indent=2))
+    elif outcome is not None:
+        click.echo(_closing_lines(facts, outcome))
+
+
+def _outcome_facts(outcome: Outcome | None) -> dict[str, Any]:
+    if outcome is None:
+        return {}
     return {
         "out": str(outcome.out),
         "bytes": outcome.nbytes,
         "exact_layers": outcome.exact_layers,
         "rounded_layers": outcome.rounded_layers,
         "max_scale_error": outcome.max_scale_error,
+        "notes": list(outcome.notes),
     }
 
 
-def _closing_lines(plan: ConversionPlan, outcome: Outcome) -> str:
-    lines = [f"{outcome.out}: {outcome.nbytes / 1e6:.1f} MB, {plan.target}, read back and checked"]
+def _closing_lines(facts: dict[str, Any], outcome: Outcome) -> str:
+    kind = facts["target"]
+    if "type" in facts:
+        kind = f"GGUF {facts['type']}, {facts['bits_per_weight']:.2f} bits a weight"
+    lines = [f"{outcome.out}: {outcome.nbytes / 1e6:.1f} MB, {kind}, read back and checked"]
     if outcome.exact_layers:
         lines.append(f"{outcome.exact_layers} layers hold the source's weights bit for bit")
     if outcome.rounded_layers:
@@ -153,6 +198,7 @@ def _closing_lines(plan: ConversionPlan, outcome: Outcome) -> str:
             f"{outcome.rounded_layers} layers had scales rounded to the target's type, "
             f"by at most {outcome.max_scale_error:.2g} of a scale"
         )
-    if plan.left_dense:
-        lines.append(f"{len(plan.left_dense)} layers stay in 16 bit: {', '.join(plan.left_dense)}")
+    left_dense = facts.get("left_dense", {})
+    if left_dense:
+        lines.append(f"{len(left_dense)} layers stay in 16 bit: {', '.join(left_dense)}")
     return "\n".join(lines)

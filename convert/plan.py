@@ -75,7 +75,11 @@ class ConversionPlan:
     @property
     def left_dense(self) -> dict[str, str]:
         """Packed linears of the source that the output holds dense, with the reason."""
-        return {step.name: step.reason for step in self.steps if step.reason is not None}
+        return {
+            step.name: step.reason
+            for step in self.steps
+            if step.reason is not None and not _is_embedding(step.name)
+        }
 
 
 def check_target(target: str) -> None:
@@ -128,6 +132,7 @@ def _packed_step(reader: WeightReader, module: str, target: str, dtype: torch.dt
 
 
 def _refusal(reader: WeightReader, module: str, held: Held, target: str) -> str | None:
+    """Why a packed linear is not carried over packed. (GGUF packs embeddings and the head too.)"""
     if not _is_block_linear(reader, module):
         return f"{target} packs the linears inside the blocks only"
     if held.scheme is None:
@@ -137,7 +142,7 @@ def _refusal(reader: WeightReader, module: str, held: Held, target: str) -> str 
 
 
 def _is_block_linear(reader: WeightReader, module: str) -> bool:
-    """GGUF packs embeddings and the head as well; in a checkpoint what is packed is a linear."""
+    """In a checkpoint whatever is packed is a linear, and its quantizer meant it to be."""
     if reader.format != GGUF_TARGET:
         return True
     return any(part.isdigit() for part in module.split("."))
@@ -172,7 +177,11 @@ def _dense_linear(step: Step) -> str | None:
         return None
     module = step.name if step.action == "dequantize" else step.name.removesuffix(".weight")
     is_weight = step.action == "dequantize" or step.name.endswith(".weight")
-    return module if is_weight and module.split(".")[-1] not in EMBEDDINGS else None
+    return module if is_weight and not _is_embedding(module) else None
+
+
+def _is_embedding(module: str) -> bool:
+    return module.split(".")[-1] in EMBEDDINGS
 
 
 def _require_something_packed(reader: WeightReader, target: str, steps: list[Step]) -> None:
@@ -185,7 +194,8 @@ def _require_something_packed(reader: WeightReader, target: str, steps: list[Ste
             f"quantize it first: qtool quantize {name} --recipe int4, "
             "then convert what that writes",
         )
-    step = next(step for step in steps if step.reason is not None)
+    refused = [step for step in steps if step.reason is not None]
+    step = next((s for s in refused if _is_block_linear(reader, s.name)), refused[0])
     raise QtoolError(
         f"no linear of {name} can be carried over to {target}: {step.name}: {step.reason}",
         "convert it with --to hf, and quantize the result for this format",

@@ -18,15 +18,18 @@ from torch import Tensor
 from qtool.artifact import MANIFEST_NAME, Manifest, write_manifest
 from qtool.checkpoint import OutputFolder, ShardWriter, Source, copy_side_files, resolve, write_json
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
+from qtool.convert.gguf.export import ExportPlan, plan_export, write_gguf
 from qtool.convert.gguf.import_ import GgufWeights
 from qtool.convert.gguf.vocab import tokenizer_from_gguf
 from qtool.convert.plan import DENSE_TARGET, GGUF_TARGET, ConversionPlan, Step, plan_conversion
-from qtool.errors import QtoolError, UsageError, VerificationFailed
+from qtool.errors import OutputExists, QtoolError, UsageError, VerificationFailed
 from qtool.progress import track
 from qtool.weights import QuantizedWeight
 
 # bfloat16 rounds a scale by 2**-9 at most; beyond twice that it is no rounding.
 MAX_SCALE_ERROR = 2.0**-8
+# Below any scale: a zero that stays zero has changed by nothing.
+TINY = 1e-37
 # The special tokens that a Hugging Face tokenizer names.
 HF_SPECIAL = {"bos", "eos", "unk", "sep", "pad", "mask"}
 
@@ -39,6 +42,7 @@ class Outcome:
     rounded_layers   packed layers whose scales were rounded to the target's type
     max_scale_error  the largest relative change of a scale among those
     nbytes           of all files
+    notes            what only the data could tell, a line each
     """
 
     out: Path
@@ -46,6 +50,7 @@ class Outcome:
     rounded_layers: int
     max_scale_error: float
     nbytes: int
+    notes: tuple[str, ...] = ()
 
 
 def convert_model(
@@ -68,7 +73,9 @@ def convert_model(
     reader = open_weights(source)
     path = None if out is None else Path(out)
     if to == GGUF_TARGET:
-        return write_gguf_file(reader, type=type, out=path, force=force)
+        export = plan_export(reader, type)
+        path = path or default_gguf_out(source, export.file_type)
+        return write_gguf_file(export, path, force=force).out
     plan = plan_conversion(reader, target=to, type=type)
     return write_checkpoint(reader, plan, path or default_out(source, to), force=force).out
 
@@ -179,7 +186,7 @@ def _scale_error(module: str, meant: QuantizedWeight, found: QuantizedWeight) ->
     if not torch.equal(meant.codes, found.codes) or not torch.equal(_zeros(meant), _zeros(found)):
         raise VerificationFailed(f"{module}: the codes read back differ from the source's")
     scales, others = meant.scales.double(), found.scales.double()
-    change = ((scales - others).abs() / scales.abs().clamp(min=1e-300)).max().item()
+    change = ((scales - others).abs() / scales.abs().clamp(min=TINY)).max().item()
     if change > MAX_SCALE_ERROR:
         raise VerificationFailed(
             f"{module}: a scale changes by {change:.1%} in the target's type",
@@ -222,7 +229,49 @@ def _source_manifest(source: Source) -> Manifest | None:
     return Manifest.load(source.path)
 
 
-def write_gguf_file(
-    reader: WeightReader, *, type: str | None, out: Path | None, force: bool
-) -> Path:
-    raise NotImplementedError
+def default_gguf_out(source: Source, file_type: str) -> Path:
+    return Path(f"{source.short_name}-{file_type}.gguf")
+
+
+def write_gguf_file(plan: ExportPlan, out: Path, *, force: bool = False) -> Outcome:
+    """Write under a hidden name, open it again, compare what was to stay the same, name it."""
+    if out.suffix != ".gguf":
+        raise UsageError(f"{out} does not end in .gguf, and a GGUF model is one file")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", "name another --out")
+    if out.resolve() == plan.reader.source.path.resolve():
+        raise UsageError(f"{out} is the source itself", "name another --out")
+    if out.exists() and not force:
+        raise OutputExists(out)
+    unchecked = out.with_name(f".{out.name}.unchecked")
+    try:
+        notes = write_gguf(plan, unchecked, force=True)
+        outcome = _compare_gguf(plan, unchecked, out, notes)
+        unchecked.replace(out)
+    finally:
+        unchecked.unlink(missing_ok=True)
+    return outcome
+
+
+def _compare_gguf(plan: ExportPlan, written_at: Path, out: Path, notes: tuple[str, ...]) -> Outcome:
+    """Weights whose codes were kept are compared; what was rounded anew is measured by eval."""
+    written = GgufWeights(Source(str(out), written_at))
+    errors = []
+    for tensor in track(plan.tensors, f"checking {out.name}"):
+        if tensor.source is None or tensor.how not in ("copy", "repack"):
+            continue
+        meant = plan.reader.tensor(tensor.source).float()
+        found = written.tensor(tensor.source).float()
+        change = ((meant - found).abs() / meant.abs().clamp(min=TINY)).max().item()
+        if change > MAX_SCALE_ERROR:
+            raise VerificationFailed(f"{tensor.source} reads back other than it was written")
+        if tensor.how == "repack":
+            errors.append(change)
+    return Outcome(
+        out=out,
+        exact_layers=errors.count(0.0),
+        rounded_layers=len(errors) - errors.count(0.0),
+        max_scale_error=max(errors, default=0.0),
+        nbytes=written_at.stat().st_size,
+        notes=notes,
+    )

@@ -1,0 +1,111 @@
+"""`qtool convert` to GGUF and from it: codes kept where they can be, a warning where not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtool.checkpoint import resolve
+from qtool.cli import main
+from qtool.convert.formats import WeightReader, open_weights
+from qtool.convert.run import convert_model
+from qtool.errors import OutputExists, QtoolError, UsageError
+from qtool.weights import QuantizedWeight
+
+PackedCheckpoint = Callable[..., Path]
+FORMAT_NAMES = ("compressed-tensors", "gptq", "awq", "marlin")
+
+
+def opened(path: Path) -> WeightReader:
+    return open_weights(resolve(str(path)))
+
+
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_symmetric_int4_becomes_q4_0_with_the_same_weights(
+    format_name: str, packed_checkpoint: PackedCheckpoint, tmp_path: Path
+) -> None:
+    folder = packed_checkpoint(format_name, "int4-g128-sym")
+    out = convert_model(str(folder), to="gguf", out=tmp_path / "model.gguf")
+    before, after = opened(folder), opened(out)
+    assert after.format == "gguf"
+    for module in before.modules():
+        assert after.describe(module).kind == "Q4_0"
+        assert torch.equal(before.weight(module).dequantize(), after.weight(module).dequantize())
+
+
+@pytest.mark.parametrize("target", FORMAT_NAMES)
+def test_q4_0_goes_back_to_every_packed_format(
+    target: str, packed_checkpoint: PackedCheckpoint, tmp_path: Path
+) -> None:
+    folder = packed_checkpoint("compressed-tensors", "int4-g64-sym", "llama")
+    gguf = convert_model(str(folder), to="gguf", out=tmp_path / "model.gguf")
+    back = convert_model(str(gguf), to=target, out=tmp_path / "back")
+    before, after = opened(folder), opened(back)
+    assert sorted(after.modules()) == sorted(before.modules())
+    for module in before.modules():
+        weight = after.weight(module)
+        assert isinstance(weight, QuantizedWeight)
+        assert str(weight.scheme) == "int4-g32-sym"
+        assert torch.equal(before.weight(module).dequantize(), weight.dequantize())
+
+
+def test_a_gguf_file_becomes_a_folder_that_transformers_loads(
+    books_7m: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = convert_model(str(books_7m), to="gguf", type="BF16", out=tmp_path / "books.gguf")
+    out = convert_model(str(gguf), to="hf", out=tmp_path / "books")
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    original = AutoModelForCausalLM.from_pretrained(books_7m)
+    for name, parameter in original.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+    text = "It was the best of times, it was the worst of times."
+    ids = AutoTokenizer.from_pretrained(books_7m)(text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(out)(text)["input_ids"] == ids
+
+
+def test_rounding_a_second_time_is_warned_of(
+    packed_checkpoint: PackedCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = packed_checkpoint("gptq", "int4-g64-sym")
+    monkeypatch.chdir(tmp_path)
+    main(["convert", str(folder), "--to", "gguf", "--type", "Q4_K_M", "--json"])
+    captured = capsys.readouterr()
+    assert "warning: 14 tensors are quantized already" in captured.err
+    facts = json.loads(captured.out)
+    assert facts["tensors"]["requantize"] == 14
+    assert Path(facts["out"]).name == f"{folder.name}-Q4_K_M.gguf"
+    main(["convert", str(folder), "--to", "gguf"])
+    captured = capsys.readouterr()
+    assert "warning" not in captured.err
+    assert "14 layers hold the source's weights bit for bit" in captured.out
+    assert (tmp_path / f"{folder.name}-Q4_0.gguf").is_file()
+
+
+def test_k_quants_are_not_squeezed_into_integer_formats(books_7m: Path, tmp_path: Path) -> None:
+    gguf = convert_model(str(books_7m), to="gguf", type="Q4_K_M", out=tmp_path / "books.gguf")
+    with pytest.raises(QtoolError, match=r"marlin cannot hold Q\d_K without requantizing"):
+        convert_model(str(gguf), to="marlin", out=tmp_path / "marlin")
+
+
+def test_an_output_that_is_taken_or_misnamed_is_refused(books_7m: Path, tmp_path: Path) -> None:
+    out = tmp_path / "books.gguf"
+    convert_model(str(books_7m), to="gguf", type="F16", out=out)
+    with pytest.raises(OutputExists):
+        convert_model(str(books_7m), to="gguf", type="F16", out=out)
+    convert_model(str(books_7m), to="gguf", type="F16", out=out, force=True)
+    with pytest.raises(UsageError, match=r"does not end in \.gguf"):
+        convert_model(str(books_7m), to="gguf", out=tmp_path / "books")
+    with pytest.raises(UsageError, match="is the source itself"):
+        convert_model(str(out), to="gguf", out=out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["books.gguf"]
