@@ -67,7 +67,7 @@ class KeyValue(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file: shape in torch's order, bytes at [offset, offset + nbytes) of the file."""
+    """One tensor: shape in torch's order, bytes at [offset, offset + nbytes) of the file."""
 
     name: str
     shape: tuple[int, ...]

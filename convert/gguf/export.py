@@ -10,8 +10,8 @@
     decode      a quantized weight written out in a floating type
 
 `write_gguf` carries it out slab by slab; memory is about one tensor. For dense sources the data
-section is that of llama.cpp's two steps (convert, then llama-quantize on x86-64) without the file in
-between: same mix, same order, same bits.
+section is that of llama.cpp's two steps (convert, then llama-quantize on x86-64) without the file
+in between: same mix, same order, same bits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from qtool.convert.gguf.blocks.legacy import (
     pack_q8_0,
     repack_refusal,
 )
-from qtool.convert.gguf.container import KeyValue
 from qtool.convert.gguf.import_ import FLOAT_DTYPES, GgufWeights
 from qtool.convert.gguf.metadata import export_entries
 from qtool.convert.gguf.mix import (
@@ -45,7 +44,6 @@ from qtool.convert.gguf.mix import (
     choose_types,
     file_order,
     find_file_type,
-    is_quantizable,
 )
 from qtool.convert.gguf.names import ROPE_FREQUENCIES, NameMap, rope_divisors
 from qtool.convert.gguf.parallel import run_in_order
@@ -124,7 +122,6 @@ class _Source(NamedTuple):
     hf: str
     gguf: str
     held: Held
-    module: str
 
     @property
     def is_dense(self) -> bool:
@@ -162,8 +159,10 @@ def plan_export(
             tensors += _rope_tensor(reader, config)
             continue
         source = by_name[name]
-        choice = choices.get(name) or _unquantized(source)
-        if source.gguf in choices:
+        choice = choices.get(name)
+        if choice is None:  # norms and biases, which the converter writes as F32
+            choice = TypeChoice("F32", "F32")
+        else:
             choice = _keep_codes(source, file_type, choice, left_dense_in_int4=keep_codes)
         tensors.append(_plan_tensor(source, choice))
     entries = export_entries(
@@ -186,18 +185,17 @@ def _writable(name: str) -> str:
 
 def _sources(reader: WeightReader, names: NameMap) -> list[_Source]:
     sources = []
-    found = [f"{module}.weight" for module in reader.modules()] + reader.tensor_names()
-    for hf in found:
+    packed = {f"{module}.weight": module for module in reader.modules()}
+    for hf in (*packed, *reader.tensor_names()):
         gguf = names.to_gguf(hf)
         if gguf is None or (gguf == "output.weight" and names.config.tie_word_embeddings):
             continue
-        module = hf.rpartition(".")[0]
-        held = reader.describe(module if module in reader.modules() and hf.endswith(".weight") else hf)
+        held = reader.describe(packed.get(hf, hf))
         if held.shape != names.shape(hf):
             raise FormatError(
                 f"{hf} has shape {list(held.shape)}, config.json says {list(names.shape(hf))}"
             )
-        sources.append(_Source(hf, gguf, held, module))
+        sources.append(_Source(hf, gguf, held))
     present = {source.hf for source in sources}
     missing = [name for name in names.required() if name not in present]
     if missing:
@@ -229,11 +227,6 @@ def _keep_codes(
         fits = source.held.shape[-1] % TENSOR_TYPES["Q8_0"].block_size == 0
         return TypeChoice("Q8_0" if fits else "F16", "Q8_0")
     return choice
-
-
-def _unquantized(source: _Source) -> TypeChoice:
-    """Norms and biases are F32, as the converter writes them."""
-    return TypeChoice("F32", "F32")
 
 
 def _plan_tensor(source: _Source, choice: TypeChoice) -> PlannedTensor:

@@ -109,9 +109,7 @@ class GgufWeights:
         if not entry.type.is_quantized:
             values = self._values(entry)
             return DenseWeight(values if rows is None else values[rows])
-        blocks = BlockWeight(
-            self.file.data(entry.name), entry.shape[-1], find_codec(entry.type)
-        )
+        blocks = BlockWeight(self.file.data(entry.name), entry.shape[-1], find_codec(entry.type))
         weight: QuantizedWeight | BlockWeight = blocks
         if entry.type.name == "Q4_0":
             weight = unpack_q4_0(blocks)
@@ -169,7 +167,7 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     blocks = settings.whole(f"{prefix}.block_count")
     if blocks > len(file.tensors):  # names are made for every block, so it must be plausible
         raise FormatError(
-            f"{file.path}: {prefix}.block_count is {blocks}, and there are {len(file.tensors)} tensors"
+            f"{file.path}: {prefix}.block_count is {blocks}, with {len(file.tensors)} tensors"
         )
     ends = end_of_generation_ids(metadata)
     config: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """The key-value part of an exported file, in the order llama.cpp's two tools leave it.
 
-The converter writes: general.*, the architecture's settings, general.file_type, what the family adds,
-general.quantization_version, tokenizer.*. llama-quantize then takes quantization_version and
+The converter writes: general.*, the architecture's settings, general.file_type, what the family
+adds, general.quantization_version, tokenizer.*. llama-quantize then takes quantization_version and
 file_type out and appends them; so does this for quantized types.
 """
 
@@ -65,11 +65,8 @@ def _kept(reader: GgufWeights) -> list[KeyValue]:
 
 def size_label(num_weights: int) -> str:
     """A model's size in two digits, as in file names: 7343360 -> "7.3M", 494032768 -> "494M"."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if num_weights > limit:
-            scaled = num_weights / limit
-            break
-    else:
-        scaled, suffix = num_weights / 1e3, "K"
+    steps = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+    limit, suffix = next((step for step in steps if num_weights > step[0]), steps[-1])
+    scaled = num_weights / limit
     decimals = max(2 - len(str(round(scaled)).lstrip("0")), 0)
     return f"{scaled:.{decimals}f}{suffix}"

@@ -9,7 +9,7 @@ tables are tested against.
                         2. an explicit type by a pattern on names
                         3. `pure`: the default type for all
                         4. RULES, else the default type
-    then                a type whose block does not divide the row falls back (FALLBACKS); 1. does not
+    then                a type whose block does not divide the row falls back (FALLBACKS), but in 1.
 
 Some rules count: `index` is the position among tensors of that category in the file's order, which
 is therefore part of the result (see `file_order`). Falcon's exceptions are left out with Falcon.
@@ -30,9 +30,7 @@ Category = Literal[
     "output", "embedding", "v", "k", "q", "attn_output", "up", "gate", "down", "other"
 ]
 
-DEFAULT_TYPES: dict[str, str] = {
-    name: name for name in FILE_TYPES if name in TENSOR_TYPES
-} | {
+DEFAULT_TYPES: dict[str, str] = {name: name for name in FILE_TYPES if name in TENSOR_TYPES} | {
     "Q2_K_S": "Q2_K",
     "Q3_K_S": "Q3_K",
     "Q3_K_M": "Q3_K",
@@ -151,6 +149,10 @@ _IQ1 = ("IQ1_S", "IQ1_M")
 _IQ2_SMALL = ("IQ2_XXS", "IQ2_XS")
 _IQ2_LARGE = ("IQ2_S", "IQ2_M")
 _IQ1_IQ2 = (*_IQ1, *_IQ2_SMALL, *_IQ2_LARGE)
+_FIVE_BIT_OUTPUT = (  # of attention, where there are 8 experts
+    *("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M"),
+    *("IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS"),
+)
 
 RULES: dict[Category, tuple[Rule, ...]] = {
     "output": (
@@ -190,8 +192,7 @@ RULES: dict[Category, tuple[Rule, ...]] = {
     "attn_output": (
         Rule(_IQ1_IQ2, "Q5_K", _mixtral),
         Rule(
-            ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M")
-            + ("IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS"),
+            _FIVE_BIT_OUTPUT,
             "Q5_K",
             _mixtral,
         ),
@@ -215,9 +216,7 @@ RULES: dict[Category, tuple[Rule, ...]] = {
         Rule(("IQ4_NL", "IQ4_XS"), "Q5_K", lambda p: _no_importance(p) and p.in_first_eighth),
         Rule(("IQ3_XXS",), "Q4_K", lambda p: _no_importance(p) and p.in_first_eighth),
         Rule(("IQ3_XXS",), "Q3_K", _no_importance),
-        Rule(
-            ("IQ3_M",), "Q4_K", lambda p: p.in_first_eighth or (_mixtral(p) and p.more_bits)
-        ),
+        Rule(("IQ3_M",), "Q4_K", lambda p: p.in_first_eighth or (_mixtral(p) and p.more_bits)),
         Rule(("Q4_0",), "Q4_1", lambda p: not _no_importance(p) and p.in_first_eighth),
         Rule(("Q5_0",), "Q5_1", lambda p: not _no_importance(p) and p.in_first_eighth),
     ),
@@ -366,11 +365,7 @@ def _by_rules(file_type: str, kind: Category, place: Place, shape: tuple[int, ..
     if file_type == "MXFP4_MOE":
         return "MXFP4" if len(shape) == 3 else "Q8_0"
     wanted = next(
-        (
-            rule.type
-            for rule in RULES[kind]
-            if file_type in rule.file_types and rule.when(place)
-        ),
+        (rule.type for rule in RULES[kind] if file_type in rule.file_types and rule.when(place)),
         default,
     )
     if kind == "v" and file_type not in _IQ1_IQ2:

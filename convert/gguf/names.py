@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 
 @dataclass(frozen=True, slots=True)
 class NameMap:
-    """Module names of one model, both ways. A tensor's name is a module's and ".weight" or ".bias"."""
+    """Module names of one model, both ways; a tensor's name adds ".weight" or ".bias"."""
 
     architecture: Architecture
     config: DecoderConfig
@@ -220,9 +221,7 @@ def rope_from_divisors(divisors: Tensor, theta: float) -> Rope:
         offset = slope * float(inverse_wavelength[0]) - float(smooth[0])
         if offset > 0:
             high = 1.0 + 1.0 / offset
-            candidates.append(
-                Rope(theta, "llama3", factor, 1.0, high, round(slope * (high - 1.0)))
-            )
+            candidates.append(Rope(theta, "llama3", factor, 1.0, high, round(slope * (high - 1.0))))
     for rope in candidates:
         again = rope_divisors(rope, head_dim)
         if again is not None and torch.allclose(again.double(), values, rtol=1e-3):
@@ -272,4 +271,5 @@ class Settings:
         value: float = self.get(key, float, default)
         if not math.isfinite(value) or value <= 0:
             raise FormatError(f"{self._where}: {key} is {value}, not a positive number")
-        return value
+        # the shortest decimal of the stored float32: 1e-05, not 9.999999747378752e-06
+        return float(str(numpy.float32(value)))

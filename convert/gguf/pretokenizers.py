@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-GPT2 = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)  # what a ByteLevel pre-tokenizer with use_regex does
+# what a ByteLevel pre-tokenizer with use_regex does
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
 DIGITS = r"\p{N}+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -37,14 +36,14 @@ GPT4O = (
     rf"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     rf"|\p{{N}}{{1,3}}|{_CASED_REST}"
 )
-_CJK = r"[一-龥぀-ゟ゠-ヿ]+"
+_CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _FALCON_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 _DEFAULT_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
-_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_BLOOM = r" ?[^(\s|.,!?" + "\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c" + r")]+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,13 @@ _ENTRIES = (
     PreTokenizer("deepseek-v3", (r"\p{N}{1,3}", _CJK, _DEEPSEEK3)),
     PreTokenizer(
         "deepseek-coder",
-        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", DIGIT),
+        (
+            r"[\r\n]",
+            r"\s?\p{L}+",
+            r"\s?\p{P}+",
+            "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+            DIGIT,
+        ),
     ),
     PreTokenizer("falcon", (_FALCON_PUNCTUATION, GPT2, r"[0-9][0-9][0-9]")),
     PreTokenizer("default", (_DEFAULT_PUNCTUATION, GPT2, DIGITS, r"[0-9][0-9][0-9]")),

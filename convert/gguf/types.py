@@ -110,7 +110,7 @@ _TYPES = (
 TENSOR_TYPES: dict[str, TensorType] = {entry.name: entry for entry in _TYPES}
 TENSOR_TYPE_BY_ID: dict[int, TensorType] = {entry.id: entry for entry in _TYPES}
 
-# `general.file_type`: what llama-quantize calls a whole file. The types of its tensors are mix.py's.
+# `general.file_type`: what llama-quantize calls a whole file. mix.py has its tensors' types.
 FILE_TYPES: dict[str, int] = {
     "F32": 0,
     "F16": 1,

@@ -25,10 +25,11 @@ from tokenizers import pre_tokenizers as pre
 from tokenizers.processors import TemplateProcessing
 
 from qtool.convert.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
-from qtool.errors import FormatError, UnknownName, UnsupportedModel
+from qtool.errors import FormatError, UnsupportedModel
 
 PREFIX = "tokenizer.ggml."
 SPACE = "\u2581"  # SentencePiece writes a space so
+MAX_PIECE = 512  # characters; a longer token is no piece of text, and cutting it takes its square
 
 # key of a special token's id: how it is called here
 SPECIAL_KEYS = {
@@ -43,9 +44,11 @@ SPECIAL_KEYS = {
 }
 # llama.cpp also ends generation at control tokens with these texts
 END_TEXTS = frozenset(
-    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|eom_id|>")
-    + ("<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "</s>")
-    + ("<end_of_utterance>",)
+    (
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|eom_id|>", "</s>"),
+        *("<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<end_of_utterance>", "<eos>"),
+        *("<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
+    )
 )
 
 
@@ -83,7 +86,7 @@ class GgufTokenizer:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
-    """Build the tokenizer that a file's metadata describes; raises FormatError where it does not."""
+    """The tokenizer that a file's metadata describes; raises FormatError where it does not."""
     vocabulary = _Vocabulary.of(metadata)
     model = metadata.get(f"{PREFIX}model")
     try:
@@ -153,7 +156,9 @@ class _Vocabulary:
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> _Vocabulary:
         tokens = _array(metadata, "tokens", str)
-        kinds = _array(metadata, "token_type", int, optional=True) or [TokenKind.NORMAL] * len(tokens)
+        kinds = _array(metadata, "token_type", int, optional=True) or [TokenKind.NORMAL] * len(
+            tokens
+        )
         if len(kinds) < len(tokens):
             raise FormatError(
                 f"tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens"
@@ -168,9 +173,7 @@ class _Vocabulary:
 
     def added(self, *, special: bool) -> list[AddedToken]:
         """Tokens that are found in text as they stand, before it is normalized or cut."""
-        wanted = (
-            (TokenKind.CONTROL, TokenKind.UNKNOWN) if special else (TokenKind.USER_DEFINED,)
-        )
+        wanted = (TokenKind.CONTROL, TokenKind.UNKNOWN) if special else (TokenKind.USER_DEFINED,)
         return [
             AddedToken(token, special=special, normalized=False)
             for token, kind in zip(self.tokens, self.kinds, strict=False)
@@ -185,12 +188,16 @@ def _byte_level(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> Tokeniz
         cut = merge.find(" ", 1)  # from 1: a token may begin with the separator
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or any(part not in vocabulary.ids for part in (left, right, left + right)):
-            raise FormatError(f"tokenizer.ggml.merges[{index}] {merge!r} joins no two tokens to one")
+            raise FormatError(
+                f"tokenizer.ggml.merges[{index}] {merge!r} joins no two tokens to one"
+            )
         merges.append((left, right))
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=entry.ignore_merges)
     )
-    steps = [pre.Split(Regex(pattern), "isolated") for pattern in entry.patterns]
+    steps: list[pre.PreTokenizer] = [
+        pre.Split(Regex(pattern), "isolated") for pattern in entry.patterns
+    ]
     steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
@@ -201,7 +208,10 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     name = _text(metadata, f"{PREFIX}pre") or "default"
     entry = PRE_TOKENIZERS.get(name)
     if entry is None:
-        raise UnknownName("tokenizer.ggml.pre", name, PRE_TOKENIZERS)
+        known = sorted({entry.name for entry in PRE_TOKENIZERS.values()})
+        raise UnsupportedModel(
+            f"tokenizer.ggml.pre {name!r} is not known", f"known: {', '.join(known)} and their kin"
+        )
     return entry
 
 
@@ -262,6 +272,7 @@ def merges_from_scores(
         token: score
         for token, kind, score in zip(tokens, kinds, scores, strict=False)
         if kind in (TokenKind.NORMAL, TokenKind.USER_DEFINED, TokenKind.UNUSED)
+        and len(token) <= MAX_PIECE
     }
     merges = [
         (score, token[:cut], token[cut:])

@@ -40,9 +40,9 @@ _SPECIAL_ORDER = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 _SAMPLES = (
     "Hello, world! It's 3.14159 o'clock; they'LL've paid $1,234,567.89 (about 12%).",
-    "    def f(x):\n\t\treturn {'a': [x**2 for _ in range(10)]}  # tabs\t and  spaces   \n\n\n  end",
+    "    def f(x):\n\t\treturn {'a': [x**2 for _ in range(10)]}  # tabs\t and   \n\n\n  end",
     "Übergrößenträger naïve café Ελληνικά русский язык עברית العربية हिन्दी ไทย",
-    "日本語のテキスト、中文文本，한국어 텍스트 — “quotes” … ™ 1²3 ½ Ⅷ ١٢٣",
+    "日本語のテキスト、中文文本、한국어 텍스트 — “quotes” … ™ 1²3 ½ Ⅷ ١٢٣",
     "🚀 (normal) 😶‍🌫️ (several points) 👨‍👩‍👧 \u200b\u00a0\u3000 \x01 end",
     "3 33 333 3333 33333 word123word CamelCaseWords SCREAMING_CASE http://a.b/c?d=e&f#g",
     "  leading, trailing  \r\n windows\r\n\r\nline ends 'quoted''s I'm you're we'Re",
@@ -232,7 +232,7 @@ def _adds(
 
 
 def _space_prefix(path: Path, source: Mapping[str, Any]) -> Iterator[KeyValue]:
-    """add_space_prefix: whether a text gets a leading space, as llama.cpp assumes if nothing is said.
+    """add_space_prefix: whether a text gets a leading space; llama.cpp takes silence for yes.
 
     Either a normalizer Prepend, or a pre-tokenizer Metaspace whose scheme is not "never".
     """
@@ -263,7 +263,11 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> Iterator[KeyValue]:
     if isinstance(template, str):
         named["default"] = template
     elif isinstance(template, list):
-        named = {item["name"]: item["template"] for item in template}
+        named = {
+            str(item["name"]): str(item["template"])
+            for item in template
+            if isinstance(item, dict) and "name" in item and "template" in item
+        }
     others = {
         "".join(c if c.isascii() and c.isalnum() else "_" for c in name): text
         for name, text in named.items()
@@ -282,14 +286,28 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> Iterator[KeyValue]:
 def _check(path: Path, own: Tokenizer, entries: list[KeyValue], pre: str | None) -> None:
     """Rebuild the tokenizer from the entries and compare it with the folder's own."""
     rebuilt = tokenizer_from_gguf({entry.key: entry.value for entry in entries}).tokenizer
+    samples = [*_SAMPLES, *_marked_samples(own)]
     # without a post-processor transformers adds special tokens by itself, by tokenizer_config.json
     for special in (False,) if own.post_processor is None else (False, True):
-        for sample in _SAMPLES:
+        for sample in samples:
             text = unicodedata.normalize("NFC", sample)  # which llama.cpp leaves to its callers
             expected = own.encode(text, add_special_tokens=special).ids
             found = rebuilt.encode(text, add_special_tokens=special).ids
             if expected != found:
                 _refuse(path, entries, pre, text, expected, found)
+
+
+def _marked_samples(own: Tokenizer) -> list[str]:
+    """Text around special tokens, where the tokenizer takes them as they stand.
+
+    Not for SentencePiece, whose space after a special token is a matter of taste (llama.cpp adds
+    one, newer Hugging Face files do not).
+    """
+    if own.normalizer is not None and own.decoder is not None and own.pre_tokenizer is None:
+        return []
+    tokens = own.get_added_tokens_decoder().values()
+    plain = [t for t in tokens if not (t.lstrip or t.rstrip or t.single_word or t.normalized)]
+    return [f"one{token.content}two {token.content} three" for token in plain[:16]]
 
 
 def _refuse(

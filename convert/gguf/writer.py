@@ -36,7 +36,7 @@ from qtool.convert.gguf.types import (
     TensorType,
     ValueType,
 )
-from qtool.errors import OutputExists, QtoolError
+from qtool.errors import OutputExists, QtoolError, UsageError
 
 VERSION = 3
 
@@ -138,17 +138,19 @@ def encode_info(info: TensorInfo, offset: int) -> bytes:
 class GgufWriter:
     """Streams a layout's data into a file that appears under its name only when whole.
 
-        with GgufWriter(Path("model.gguf"), layout) as writer:
-            for info in layout.tensors:
-                for slab in ...:
-                    writer.write(info, slab)
+    with GgufWriter(Path("model.gguf"), layout) as writer:
+        for info in layout.tensors:
+            for slab in ...:
+                writer.write(info, slab)
     """
 
     def __init__(self, path: Path, layout: GgufLayout, *, force: bool = False) -> None:
         if path.exists() and not force:
             raise OutputExists(path)
         if path.is_dir():
-            raise QtoolError(f"{path} is a folder, and a GGUF model is one file", "name a .gguf file")
+            raise UsageError(
+                f"{path} is a folder, and a GGUF model is one file", "name a .gguf file"
+            )
         self.path = path
         self.layout = layout
         self.partial = path.with_name(f".{path.name}.partial")
@@ -156,10 +158,13 @@ class GgufWriter:
         self._written = 0  # bytes of it so far
 
     def __enter__(self) -> GgufWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        require_disk_space(self.path.parent, self.layout.nbytes)
-        self._file = self.partial.open("wb")
-        self._file.write(self.layout.header)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            require_disk_space(self.path.parent, self.layout.nbytes)
+            self._file = self.partial.open("wb")
+        except OSError as error:
+            raise QtoolError(f"{self.path} cannot be made: {error.strerror or error}") from error
+        self._append(self.layout.header)
         return self
 
     def write(self, info: TensorInfo, slab: Tensor) -> None:
@@ -168,10 +173,18 @@ class GgufWriter:
         assert info == expected, f"{info.name} written where {expected.name} belongs"
         self._written += slab.numel()
         assert self._written <= info.nbytes, f"{info.name} has more bytes than {info.nbytes}"
-        self._file.write(memoryview(slab.contiguous().numpy()))
+        self._append(slab.contiguous().numpy().data)
         if self._written == info.nbytes:
-            self._file.write(bytes(pad_to(info.nbytes, self.layout.alignment) - info.nbytes))
+            self._append(bytes(pad_to(info.nbytes, self.layout.alignment) - info.nbytes))
             self._next, self._written = self._next + 1, 0
+
+    def _append(self, data: bytes | memoryview) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise QtoolError(
+                f"{self.path} cannot be written: {error.strerror or error}", "is the disk full?"
+            ) from error
 
     def __exit__(
         self,

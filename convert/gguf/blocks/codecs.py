@@ -22,8 +22,8 @@ Quantizer = Callable[[Tensor, Tensor | None], Tensor]
 Dequantizer = Callable[[Tensor], Tensor]
 
 # Weights a slab: small enough for the caches, large enough that a vector operation outweighs its
-# call from Python (Q4_K, one thread of Zen 5, million weights a second: 5 with 2**15, 11 with 2**18,
-# 9 with 2**19).
+# call from Python (Q4_K on one thread of Zen 5, million weights a second: 5 with 2**15 of them,
+# 11 with 2**18, 9 with 2**19).
 SLAB_WEIGHTS = 1 << 18
 
 QUANTIZERS: dict[str, Quantizer] = {
@@ -119,10 +119,11 @@ def _by_gguf_package(type: TensorType) -> Dequantizer:
 
 
 BLOCK_CODECS: dict[str, BlockCodec] = {
-    name: Codec(TENSOR_TYPES[name], _READERS[name]) for name in _READERS
-} | {
-    name: Codec(TENSOR_TYPES[name], _by_gguf_package(TENSOR_TYPES[name]))
-    for name in _BY_GGUF_PACKAGE
+    **{name: Codec(TENSOR_TYPES[name], read) for name, read in _READERS.items()},
+    **{
+        name: Codec(TENSOR_TYPES[name], _by_gguf_package(TENSOR_TYPES[name]))
+        for name in _BY_GGUF_PACKAGE
+    },
 }
 
 
@@ -158,5 +159,8 @@ def quantize(name: str, rows: Tensor, importance: Tensor | None = None) -> Tenso
     assert rows.dtype == torch.float32, rows.dtype
     assert rows.shape[1] % type.block_size == 0, (name, rows.shape)
     height = slab_rows(rows.shape[1])
-    slabs = [writer(slab, importance) for slab in rows.split(height)]
+    slabs = [
+        writer(rows[begin : begin + height], importance)
+        for begin in range(0, rows.shape[0], height)
+    ]
     return slabs[0] if len(slabs) == 1 else torch.cat(slabs)

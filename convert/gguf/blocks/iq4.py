@@ -28,9 +28,9 @@ from qtool.convert.gguf.blocks.search import GROUP_MAX_EPS
 
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _TABLE = torch.tensor(VALUES, dtype=torch.float32)
-# The nearest entry, ties upwards, is the number of midpoints that x reaches: near each midpoint both
-# distances are exact in float32, so comparing x with it decides as comparing the distances does.
-# All midpoints are multiples of a half, so floor(2x) decides too: a table of 481 entries, 20 times
+# The nearest entry, ties upwards, is the number of midpoints that x reaches: near each midpoint
+# both distances are exact in float32, so comparing x with it decides as comparing them does. All
+# midpoints are multiples of a half, so floor(2x) decides too: a table of 481 entries, 20 times
 # faster than a binary search (2026-11, Zen 5, one thread).
 _LOWEST, _HIGHEST = 2 * VALUES[0], 2 * VALUES[-1]
 _MIDPOINTS = (_TABLE[1:] + _TABLE[:-1]) / 2
@@ -137,5 +137,5 @@ def dequantize_iq4_xs(data: Tensor) -> Tensor:
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=data.device)
     high = ((blocks[..., 2:4, None] >> shifts) & 3).flatten(-2)
     scales = (low | (high << 4)).float() - 32
-    values = _unpack(blocks[..., 8:].unflatten(-1, (8, 16)))
+    values = _unpack(blocks[..., 8:].reshape(*blocks.shape[:2], 8, 16))
     return ((from_half(blocks[..., :2]) * scales).unsqueeze(-1) * values).flatten(1)

@@ -1,11 +1,11 @@
 """Q2_K .. Q6_K: super-blocks of 256 weights, scales of sub-blocks themselves quantized.
 
-    type  sub-blocks  bytes                                                      weight
-    Q2_K  16 of 16    scales[16] (low nibble scale, high minimum) qs[64] d h dmin h    d s q - dmin m
-    Q3_K  16 of 16    hmask[32] qs[64] scales[12] (16 x 6 bit, offset 32) d h     d (s - 32) (q - 4)
-    Q4_K   8 of 32    d h dmin h scales[12] (8 x 6 + 6 bit) qs[128]               d s q - dmin m
-    Q5_K   8 of 32    d h dmin h scales[12] qh[32] qs[128]                        d s q - dmin m
-    Q6_K  16 of 16    ql[128] qh[64] int8 scales[16] d h                          d s (q - 32)
+    type  sub-blocks  bytes                                               weight
+    Q2_K  16 of 16    scales[16] (low nibble s, high m) qs[64] d h dmin h   d s q - dmin m
+    Q3_K  16 of 16    hmask[32] qs[64] scales[12] (16 x 6 bit) d h          d (s - 32) (q - 4)
+    Q4_K   8 of 32    d h dmin h scales[12] (8 x 6 + 6 bit) qs[128]         d s q - dmin m
+    Q5_K   8 of 32    d h dmin h scales[12] qh[32] qs[128]                  d s q - dmin m
+    Q6_K  16 of 16    ql[128] qh[64] int8 scales[16] d h                    d s (q - 32)
 
 Each quantizer has three steps: fit every sub-block alone (search.py), quantize the sub-blocks'
 scales and minima against the largest, and round the weights again on the grids as they now are.
@@ -43,9 +43,7 @@ def quantize_q2_k(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """[rows, columns] float32 (importance: [columns]) -> [rows, bytes] uint8. So are the others."""
     x = to_lanes(rows, 16)
     if importance is None:
-        fit = fit_scale_and_minimum(
-            x, 3, x.abs(), first=-0.5, step=0.1, steps=15, absolute=True
-        )
+        fit = fit_scale_and_minimum(x, 3, x.abs(), first=-0.5, step=0.1, steps=15, absolute=True)
         d, scales = _fractions(fit.scales.view(-1, 16), 15)
         dmin, minima = _fractions(fit.minima.view(-1, 16), 15)
     else:
@@ -164,7 +162,7 @@ def _importance_lanes(rows: Tensor, importance: Tensor, lanes: int, factor: Tens
 
 
 def _fractions(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Quantize sub-block scales [blocks, n] against the largest: (d [blocks], codes [blocks, n])."""
+    """Sub-block scales [blocks, n] as parts of the largest: (d [blocks], codes [blocks, n])."""
     largest = values.amax(1)
     largest = torch.where(largest > 0, largest, 0.0)  # not clamp, which keeps the sign of -0
     codes = torch.round(divide(constant(float(limit)), largest)[:, None] * values)
@@ -213,7 +211,7 @@ def _bytes(codes: Tensor) -> Tensor:
 
 
 def _pack_crumbs(codes: Tensor) -> Tensor:
-    """[blocks, 256] of 0..3 -> [blocks, 64]: byte 32n+l holds 128n+l, +32, +64, +96 from low bits."""
+    """[blocks, 256] of 0..3 -> [blocks, 64]: byte 32n+l holds 128n+l, +32, +64, +96, low first."""
     q = codes.view(-1, 2, 4, 32)
     packed = q[:, :, 0] | (q[:, :, 1] << 2) | (q[:, :, 2] << 4) | (q[:, :, 3] << 6)
     return packed.flatten(1)
@@ -221,7 +219,7 @@ def _pack_crumbs(codes: Tensor) -> Tensor:
 
 def _unpack_crumbs(packed: Tensor) -> Tensor:
     """[..., 64] -> [..., 2, 4, 32], the inverse."""
-    q = packed.unflatten(-1, (2, 1, 32))
+    q = packed.reshape(*packed.shape[:-1], 2, 1, 32)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
     return (q >> shifts[:, None]) & 3
 
@@ -261,7 +259,7 @@ def dequantize_q2_k(data: Tensor) -> Tensor:
     d, dmin = from_half(blocks[..., 80:82]), from_half(blocks[..., 82:84])
     scales = (d * (blocks[..., :16] & 15).float()).unsqueeze(-1)
     minima = (dmin * (blocks[..., :16] >> 4).float()).unsqueeze(-1)
-    codes = _unpack_crumbs(blocks[..., 16:80]).flatten(-3).unflatten(-1, (16, 16)).float()
+    codes = _unpack_crumbs(blocks[..., 16:80]).reshape(*blocks.shape[:2], 16, 16).float()
     return (scales * codes - minima).flatten(1)
 
 
@@ -275,7 +273,7 @@ def dequantize_q3_k(data: Tensor) -> Tensor:
     bits = torch.arange(8, dtype=torch.uint8, device=data.device)
     third = ((blocks[..., None, :32] >> bits[:, None]) & 1).flatten(-2)
     codes = _unpack_crumbs(blocks[..., 32:96]).flatten(-3) | (third << 2)
-    values = codes.unflatten(-1, (16, 16)).float() - 4
+    values = codes.reshape(*blocks.shape[:2], 16, 16).float() - 4
     return ((from_half(blocks[..., 108:110]) * scales).unsqueeze(-1) * values).flatten(1)
 
 
@@ -289,7 +287,7 @@ def _dequantize_q4_or_q5(blocks: Tensor, codes: Tensor) -> Tensor:
 
 def _unpack_nibble_pairs(packed: Tensor) -> Tensor:
     """[..., 128] -> [..., 8, 32]: each 32 bytes hold two sub-blocks, low nibbles first."""
-    q = packed.unflatten(-1, (4, 1, 32))
+    q = packed.reshape(*packed.shape[:-1], 4, 1, 32)
     return torch.cat([q & 15, q >> 4], -2).flatten(-3, -2)
 
 
@@ -307,9 +305,9 @@ def dequantize_q5_k(data: Tensor) -> Tensor:
 
 def dequantize_q6_k(data: Tensor) -> Tensor:
     blocks = _blocks(data, 210)
-    ql = blocks[..., :128].unflatten(-1, (2, 2, 32))
+    ql = blocks[..., :128].reshape(*blocks.shape[:2], 2, 2, 32)
     low = torch.cat([ql & 15, ql >> 4], -2)
     codes = low | (_unpack_crumbs(blocks[..., 128:192]) << 4)
-    values = codes.flatten(-3).unflatten(-1, (16, 16)).float() - 32
+    values = codes.reshape(*blocks.shape[:2], 16, 16).float() - 32
     scales = blocks[..., 192:208].contiguous().view(torch.int8).float()
     return ((from_half(blocks[..., 208:210]) * scales).unsqueeze(-1) * values).flatten(1)

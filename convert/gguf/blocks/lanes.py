@@ -69,7 +69,7 @@ def exact_sqrt(x: Tensor) -> Tensor:
 
 
 def round_away(x: Tensor) -> Tensor:
-    """C's roundf: halves away from zero. floor(|x|) and the fraction are exact, |x| + 0.5 is not."""
+    """C's roundf: halves away from zero. floor(|x|) and the fraction are exact, |x| + .5 is not."""
     size = x.abs()
     whole = size.floor()
     return torch.copysign(whole + (size - whole >= 0.5), x)

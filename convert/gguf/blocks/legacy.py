@@ -53,9 +53,7 @@ def quantize_q5_0(rows: Tensor, importance: Tensor | None = None) -> Tensor:
 
 def quantize_q4_1(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     scales, offsets, codes = _affine(rows, importance, bits=4)
-    return _rows(
-        rows, [half_bytes(scales), half_bytes(offsets), _pack_nibbles(from_lanes(codes))]
-    )
+    return _rows(rows, [half_bytes(scales), half_bytes(offsets), _pack_nibbles(from_lanes(codes))])
 
 
 def quantize_q5_1(rows: Tensor, importance: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ DESCENT_PASSES = 5
 
 
 class ScaleFit(NamedTuple):
-    """scales [blocks]; codes [lanes, blocks], float32 whole numbers, 0 .. 2*limit-1 around limit."""
+    """scales [blocks]; codes [lanes, blocks], whole numbers as float32, from 0."""
 
     scales: Tensor
     codes: Tensor
@@ -191,9 +191,7 @@ def fit_scale_by_descent(x: Tensor, limit: int) -> ScaleFit:
     return ScaleFit(scales.masked_fill(empty, 0.0), codes.add_(limit).masked_fill_(empty, 0.0))
 
 
-def _descend(
-    x: Tensor, codes: Tensor, weights: Tensor, *, lower: int | None, upper: int
-) -> Tensor:
+def _descend(x: Tensor, codes: Tensor, weights: Tensor, *, lower: int | None, upper: int) -> Tensor:
     """Improve `codes` in place, one lane at a time; returns the least-squares scales.
 
     Each lane moves to the code that is best with the others held, if that raises the explained
