@@ -496,7 +496,11 @@ class ShardWriter:
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     """save_file with the metadata that transformers looks for, and disk errors as ours."""
     try:
+        # safetensors makes files that only their owner reads; these follow the umask, as others do.
+        path.touch()
+        mode = path.stat().st_mode
         save_file(tensors, str(path), metadata={"format": "pt"})
+        path.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise QtoolError(
             f"{path.name} could not be written: {error}", "is the disk full?"

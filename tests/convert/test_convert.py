@@ -55,6 +55,15 @@ def test_symmetric_int4_is_the_same_model_in_every_format(
     assert "tokenizer.json" in manifest.files
 
 
+def test_weights_are_as_readable_as_the_files_beside_them(
+    packed_checkpoint: PackedCheckpoint, tmp_path: Path
+) -> None:
+    folder = packed_checkpoint("compressed-tensors", "int4-g64-sym")
+    out = convert_model(str(folder), to="marlin", out=tmp_path / "out")
+    modes = {file.name: file.stat().st_mode for file in out.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_int8_rows_go_to_marlin_and_gptq_and_back(
     packed_checkpoint: PackedCheckpoint, tmp_path: Path
 ) -> None:
