@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,32 +114,34 @@ class Terminal:
                 say("\n(Ctrl-C stops an answer; /exit or Ctrl-D leaves)")
 
     def _turn(self, question: str) -> None:
-        texts: list[str] = []
+        answer = ""
         end: AnswerEnd | None = None
         try:
             with closing(self._answer(question)) as pieces:
                 for piece in pieces:
                     if isinstance(piece, AnswerEnd):
                         end = piece
-                    else:
-                        texts.append(piece)
-                        click.echo(piece, nl=False)
+                        continue
+                    # The space after "Assistant:" is the template's business, not the reader's.
+                    text = piece if answer else piece.lstrip()
+                    answer += text
+                    click.echo(text, nl=False)
         except KeyboardInterrupt:
             click.echo()
             say("(stopped)")
         except QtoolError as error:
-            if texts:
+            if answer:
                 click.echo()
             self._fail(error)
             return
         else:
             click.echo()
             self._say_end(end)
-        if texts:
+        if answer:
             # A stopped answer stays as far as it went: the next question may be about it.
-            self._conversation.add(question, "".join(texts))
+            self._conversation.add(question, answer)
 
-    def _answer(self, question: str) -> Iterator[str | AnswerEnd]:
+    def _answer(self, question: str) -> Generator[str | AnswerEnd, None, None]:
         return self._backend.answer(self._conversation.with_question(question), self._sampling)
 
     def _fail(self, error: QtoolError) -> None:

@@ -7,7 +7,7 @@ Closing the iterator early (Ctrl-C) stops the answer at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 Message = dict[str, str]
@@ -31,7 +31,7 @@ class ChatBackend(Protocol):
 
     def answer(
         self, messages: Sequence[Message], sampling: Mapping[str, Any]
-    ) -> Iterator[str | AnswerEnd]:
+    ) -> Generator[str | AnswerEnd, None, None]:
         """Texts as they come, then the end. ``sampling``: fields of a chat request body."""
         ...
 

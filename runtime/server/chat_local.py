@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -58,7 +58,7 @@ class LocalChat:
 
     def answer(
         self, messages: Sequence[Message], sampling: Mapping[str, Any]
-    ) -> Iterator[str | AnswerEnd]:
+    ) -> Generator[str | AnswerEnd, None, None]:
         arrived: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
         watch = Stopwatch()
         body = orjson.dumps({**sampling, "messages": list(messages)})

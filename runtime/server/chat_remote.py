@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ class RemoteChat:
 
     def answer(
         self, messages: Sequence[Message], sampling: Mapping[str, Any]
-    ) -> Iterator[str | AnswerEnd]:
+    ) -> Generator[str | AnswerEnd, None, None]:
         body = {
             **sampling,
             "model": self.name,

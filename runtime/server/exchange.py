@@ -18,8 +18,9 @@ import orjson
 from fastapi import Request
 from fastapi.responses import Response
 
+from qtool.errors import QtoolError
 from qtool.runtime.engine.sequence import GenerationRequest
-from qtool.runtime.server.asgi import EventStream, unless_client_goes
+from qtool.runtime.server.asgi import ClientGone, EventStream, unless_client_goes
 from qtool.runtime.server.chunks import DONE, ChunkWriter, Usage, error_event
 from qtool.runtime.server.errors import ApiError, internal
 from qtool.runtime.server.generation import Answer, Job, Piece
@@ -62,6 +63,16 @@ class Exchange(ABC):
         """What a stream sends for one piece."""
 
     async def response(self, request: Request) -> Response:
+        try:
+            return await self._response(request)
+        except (ApiError, QtoolError, ClientGone):
+            raise
+        except Exception:
+            # Here and not left to the framework, which would close the connection on it.
+            logger.exception("%s failed", self.id)
+            raise internal() from None
+
+    async def _response(self, request: Request) -> Response:
         jobs = await self.jobs()
         if self.body.stream:
             # Places are taken before the headers are sent, so that a full queue is still a 503.
@@ -94,10 +105,21 @@ class Exchange(ABC):
             "system_fingerprint": None,
         }
 
-    def job(self, index: int, token_ids: tuple[int, ...], max_tokens: int) -> Job:
+    def job(
+        self,
+        index: int,
+        token_ids: tuple[int, ...],
+        max_tokens: int,
+        *,
+        extra_stop: tuple[str, ...] = (),
+    ) -> Job:
         service, body = self.service, self.body
         sampling = sampling_params(
-            body, service.config.sampling, service.client.info, max_tokens=max_tokens
+            body,
+            service.config.sampling,
+            service.client.info,
+            max_tokens=max_tokens,
+            extra_stop=extra_stop,
         )
         request = GenerationRequest(
             request_id=f"{self.id}-{index}",

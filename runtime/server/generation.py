@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from qtool.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
-
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, UsageError
 from qtool.runtime.engine.client import EngineClient
 from qtool.runtime.engine.sequence import GenerationRequest, PromptTooLong, TokenOutput
 from qtool.runtime.server.errors import (
@@ -27,6 +25,7 @@ from qtool.runtime.server.errors import (
 )
 from qtool.runtime.server.limits import Admission
 from qtool.runtime.server.metrics import Metrics, SequenceTimer
+from qtool.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
 
 StopReason = Literal["stop", "length"]
 
@@ -82,10 +81,10 @@ class TextEngine:
             self.tokenizer, request.prompt_token_ids, request.sampling.stop, job.include_stop
         )
         timer = SequenceTimer(self._metrics, job.arrival)
-        ended_as = "abort"
+        ended_as: str | None = None
         num_cached_tokens = 0
         try:
-            async with aclosing(self._outputs(request)) as outputs:
+            async with _closing(self.client.generate(request)) as outputs:
                 async for output in outputs:
                     timer.tokens(len(output.new_token_ids), time.monotonic())
                     num_cached_tokens = output.num_cached_tokens
@@ -95,29 +94,22 @@ class TextEngine:
                     piece = self._piece(job, detokenizer, output)
                     if piece.finish_reason is not None:
                         ended_as = piece.finish_reason
-                        # Text ends here, perhaps before the engine knows (a stop string); leaving
-                        # the loop closes the iterator, which frees the sequence's blocks.
                     yield piece
                     if piece.finish_reason is not None:
+                        # Perhaps before the engine knows (a stop string): closing the iterator
+                        # aborts the request and frees its blocks.
                         return
                 raise ApiError(500, "The engine ended an answer early", type="server_error")
-        except QtoolError as error:
-            raise _as_api_error(error) from None
+        except Exception as error:
+            ended_as = ended_as or "error"
+            if isinstance(error, QtoolError):
+                raise _as_api_error(error) from None
+            raise
         finally:
+            # None: the consumer was cancelled or closed this generator.
             now = time.monotonic()
-            timer.finished(ended_as, job.num_prompt_tokens, num_cached_tokens, now)
+            timer.finished(ended_as or "abort", job.num_prompt_tokens, num_cached_tokens, now)
             self._admission.answered(now - job.arrival)
-
-    async def _outputs(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
-        # The protocol promises an iterator; aclosing needs a generator, and abort() must be sure.
-        finished = False
-        try:
-            async for output in self.client.generate(request):
-                finished = output.finish_reason is not None
-                yield output
-        finally:
-            if not finished:
-                self.client.abort(request.request_id)
 
     @staticmethod
     def _piece(job: Job, detokenizer: IncrementalDetokenizer, output: TokenOutput) -> Piece:
@@ -199,6 +191,18 @@ class TextEngine:
             await _cancel(tasks)
 
 
+@asynccontextmanager
+async def _closing(
+    outputs: AsyncIterator[TokenOutput],
+) -> AsyncIterator[AsyncIterator[TokenOutput]]:
+    """contextlib.aclosing for what is promised to be an iterator and is mostly a generator."""
+    try:
+        yield outputs
+    finally:
+        if isinstance(outputs, AsyncGenerator):
+            await outputs.aclose()
+
+
 async def _cancel(tasks: Sequence[asyncio.Task[None]] | Sequence[asyncio.Task[Answer]]) -> None:
     for task in tasks:
         task.cancel()
@@ -213,7 +217,10 @@ def _as_api_error(error: QtoolError) -> ApiError:
             max_tokens=None,
             param="prompt",
         )
-    return from_qtool_error(error)
+    if isinstance(error, UsageError):
+        return from_qtool_error(error)
+    # The engine has stopped or cannot go on; the request itself is not at fault.
+    return unavailable(error.message, code="engine_unavailable", retry_after_seconds=5)
 
 
 def _ended_early(output: TokenOutput) -> ApiError:

@@ -20,7 +20,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 from qtool.runtime.engine.client import EngineStats, ModelInfo
 
@@ -160,7 +159,7 @@ class SequenceTimer:
             )
 
 
-class _UnderTwoNames(Collector):
+class _UnderTwoNames:
     """A histogram that is observed once and exposed under its own name and an alias."""
 
     def __init__(self, source: Histogram, alias: str) -> None:
@@ -177,7 +176,7 @@ class _UnderTwoNames(Collector):
             yield twin
 
 
-class _EngineCollector(Collector):
+class _EngineCollector:
     """Gauges and counters that the engine keeps, read when they are asked for."""
 
     def __init__(self, info: ModelInfo, model_name: str, stats: Callable[[], EngineStats]) -> None:

@@ -150,7 +150,7 @@ class ChatExchange(Exchange):
             service.client.info,
             param="messages",
         )
-        return [self.job(0, ids, max_tokens)]
+        return [self.job(0, ids, max_tokens, extra_stop=service.tokenizer.chat_stop)]
 
     def choice(self, index: int, answer: Answer) -> dict[str, object]:
         return {

@@ -25,13 +25,22 @@ from qtool.settings import child_environment
 
 READY = re.compile(r"^Serving .* at (http://\S+)/v1$")
 STOP_SECONDS = 30
+LOG_CHARACTERS = 2000
+ANSWER_SECONDS = 300.0  # between two events, a long prefill included
 
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
+    """`url` is without /v1."""
+
     url: str
-    """Without /v1."""
     process: subprocess.Popen[str]
+    stderr: IO[str]
+
+    def log(self) -> str:
+        """What it has written to stderr so far."""
+        self.stderr.seek(0)
+        return self.stderr.read()
 
 
 @contextmanager
@@ -51,9 +60,11 @@ def running_server(
         )
         try:
             url = _wait_until_ready(process, start_seconds)
+            server = RunningServer(url or "", process, log)
             if url is None:
-                raise QtoolError(f"`{' '.join(command[2:])}` did not start: {_tail(log)}")
-            yield RunningServer(url, process)
+                reason = server.log()[-LOG_CHARACTERS:].strip() or "it printed nothing"
+                raise QtoolError(f"`{' '.join(command[2:])}` did not start: {reason}")
+            yield server
         finally:
             _stop(process)
 
@@ -86,16 +97,11 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.stdout.close()
 
 
-def _tail(log: IO[str]) -> str:
-    log.seek(0)
-    return log.read()[-2000:].strip() or "it printed nothing"
-
-
 def stream_chat(url: str, question: str, **fields: object) -> Iterator[str]:
     """The texts of one streamed chat answer as they arrive; ``fields`` go into the body."""
     body = {"messages": [{"role": "user", "content": question}], "stream": True, **fields}
-    request = {"content": orjson.dumps(body), "timeout": 300}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", **request) as response:
+    endpoint, content = f"{url}/v1/chat/completions", orjson.dumps(body)
+    with httpx.stream("POST", endpoint, content=content, timeout=ANSWER_SECONDS) as response:
         if response.is_error:
             raise QtoolError(f"the server answered {response.status_code}: {response.read()!r}")
         for line in response.iter_lines():

@@ -242,6 +242,15 @@ UNSUPPORTED_IN_CHAT: Mapping[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 
+# pydantic's words for what a client can only read with Python in mind.
+PLAINER = {
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "dict_type": "must be an object",
+    "list_type": "must be an array",
+    "too_short": "must not be empty",
+}
+
 SomeBody = TypeVar("SomeBody", bound=GenerationBody)
 
 
@@ -319,12 +328,11 @@ def _first_mistake(
     if first["type"] == "missing":
         message = f"`{where}` is required"
         if where in body_type.model_fields:
-            guess = closest(
-                where, (name for name in document if name not in body_type.model_fields)
-            )
+            guess = closest(where, [key for key in document if key not in body_type.model_fields])
             message += f" (the body has `{guess}`: did you mean `{where}`?)" if guess else ""
     else:
-        rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        rule = PLAINER.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+        rule = rule.replace("Input should be", "must be")
         message = f"`{where}` {rule} (got {_shown(first['input'])})"
     return invalid(message, param=where)
 

@@ -1,0 +1,92 @@
+"""What Prometheus and vLLM's dashboards read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+MODEL = {"model_name": "builtin:books-7m"}
+GAUGES = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:gpu_cache_usage_perc",
+)
+COUNTERS = (
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:num_preemptions_total",
+    "vllm:request_success_total",
+)
+HISTOGRAMS = (
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:time_per_output_token_seconds",
+    "vllm:request_time_per_output_token_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+)
+
+
+def samples(server: Any) -> dict[str, list[Any]]:
+    text = server.get("/metrics").text
+    found: dict[str, list[Any]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample)
+    return found
+
+
+def test_every_name_is_there_before_the_first_request(server: Any) -> None:
+    found = samples(server)
+    for name in (*GAUGES, *COUNTERS):
+        assert all(MODEL.items() <= sample.labels.items() for sample in found[name]), name
+    for name in HISTOGRAMS:
+        for suffix in ("_bucket", "_sum", "_count"):
+            assert name + suffix in found
+
+
+def test_one_request_moves_the_counts_by_what_it_used(server: Any) -> None:
+    before = samples(server)
+    usage = server.complete("The ship sailed", max_tokens=9, ignore_eos=True)["usage"]
+    after = samples(server)
+
+    def moved(name: str, **labels: str) -> float:
+        def value(found: dict[str, list[Any]]) -> float:
+            return sum(s.value for s in found[name] if labels.items() <= s.labels.items())
+
+        return value(after) - value(before)
+
+    assert moved("vllm:prompt_tokens_total") == usage["prompt_tokens"]
+    assert moved("vllm:generation_tokens_total") == 9
+    assert moved("vllm:request_success_total", finished_reason="length") == 1
+    assert moved("vllm:request_success_total") == 1
+    assert moved("vllm:time_to_first_token_seconds_count") == 1
+    assert moved("vllm:inter_token_latency_seconds_count") == 8
+    assert moved("vllm:time_per_output_token_seconds_count") == 8
+    assert moved("vllm:request_time_per_output_token_seconds_count") == 1
+    assert moved("vllm:e2e_request_latency_seconds_count") == 1
+    assert moved("vllm:request_prompt_tokens_sum") == usage["prompt_tokens"]
+    assert moved("vllm:request_generation_tokens_sum") == 9
+    assert moved("vllm:e2e_request_latency_seconds_sum") > moved(
+        "vllm:time_to_first_token_seconds_sum"
+    )
+
+
+def test_both_names_of_the_token_gap_say_the_same(server: Any) -> None:
+    server.complete("The ship sailed", max_tokens=4)
+    found = samples(server)
+    old, new = "vllm:time_per_output_token_seconds", "vllm:inter_token_latency_seconds"
+    for suffix in ("_bucket", "_sum", "_count"):
+        assert [(s.labels, s.value) for s in found[old + suffix]] == [
+            (s.labels, s.value) for s in found[new + suffix]
+        ]
+
+
+def test_openmetrics_scrapers_get_openmetrics(server: Any) -> None:
+    accept = "application/openmetrics-text; version=1.0.0"
+    response = server.get("/metrics", headers={"Accept": accept})
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
