@@ -18,10 +18,9 @@ EPILOG = """\b
 Examples:
   qtool convert Qwen/Qwen3-0.6B --to gguf --type Q4_K_M   # one step, no intermediate file
   qtool convert ./Qwen3-0.6B-int4 --to gguf               # int4 codes kept: Q4_0
-  qtool convert ./Qwen3-0.6B-int4 --to marlin             # the layout that serve maps on CUDA
+  qtool convert ./Qwen3-0.6B-int4 --to marlin             # tiles as the CUDA kernel takes them
   qtool convert ./Qwen3-0.6B-int4 --to gptq --out ./gptq  # for stacks that read GPTQ
   qtool convert ./Qwen3-0.6B-int4 --to hf --type bf16     # dequantized, loads anywhere"""
-"""Shown under the options."""
 
 
 @click.command(epilog=EPILOG)

@@ -192,6 +192,9 @@ def read_specs(
     layers = config.get("layers")
     if not isinstance(layers, Mapping):
         raise FormatError(f"{where}: quantization_config has no table of layers")
+    missing = sorted(set(layers) - set(modules))
+    if missing:
+        raise FormatError(f"{where}: {missing[0]} is packed by the config, and has no tensors")
     specs = {}
     for module in modules:
         if not isinstance(layers.get(module), str):

@@ -132,8 +132,13 @@ def _packed_step(reader: WeightReader, module: str, target: str, dtype: torch.dt
 
 
 def _refusal(reader: WeightReader, module: str, held: Held, target: str) -> str | None:
-    """Why a packed linear is not carried over packed. (GGUF packs embeddings and the head too.)"""
-    if not _is_block_linear(reader, module):
+    """Why a packed linear is not carried over packed, or None.
+
+    GGUF packs embeddings and the head as well, and a head that is packed in GPTQ or AWQ comes out
+    of some loaders at random.
+    """
+    blocks_only = reader.format == GGUF_TARGET or target in ("gptq", "awq")
+    if blocks_only and not _is_in_block(module):
         return f"{target} packs the linears inside the blocks only"
     if held.scheme is None:
         return f"{target} cannot hold {held.kind} without requantizing"
@@ -141,10 +146,8 @@ def _refusal(reader: WeightReader, module: str, held: Held, target: str) -> str 
     return FORMATS[target].refuses(held.scheme, out_features, in_features)
 
 
-def _is_block_linear(reader: WeightReader, module: str) -> bool:
-    """In a checkpoint whatever is packed is a linear, and its quantizer meant it to be."""
-    if reader.format != GGUF_TARGET:
-        return True
+def _is_in_block(module: str) -> bool:
+    """Blocks are numbered, and nothing else is."""
     return any(part.isdigit() for part in module.split("."))
 
 
@@ -195,7 +198,7 @@ def _require_something_packed(reader: WeightReader, target: str, steps: list[Ste
             "then convert what that writes",
         )
     refused = [step for step in steps if step.reason is not None]
-    step = next((s for s in refused if _is_block_linear(reader, s.name)), refused[0])
+    step = next((s for s in refused if _is_in_block(s.name)), refused[0])
     raise QtoolError(
         f"no linear of {name} can be carried over to {target}: {step.name}: {step.reason}",
         "convert it with --to hf, and quantize the result for this format",

@@ -176,6 +176,20 @@ def test_layers_of_two_schemes_do_not_fit_a_format_of_one(
     assert_same_model(folder, convert_model(str(folder), to="marlin", out=tmp_path / "marlin"))
 
 
+def test_a_packed_head_stays_dense_where_loaders_lose_it(
+    tiny_checkpoint: Callable[..., Path], write_packed: WritePacked, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama", dtype="bfloat16")
+    folder = write_packed(
+        source, tmp_path / "int4", "compressed-tensors", lambda module: QuantScheme(4, 64)
+    )
+    assert "lm_head" in opened(folder).modules()
+    gptq = opened(convert_model(str(folder), to="gptq", out=tmp_path / "gptq"))
+    assert gptq.describe("lm_head.weight").kind == "bfloat16"
+    marlin = opened(convert_model(str(folder), to="marlin", out=tmp_path / "marlin"))
+    assert marlin.describe("lm_head").kind == "int4-g64-sym"
+
+
 def test_act_order_layers_become_dense_with_the_reason(
     packed_checkpoint: PackedCheckpoint, tmp_path: Path
 ) -> None:
