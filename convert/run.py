@@ -21,6 +21,7 @@ from qtool.convert.formats import FORMATS, WeightReader, open_weights
 from qtool.convert.gguf.export import ExportPlan, plan_export, write_gguf
 from qtool.convert.gguf.import_ import GgufWeights
 from qtool.convert.gguf.vocab import tokenizer_from_gguf
+from qtool.convert.huggingface import GPTQ_CONFIG_NAME
 from qtool.convert.plan import DENSE_TARGET, GGUF_TARGET, ConversionPlan, Step, plan_conversion
 from qtool.errors import OutputExists, QtoolError, UsageError, VerificationFailed
 from qtool.progress import track
@@ -98,6 +99,9 @@ def write_checkpoint(
                 shards.add(name, tensor)
         shards.finish()
         write_json(stage.path / "config.json", _config(reader, plan))
+        if plan.target == "gptq":
+            # Where older readers of the format look.
+            write_json(stage.path / GPTQ_CONFIG_NAME, plan.quantization_config or {})
         _write_side_files(reader, stage.path)
         outcome = _compare(reader, plan, stage.path, out)
         write_manifest(stage.path, _manifest(reader, plan, outcome))

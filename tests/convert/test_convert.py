@@ -72,7 +72,9 @@ def test_int8_rows_go_to_marlin_and_gptq_and_back(
     gptq = convert_model(str(marlin), to="gptq", out=tmp_path / "gptq")
     back = convert_model(str(gptq), to="compressed-tensors", out=tmp_path / "back")
     assert_same_model(folder, back)
-    assert read_json(gptq / "config.json")["quantization_config"]["group_size"] == -1
+    entry = read_json(gptq / "config.json")["quantization_config"]
+    assert entry["group_size"] == -1
+    assert read_json(gptq / "quantize_config.json") == entry
 
 
 def test_asymmetric_int4_moves_between_the_formats_that_hold_it(
