@@ -5,6 +5,7 @@ What loads torch or the web stack is imported inside the commands, so that --hel
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -192,7 +193,7 @@ def serve(
         served_model_names=served_model_name or (model.rstrip("/") or model,),
         model_root=model,
         api_keys=api_key,
-        allowed_origins=allowed_origins,
+        allowed_origins=tuple(origin for text in allowed_origins for origin in _origins(text)),
         max_running=engine.max_num_seqs,
         max_queued=QUEUED_PER_RUNNING * engine.max_num_seqs if queued is None else queued,
         shutdown_timeout=shutdown_timeout,
@@ -212,6 +213,22 @@ def serve(
         use_generation_config=generation_config == "auto",
         gpu_memory_utilization=gpu_memory_utilization,
     )
+
+
+def _origins(text: str) -> list[str]:
+    """One origin, or vLLM's form: a JSON list of them."""
+    if not text.startswith("["):
+        return [text]
+    try:
+        origins = json.loads(text)
+    except json.JSONDecodeError:
+        origins = None
+    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+        raise UsageError(
+            f"--allowed-origins is {text!r}, neither an origin nor a JSON list of origins",
+            "for example --allowed-origins https://app.example or '[\"*\"]'",
+        )
+    return origins
 
 
 @click.command()
@@ -269,7 +286,7 @@ def chat(
                 "--model and --api-key are for a server's URL",
                 f"{model_or_url} is run in this process",
             )
-        config = engine_config(model_or_url, **engine_flags)
+        config = engine_config(model_or_url, max_num_seqs=1, **engine_flags)
         from qtool.runtime.server.chat_local import LocalChat
 
         backend = LocalChat(config)

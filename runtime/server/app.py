@@ -21,7 +21,7 @@ from qtool.runtime.server.exchange import json_response
 from qtool.runtime.server.middleware import ApiKeyMiddleware, RequestIdMiddleware
 from qtool.runtime.server.openai import routes
 from qtool.runtime.server.protocol import ChatBody, CompletionBody
-from qtool.runtime.server.service import Service
+from qtool.runtime.server.service import Service, logger
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but a log
 SCHEMA_REFERENCE = "#/components/schemas/{model}"
@@ -31,7 +31,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="qtool", version=__version__, description="An OpenAI-compatible server.")
     app.include_router(routes(service))
     _add_operations(app, service)
-    _add_error_handlers(app)
+    _add_error_handlers(app, service)
     _add_middleware(app, service)
     _describe_bodies(app)
     return app
@@ -73,9 +73,12 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         )
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
+        if service.config.log_requests:
+            path, message = printable(request.url.path[:200]), printable(error.message)
+            logger.info("%s %s: %d, %s", request.method, path, error.status, message)
         return error.response()
 
     async def misused(request: Request, error: Exception) -> Response:
@@ -113,6 +116,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(404, not_found)
     app.add_exception_handler(405, wrong_method)
     app.add_exception_handler(Exception, failed)
+
+
+def printable(text: str) -> str:
+    """Clients' text for the log: no line breaks or terminal sequences that could fake a line."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _add_middleware(app: FastAPI, service: Service) -> None:

@@ -13,17 +13,22 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import orjson
-from qtool.runtime.engine.async_engine import AsyncEngine
 
 from qtool.errors import QtoolError
 from qtool.progress import bar
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.async_engine import AsyncEngine
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.server.chat_backends import AnswerEnd, Message, Stopwatch
 from qtool.runtime.server.config import ServerConfig
 from qtool.runtime.server.errors import ApiError
 from qtool.runtime.server.generation import Piece
-from qtool.runtime.server.launch import generation_config, load, sampling_defaults
+from qtool.runtime.server.launch import (
+    announce_template,
+    generation_config,
+    load,
+    sampling_defaults,
+)
 from qtool.runtime.server.openai import ChatExchange
 from qtool.runtime.server.protocol import UNSUPPORTED_IN_CHAT, ChatBody, parse
 from qtool.runtime.server.service import Service
@@ -35,6 +40,7 @@ class LocalChat:
     def __init__(self, config: EngineConfig) -> None:
         with bar(f"Loading {config.model}"):
             loaded = load(config)
+        announce_template(loaded)
         self.name = config.model
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)

@@ -12,12 +12,12 @@ from typing import Any
 import click
 import orjson
 import torch
-from qtool.runtime.engine.async_engine import AsyncEngine
 
-from qtool.checkpoint import Checkpoint, Source
+from qtool.checkpoint import Source, read_json
 from qtool.errors import UnsupportedModel, UsageError
 from qtool.progress import bar, console
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.async_engine import AsyncEngine
 from qtool.runtime.engine.client import ModelInfo
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
@@ -101,7 +101,9 @@ def load(engine_config: EngineConfig) -> LoadedModel:
 
 
 def generation_config(source: Source) -> Mapping[str, Any]:
-    return Checkpoint.open(source.path).generation_config if source.path.is_dir() else {}
+    """The makers' recommended sampling values; a GGUF file has none."""
+    path = source.path / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingDefaults:
@@ -136,9 +138,21 @@ def print_plan(loaded: LoadedModel, info: ModelInfo) -> None:
         "batch": f"{info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens a step",
         "chat template": loaded.tokenizer.chat_template_origin,
     }
+    announce_template(loaded)
     console.print(loaded.kernel_table())
     for name, value in facts.items():
         console.print(f"{name + ':':<15}{value}", highlight=False)
+
+
+def announce_template(loaded: LoadedModel) -> None:
+    """Say so where a model brings no chat template: answers are then only as good as a guess."""
+    assert loaded.tokenizer is not None
+    if loaded.tokenizer.chat_template_origin != "model":
+        console.print(
+            f"{loaded.source.name} has no chat template: messages are written as lines of "
+            '"User: ..." and "Assistant: ..."',
+            highlight=False,
+        )
 
 
 def _size(num_bytes: int) -> str:

@@ -151,8 +151,14 @@ class ServerRun:
 def stop_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Iterator[None]:
     """Call ``stop`` on SIGTERM and Ctrl-C."""
     handled = (signal.SIGTERM, signal.SIGINT)
-    for number in handled:
-        loop.add_signal_handler(number, stop)
+    try:
+        for number in handled:
+            loop.add_signal_handler(number, stop)
+    except NotImplementedError:  # Windows
+        for number in handled:
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+        yield
+        return
     try:
         yield
     finally:

@@ -101,6 +101,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(
         ([MODEL, "--dtype", "int3"], "int3"),
         ([MODEL, "--max-num-seqs", "0"], "max-num-seqs"),
         ([MODEL, "--api-key", ""], "API key"),
+        ([MODEL, "--allowed-origins", "[5]"], "--allowed-origins"),
         ([MODEL, "--tensor-parallel-size", "2"], "--tensor-parallel-size"),
     ],
 )
@@ -130,7 +131,7 @@ def test_a_free_port_is_picked_and_named() -> None:
 
 
 def test_help_shows_the_defaults() -> None:
-    text = CliRunner().invoke(serve, ["--help"]).stdout
-    for words in ("--max-model-len", "[default: 8000]", "127.0.0.1", "curl "):
+    text = " ".join(CliRunner().invoke(serve, ["--help"]).stdout.split())
+    for words in ("--max-model-len", "[default: 8000]", "[default: 127.0.0.1]", "curl "):
         assert words in text
-    assert f"[default: {EngineConfig(MODEL).max_num_seqs}]" in text
+    assert f"Sequences in one step. [default: {EngineConfig(MODEL).max_num_seqs};" in text

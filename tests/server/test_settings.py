@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from qtool.errors import UsageError
+from qtool.runtime.command import _origins
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
 from qtool.runtime.server.launch import sampling_defaults
 
@@ -31,6 +32,13 @@ def test_keys_guard_the_api_and_nothing_else(serve: Callable[..., Any]) -> None:
         # A browser asks without the key whether it may call.
         asking = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
         assert server.http.options("/v1/models", headers=asking).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("*", ["*"]), ('["*"]', ["*"]), ("https://a.b", ["https://a.b"])]
+)
+def test_origins_are_given_one_by_one_or_as_json(given: str, read: list[str]) -> None:
+    assert _origins(given) == read
 
 
 def test_a_model_can_have_several_names(serve: Callable[..., Any]) -> None:
@@ -115,6 +123,15 @@ def test_values_of_a_wrong_type_leave_openais_defaults(given: dict[str, Any]) ->
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         ServerConfig(("model",), **fields)
+
+
+def test_a_client_cannot_fake_lines_of_the_log(
+    serve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve() as server, caplog.at_level("INFO", "qtool.server"):
+        server.post("/v1/completions", {"prompt": "a", "model": "x\nfake \x1b[2J"})
+    [record] = [record for record in caplog.records if "404" in record.getMessage()]
+    assert "x?fake ?[2J" in record.getMessage()
 
 
 def test_two_servers_in_one_process_count_for_themselves(serve: Callable[..., Any]) -> None:
