@@ -72,6 +72,7 @@ svg .median { stroke: var(--card); stroke-width: 2.5; }
 svg .dot { fill: var(--card); stroke: var(--bar); stroke-width: 2; }
 svg .mean { fill: var(--mark); }
 svg .rtn { stroke: var(--mark); stroke-width: 2; }
+.item { white-space: nowrap; }
 .key { display: inline-block; width: 11px; height: 11px; margin: 0 5px 0 12px; border-radius: 3px;
   background: var(--bar); vertical-align: -1px; }
 .key.ring { background: none; border: 2px solid var(--bar); border-radius: 50%; }
@@ -94,7 +95,7 @@ def to_html(report: EvaluationReport) -> str:
         _verdicts(report),
         f"<h2>Summary</h2>{_summary(report)}",
         _divergences(report.models) if compared else "",
-        *(_layers(model) for model in report.models if model.layers),
+        _layers(report.models),
         _reproduce(report),
     ]
     return (
@@ -139,33 +140,49 @@ def _divergences(models: Sequence[ModelReport]) -> str:
         "<h2>How far the predictions moved</h2>"
         f"<figure>{divergence_plot(compared)}<figcaption>KL divergence of each scored token from "
         "the original, in nats, left is better."
-        '<span class="key"></span>10 % to 90 % of tokens, line at the median'
-        '<span class="key ring"></span>99 %, 99.9 %, largest'
-        '<span class="key mark"></span>mean</figcaption></figure>'
+        f"{_key('', '10 % to 90 % of tokens, line at the median')}"
+        f"{_key('ring', '99 %, 99.9 %, largest')}{_key('mark', 'mean')}</figcaption></figure>"
         "<details><summary>All statistics</summary>"
         f"{_table(('', *compared), rows)}</details>"
     )
 
 
-def _layers(model: ModelReport) -> str:
+def _layers(models: Sequence[ModelReport]) -> str:
+    """One section for all models that hold the same layers: a conversion keeps them."""
+    sections: list[tuple[ModelReport, list[str]]] = []
+    for model in models:
+        for first, names in sections:
+            if (first.layers, first.unquantized) == (model.layers, model.unquantized):
+                names.append(model.name)
+                break
+        else:
+            sections.append((model, [model.name]))
+    return "".join(_layer_section(model, ", ".join(names)) for model, names in sections)
+
+
+def _layer_section(model: ModelReport, names: str) -> str:
     panels = layer_plots(model.layers)
     left_out = list(model.unquantized.items())
     if not panels and not left_out:
         return ""
-    parts = [f"<h2>Error of each layer: {escape(model.name)}</h2>"]
+    parts = [f"<h2>Error of each layer: {escape(names)}</h2>"]
     if panels:
         figures = "".join(f"<div>{panel}</div>" for panel in panels)
         parts.append(
             f'<figure><div class="panels">{figures}</div><figcaption>Relative error of each '
             "linear's output on the calibration text, by block; all panels share one scale."
-            '<span class="key"></span>this model<span class="key tick"></span>plain rounding to '
-            "the same grid</figcaption></figure>"
+            f"{_key('', 'this model')}{_key('tick', 'plain rounding to the same grid')}"
+            "</figcaption></figure>"
         )
     if left_out:
         table = _table(("left in 16 bit", "because"), left_out, kind="words")
         count = f"{len(left_out)} linear{'s' if len(left_out) > 1 else ''}"
         parts.append(f"<details><summary>{count} left in 16 bit</summary>{table}</details>")
     return "".join(parts)
+
+
+def _key(kind: str, meaning: str) -> str:
+    return f'<span class="item"><span class="key {kind}"></span>{escape(meaning)}</span> '
 
 
 def _reproduce(report: EvaluationReport) -> str:

@@ -116,12 +116,14 @@ def verdict(model: ModelReport, reference: ModelReport | None) -> str:
     """One line in plain words: "2.8x smaller, 94.1 % same top token, perplexity 46.0 -> 46.9"."""
     own = model.perplexity_in("llama.cpp").value
     if reference is None or model.divergence is None:
-        return f"perplexity {own:.4g}, {size_text(model.size_bytes)}, not compared with an original"
+        return (
+            f"perplexity {own:#.4g}, {size_text(model.size_bytes)}, not compared with an original"
+        )
     base = reference.perplexity_in("llama.cpp").value
     return (
         f"{_size_ratio(model.size_bytes, reference.size_bytes)}, "
         f"{100 * model.divergence.same_top.value:.1f} % same top token, "
-        f"perplexity {base:.4g} -> {own:.4g}"
+        f"perplexity {base:#.4g} -> {own:#.4g}"
     )
 
 
@@ -199,7 +201,8 @@ def footnotes(report: EvaluationReport) -> list[str]:
     if speeds:
         lines.append(
             f"tokens/s: greedy generation of one sequence, {speeds[0].num_tokens} tokens after a "
-            f"warm-up, {speeds[0].dtype}, {speeds[0].device}, {speeds[0].threads} threads."
+            f"warm-up, {', '.join(sorted({speed.dtype for speed in speeds}))}, "
+            f"{speeds[0].device}, {speeds[0].threads} thread{'s' * (speeds[0].threads > 1)}."
         )
     return [*lines, *report.notes, *(note for row in report.rows for note in row.notes)]
 

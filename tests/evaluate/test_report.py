@@ -94,13 +94,13 @@ def test_the_verdict_says_size_top_token_and_perplexity() -> None:
     report = report_of("small")
     same = 100 * divergence_of(0.1).same_top.value
     assert verdict(report.models[0], report.reference) == (
-        f"2.8x smaller, {same:.1f} % same top token, perplexity 50 -> 50"
+        f"2.8x smaller, {same:.1f} % same top token, perplexity 50.00 -> 50.00"
     )
 
 
 def test_the_verdict_of_a_model_without_an_original_does_not_compare() -> None:
     assert verdict_line(model("alone", 5_000_000, None), None) == (
-        "perplexity 50, 5 MB, not compared with an original."
+        "perplexity 50.00, 5 MB, not compared with an original."
     )
 
 
@@ -240,6 +240,16 @@ def test_each_kind_of_linear_has_a_panel_with_a_bar_for_each_block() -> None:
         assert panel.count('class="rtn"') == 3
     heights = [float(h) for h in re.findall(r'<rect class="bar"[^>]*height="([\d.]+)"', panels[0])]
     assert heights == pytest.approx([heights[0], 2 * heights[0], 3 * heights[0]], abs=0.2)
+
+
+def test_models_that_hold_the_same_layers_share_one_plot() -> None:
+    report = report_of("int4", "marlin")
+    text = Page(to_html(report)).text
+    assert text.count("Error of each layer") == 1
+    assert "Error of each layer: int4, marlin" in text
+    other = replace(report.models[1], layers=LAYERS[:2])
+    apart = to_html(replace(report, models=(report.models[0], other)))
+    assert Page(apart).text.count("Error of each layer") == 2
 
 
 def test_layers_without_an_error_are_not_drawn_as_perfect() -> None:
