@@ -141,7 +141,7 @@ def print_plan(loaded: LoadedModel, info: ModelInfo) -> None:
     announce_template(loaded)
     console.print(loaded.kernel_table())
     for name, value in facts.items():
-        console.print(f"{name + ':':<15}{value}", highlight=False)
+        console.print(f"{name + ':':<15}{value}", highlight=False, soft_wrap=True)
 
 
 def announce_template(loaded: LoadedModel) -> None:
@@ -152,6 +152,7 @@ def announce_template(loaded: LoadedModel) -> None:
             f"{loaded.source.name} has no chat template: messages are written as lines of "
             '"User: ..." and "Assistant: ..."',
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -124,6 +125,7 @@ def test_async_clients_stream_side_by_side(server: Any) -> None:
     assert len(set(alone)) > 1
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs the curl program")
 @pytest.mark.parametrize("headers", [[], ["-H", "Content-Type: text/plain"]])
 def test_curl_without_a_json_header_streams(server: Any, headers: list[str]) -> None:
     body = json.dumps({"messages": QUESTION, "max_tokens": 4, "stream": True})
