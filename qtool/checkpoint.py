@@ -14,15 +14,15 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.builtin import PREFIX, builtin_model
@@ -50,6 +50,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # What is copied beside the weights: tokenizer, templates, generation defaults, licence and card.
 SIDE_FILES = (
@@ -443,65 +444,101 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-@dataclass(slots=True)
 class ShardWriter:
-    """Streams tensors into safetensors shards of at most ``max_shard_bytes``; memory is one shard.
+    """Streams tensors into safetensors shards of at most ``max_shard_bytes``; memory is one tensor.
 
-    ``finish`` gives the shards their final names (the count is in each name) and writes the index.
+    A safetensors file begins with a header that knows every tensor, and its data has no gaps. So
+    data goes to part files first, one for each width of element (8, 4, 2, 1 bytes), which are then
+    joined behind the header, widest first: every tensor lies aligned. ``finish`` gives the shards
+    their final names (the count is in each name) and writes the index.
     """
 
-    folder: Path
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    _pending: dict[str, Tensor] = field(default_factory=dict)
-    _pending_bytes: int = 0
-    _shards: list[tuple[Path, list[str]]] = field(default_factory=list)
-    _total_bytes: int = 0
-    _names: set[str] = field(default_factory=set)
+    def __init__(self, folder: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+        self._folder = folder
+        self._max_shard_bytes = max_shard_bytes
+        self._shard = _Shard(folder, 0)
+        self._finished: list[_Shard] = []
+        self._names: set[str] = set()
 
     def add(self, name: str, tensor: Tensor) -> None:
         if name in self._names:
             raise ValueError(f"tensor {name} was already written")
         self._names.add(name)
-        if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += tensor.nbytes
+        full = self._shard.nbytes + tensor.nbytes > self._max_shard_bytes
+        if self._shard.infos and full:
+            self._close_shard()
+        with _disk_errors(self._shard.path):
+            self._shard.append(name, tensor)
 
     def add_all(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
             self.add(name, tensor)
 
-    def _flush(self) -> None:
-        path = self.folder / f"shard-{len(self._shards):05d}.partial"
-        _save(self._pending, path)
-        self._shards.append((path, list(self._pending)))
-        self._total_bytes += self._pending_bytes
-        self._pending = {}
-        self._pending_bytes = 0
+    def _close_shard(self) -> None:
+        with _disk_errors(self._shard.path):
+            self._shard.join()
+        self._finished.append(self._shard)
+        self._shard = _Shard(self._folder, len(self._finished))
 
     def finish(self) -> None:
-        if self._pending or not self._shards:
-            self._flush()
-        count = len(self._shards)
+        if self._shard.infos or not self._finished:
+            self._close_shard()
+        count = len(self._finished)
         weight_map = {}
-        for number, (path, names) in enumerate(self._shards, start=1):
+        for number, shard in enumerate(self._finished, start=1):
             final = SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            path.rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
+            shard.path.rename(self._folder / final)
+            weight_map.update(dict.fromkeys((info.name for info in shard.infos), final))
         if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            write_json(self.folder / INDEX_NAME, index)
+            total = sum(shard.nbytes for shard in self._finished)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(self._folder / INDEX_NAME, index)
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """save_file with the metadata that transformers looks for, and disk errors as ours."""
+class _Shard:
+    """One safetensors file in the making."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.path = folder / f"shard-{number:05d}.partial"
+        self.infos: list[TensorInfo] = []
+        self.nbytes = 0
+
+    def _part(self, itemsize: int) -> Path:
+        return self.path.with_suffix(f".part{itemsize}")
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        info = TensorInfo(name, tensor.dtype, tuple(tensor.shape), tensor.nbytes, self.path)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        with self._part(tensor.dtype.itemsize).open("ab") as file:
+            data.numpy().tofile(file)
+        self.infos.append(info)
+        self.nbytes += info.nbytes
+
+    def join(self) -> None:
+        """Header, then the parts from the widest elements to the narrowest."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for info in sorted(self.infos, key=lambda info: -info.dtype.itemsize):
+            offsets = [offset, offset + info.nbytes]
+            offset = offsets[1]
+            dtype = _DTYPE_NAMES[info.dtype]
+            header[info.name] = {"dtype": dtype, "shape": info.shape, "data_offsets": offsets}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with self.path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for part in sorted((self._part(size) for size in (8, 4, 2, 1)), reverse=True):
+                if part.exists():
+                    with part.open("rb") as source:
+                        shutil.copyfileobj(source, file, length=1 << 22)
+                    part.unlink()
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
     try:
-        # safetensors makes files that only their owner reads; these follow the umask, as others do.
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(tensors, str(path), metadata={"format": "pt"})
-        path.chmod(mode)
-    except (OSError, SafetensorError) as error:
+        yield
+    except OSError as error:
         raise QtoolError(
             f"{path.name} could not be written: {error}", "is the disk full?"
         ) from error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qtool.checkpoint import (
     Checkpoint,
@@ -50,6 +50,29 @@ def test_shards_stream_and_read_back(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     for name, tensor in tensors.items():
         assert torch.equal(checkpoint.tensor(name), tensor)
+
+
+def test_every_dtype_and_shape_reads_back_aligned(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {
+        "odd bytes": torch.arange(3, dtype=torch.uint8),
+        "halves": torch.randn(5, dtype=torch.bfloat16),
+        "a number": torch.tensor(7, dtype=torch.int64),
+        "words": torch.arange(6, dtype=torch.int32).reshape(2, 3),
+        "floats": torch.randn(4, 3).t(),
+        "empty": torch.zeros(0, 4),
+        "eight": torch.randn(3).to(torch.float8_e4m3fn),
+    }
+    writer = ShardWriter(tmp_path)
+    writer.add_all(tensors.items())
+    writer.finish()
+    checkpoint = Checkpoint.open(tmp_path)
+    theirs = load_file(str(tmp_path / "model.safetensors"))
+    for name, tensor in tensors.items():
+        for read in (checkpoint.tensor(name), theirs[name]):
+            assert read.dtype == tensor.dtype
+            assert read.shape == tensor.shape
+            assert torch.equal(read.double(), tensor.double())
 
 
 def test_one_shard_has_the_plain_name(tmp_path: Path) -> None:
