@@ -230,13 +230,16 @@ class IncrementalDetokenizer:
         return text or ""
 
     def _look_for_stop(self) -> None:
-        """Cut the held text at the stop string that comes first; the longest of several there."""
-        found = [(self._held.find(stop), -len(stop), stop) for stop in self._stop]
-        found = [place for place in found if place[0] >= 0]
+        """Cut the held text at the stop string that is complete first; the longest of several.
+
+        First complete, not first begun: so the cut does not depend on how tokens split the text.
+        """
+        starts = {stop: self._held.find(stop) for stop in self._stop}
+        found = [stop for stop, start in starts.items() if start >= 0]
         if found:
-            start, _, self._stopped = min(found)
-            end = start + (len(self._stopped) if self._include_stop else 0)
-            self._held = self._held[:end]
+            first = min(found, key=lambda stop: (starts[stop] + len(stop), starts[stop]))
+            end = starts[first] + (len(first) if self._include_stop else 0)
+            self._stopped, self._held = first, self._held[:end]
 
     def _possible_stop_length(self) -> int:
         """Length of the longest end of the held text that a stop string begins with."""
