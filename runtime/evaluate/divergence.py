@@ -29,11 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.runtime.evaluate.perplexity import mean_and_error
-
-# Elements of one float32 temporary, 8 MB: larger slices leave the cache, smaller ones pay more in
-# calls.
-SLICE_ELEMENTS = 2 << 20
+from qtool.runtime.evaluate.perplexity import mean_and_error, rows_per_slice
 
 KLD_PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1)
 DELTA_P_PERCENTILES = (99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1)
@@ -87,13 +83,9 @@ def compare(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenDivergen
     logits, reference   [rows, vocab] float32, of the candidate and of the original
     targets             [rows] int64, the token that came next
     """
-    rows = max(1, SLICE_ELEMENTS // logits.shape[-1])
-    parts = [
-        _compare_slice(*slices)
-        for slices in zip(
-            logits.split(rows), reference.split(rows), targets.split(rows), strict=True
-        )
-    ]
+    rows = rows_per_slice(logits.shape[-1])
+    columns = (torch.split(logits, rows), torch.split(reference, rows), torch.split(targets, rows))
+    parts = [_compare_slice(*slices) for slices in zip(*columns, strict=True)]
     return join(parts)
 
 

@@ -73,9 +73,10 @@ def score(
     nll: list[dict[str, Tensor]] = [{} for _ in models]
     divergence: list[TokenDivergence | None] = [None for _ in models]
     for run in passes:
+        size = _windows_per_batch(models, run.windows.shape[1])
         batches = [
             _score_batch(models, reference is not None, run.protocols, windows, advance)
-            for windows in run.windows.split(_windows_per_batch(models, run.windows.shape[1]))
+            for windows in torch.split(run.windows, size)
         ]
         for index in range(len(models)):
             parts = [batch[index] for batch in batches]
@@ -94,13 +95,14 @@ def _score_batch(
     windows: Tensor,
     advance: Callable[[int], None],
 ) -> list[Scored]:
+    # Kept only where it is needed: it is as large as the batch allows.
+    keep = has_reference and any(p.name == DIVERGENCE_PROTOCOL for p in protocols)
     reference_logits: Tensor | None = None
     results = []
     for index, model in enumerate(models):
         logits = model.logits(windows)
-        against = reference_logits if has_reference and index > 0 else None
-        results.append(_score_windows(model, logits, against, protocols, windows))
-        if has_reference and index == 0:
+        results.append(_score_windows(model, logits, reference_logits, protocols, windows))
+        if keep and index == 0:
             reference_logits = logits
         advance(windows.shape[0])
     return results

@@ -15,8 +15,6 @@ import pytest
 
 QtoolRun = Callable[..., Any]
 
-BOOKS = "builtin:books-7m"
-
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory: pytest.TempPathFactory, books_7m: Path) -> Path:
@@ -88,7 +86,8 @@ def test_the_error_names_what_is_wrong(
     qtool: QtoolRun, bad: Path, request_: str, code: int, words: str
 ) -> None:
     before = {path.name for path in bad.iterdir()}
-    ended = qtool(*request_.format(bad=bad).split(), "--out", bad / "out")
+    name = "out.gguf" if "--to gguf" in request_ else "out"
+    ended = qtool(*request_.format(bad=bad).split(), "--out", bad / name)
     assert ended.code == code, ended.err
     assert "Error:" in ended.err
     assert words in ended.err
@@ -137,37 +136,44 @@ def test_what_cannot_be_served_is_refused_at_once(
 
 
 @pytest.mark.parametrize(
-    "request_",
-    [
-        "quantize builtin:books-7m --recipe rtn-int4",
-        "convert builtin:books-7m --to gguf",
-        "eval {b}",
-    ],
+    "request_", ["quantize builtin:books-7m --recipe rtn-int4", "eval builtin:books-7m"]
 )
-def test_an_output_that_exists_is_kept(qtool: QtoolRun, tmp_path: Path, request_: str) -> None:
+def test_a_folder_that_exists_is_kept(qtool: QtoolRun, tmp_path: Path, request_: str) -> None:
     out = tmp_path / "taken"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work", encoding="utf-8")
-    ended = qtool(*request_.format(b=BOOKS).split(), "--out", out)
+    ended = qtool(*request_.split(), "--out", out)
     assert ended.code == 2
     assert "--force" in ended.err
     # and --force does not take it for something of ours
-    forced = qtool(*request_.format(b=BOOKS).split(), "--out", out, "--force")
-    assert forced.code == 2
+    assert qtool(*request_.split(), "--out", out, "--force").code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
     assert (out / "thesis.tex").read_text(encoding="utf-8") == "years of work"
 
 
+def test_a_gguf_file_that_exists_is_kept(qtool: QtoolRun, tmp_path: Path) -> None:
+    out = tmp_path / "taken.gguf"
+    out.write_bytes(b"someone's model")
+    ended = qtool("convert", "builtin:books-7m", "--to", "gguf", "--out", out)
+    assert ended.code == 2
+    assert "--force" in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.gguf"]
+    assert out.read_bytes() == b"someone's model"
+
+
 @pytest.mark.parametrize(
-    "request_",
-    ["quantize builtin:books-7m --recipe rtn-int4", "convert builtin:books-7m --to gguf"],
+    ("request_", "name"),
+    [
+        ("quantize builtin:books-7m --recipe rtn-int4", "out"),
+        ("convert builtin:books-7m --to gguf", "out.gguf"),
+    ],
 )
 def test_a_full_disk_is_found_before_the_work(
-    qtool: QtoolRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: str
+    qtool: QtoolRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: str, name: str
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    ended = qtool(*request_.split(), "--out", tmp_path / "out")
+    ended = qtool(*request_.split(), "--out", tmp_path / name)
     assert ended.code == 1
     assert "free" in ended.err
     assert "hint:" in ended.err

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from qtool.runtime.evaluate.divergence import (
-    SLICE_ELEMENTS,
     TokenDivergence,
     compare,
     join,
     percentile,
     summarize,
 )
+from qtool.runtime.evaluate.perplexity import SLICE_ELEMENTS
 
 
 def made_up(
