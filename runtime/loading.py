@@ -81,7 +81,7 @@ class LoadedModel:
     def _title(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         return (
-            f"{self.source.name}: {self.config.model_type}, {self.format}, "
+            f"{self.source.short_name}: {self.config.model_type}, {self.format}, "
             f"{self.nbytes / 1e6:,.1f} MB, {name} on {self.device.type} ({self.dtype_reason})"
         )
 

@@ -170,9 +170,9 @@ class AsyncEngine:
             while self._turn(engine):
                 pass
         except BaseException:
+            # Not a request's failure but the engine's own: nobody may wait for it forever.
             logger.exception("the engine has failed and ends")
             self._hand_over(engine, engine.abort_all("the engine has failed; see its log"))
-            raise
 
     def _turn(self, engine: Engine) -> bool:
         """Take the messages, run one step, hand over what came of both; False when told to stop."""
@@ -180,7 +180,7 @@ class AsyncEngine:
         going_on = True
         for message in self._messages(wait=not engine.has_work):
             if isinstance(message, _Add):
-                engine.add(message.request)
+                outputs.extend(self._add(engine, message.request))
             elif isinstance(message, _Abort):
                 aborted = engine.abort(message.request_id)
                 outputs.extend([aborted] if aborted else [])
@@ -189,6 +189,16 @@ class AsyncEngine:
         outputs.extend(engine.step() if going_on else engine.abort_all())
         self._hand_over(engine, outputs)
         return going_on
+
+    def _add(self, engine: Engine, request: GenerationRequest) -> list[TokenOutput]:
+        try:
+            engine.add(request)
+        except QtoolError as error:
+            num_tokens = len(request.prompt_token_ids)
+            return [
+                TokenOutput(request.request_id, (), "error", num_tokens, 0, error=error.message)
+            ]
+        return []
 
     def _messages(self, *, wait: bool) -> list[_Message]:
         messages: list[_Message] = []

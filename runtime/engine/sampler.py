@@ -44,6 +44,7 @@ class NotFinite(ArithmeticError):
     """The model computed no numbers for this row."""
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, sequences: Series[Sequence]) -> list[int | NotFinite]:
     """The next token of each sequence; logits [sequences, vocab] float32, changed in place.
 
