@@ -63,11 +63,11 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One model. Sizes are of its weight files; bits per weight are those bytes over the number of
-    weights that they stand for, scales and zeros included.
+    """One model.
 
-    bits_per_weight             all weights, the 16-bit ones included
-    quantized_bits_per_weight   the quantized linears alone
+    size_bytes                  of its weight files
+    bits_per_weight             bits of all tensors over the weights that they stand for
+    quantized_bits_per_weight   the same of the packed weights alone, scales and zeros included
     """
 
     name: str

@@ -271,7 +271,7 @@ def _model_report(
         format=subject.reader.format,
         scored_by=outcome.scored_by,
         dtype=outcome.dtype,
-        size_bytes=subject.size.num_bytes,
+        size_bytes=subject.size.file_bytes,
         num_weights=subject.size.num_weights,
         bits_per_weight=subject.size.bits_per_weight,
         quantized_bits_per_weight=subject.size.quantized_bits_per_weight,

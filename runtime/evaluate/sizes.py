@@ -8,45 +8,57 @@ quantized linears and, in a small model with a large vocabulary, far more over t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from qtool.artifact import sha256
 from qtool.checkpoint import Checkpoint, Source
 from qtool.convert.formats import WeightReader
+from qtool.convert.gguf.container import GgufFile
+from qtool.convert.gguf.import_ import FLOAT_DTYPES
 
 
 class ModelSize(NamedTuple):
-    """num_bytes of tensors on disk; num_weights of the model; the quantized linears' own bits."""
+    """Bytes of the weight files; of the tensors in them, without headers and a GGUF's vocabulary;
+    the weights that they stand for; and the packed weights' own bits.
+    """
 
-    num_bytes: int
+    file_bytes: int
+    tensor_bytes: int
     num_weights: int
     quantized_bits_per_weight: float | None
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.num_bytes / self.num_weights
+        return 8 * self.tensor_bytes / self.num_weights
 
 
 def measure(reader: WeightReader) -> ModelSize:
-    """From headers alone, but for GGUF, whose packed tensors are mapped to take their size."""
+    """From headers alone: nothing is read of the weights."""
     packed = {name: math.prod(reader.describe(name).shape) for name in reader.modules()}
     plain = sum(math.prod(reader.describe(name).shape) for name in reader.tensor_names())
-    total = sum(packed.values()) + plain
+    tensor_bytes, packed_bytes = _tensor_bytes(reader, packed)
+    return ModelSize(
+        file_bytes=sum(path.stat().st_size for path in weight_files(reader.source)),
+        tensor_bytes=tensor_bytes,
+        num_weights=sum(packed.values()) + plain,
+        quantized_bits_per_weight=8 * packed_bytes / sum(packed.values()) if packed else None,
+    )
+
+
+def _tensor_bytes(reader: WeightReader, packed: Collection[str]) -> tuple[int, int]:
+    """Of all tensors, and of those that hold packed weights with their scales and zeros."""
     if reader.source.is_gguf:
-        packed_bytes = sum(reader.weight(name).nbytes for name in packed)
-        num_bytes = reader.source.path.stat().st_size
+        entries = GgufFile.open(reader.source.path).tensors.values()
+        sizes = [(entry.nbytes, entry.type.name not in FLOAT_DTYPES) for entry in entries]
     else:
-        checkpoint = Checkpoint.open(reader.source.path)
-        packed_bytes = sum(
-            info.nbytes
-            for name, info in checkpoint.tensors.items()
-            if name.rpartition(".")[0] in packed and not name.endswith(".bias")
-        )
-        num_bytes = checkpoint.nbytes
-    own = 8 * packed_bytes / sum(packed.values()) if packed else None
-    return ModelSize(num_bytes, total, own)
+        tensors = Checkpoint.open(reader.source.path).tensors
+        sizes = [
+            (info.nbytes, name.rpartition(".")[0] in packed and not name.endswith(".bias"))
+            for name, info in tensors.items()
+        ]
+    return sum(size for size, _ in sizes), sum(size for size, is_packed in sizes if is_packed)
 
 
 def weight_files(source: Source) -> Sequence[Path]:

@@ -45,7 +45,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory, books_7m: Path) -> Path:
     (copied("narrow") / "config.json").write_text(json.dumps(narrow), encoding="utf-8")
     (root / "short.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1 << 62, 5))
     (root / "other.gguf").write_bytes(b"ELF\x7f" + bytes(100))
-    (root / "recipe.yaml").write_text("bits: 4\ngroup_sise: 32\n", encoding="utf-8")
+    (root / "recipe.yaml").write_text(
+        "bits: 4\ngroup_sise: 32\nmethod: {name: rtn}\n", encoding="utf-8"
+    )
     return root
 
 
