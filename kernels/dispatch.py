@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import UnsupportedModel
-from qtool.kernels.cpu import torch_ops
+from qtool.kernels.cpu import native_linear, torch_ops
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
 
@@ -64,6 +64,14 @@ def _takes_all(weight: Weight, dtype: torch.dtype, device: torch.device) -> None
 
 # Best first.
 KERNELS: tuple[LinearKernel, ...] = (
+    LinearKernel(
+        "native_w4a8",
+        "codes of 2 to 8 bits, activations in 8",
+        native_linear.takes,
+        native_linear.refuses,
+        native_linear.pack,
+        native_linear.matmul,
+    ),
     LinearKernel(
         "int4pack",
         "4-bit codes",

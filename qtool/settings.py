@@ -3,6 +3,10 @@
 HF_HUB_OFFLINE     1: use only what the local Hub cache holds (read by huggingface_hub as well)
 HF_TOKEN           access token for gated models (read by huggingface_hub; here only to word a hint)
 QTOOL_MAX_MEMORY   bytes of RAM that quantization may use for activations before it spills to disk
+QTOOL_NATIVE       0: do not compile or use the C++ kernels for CPUs
+QTOOL_ACTIVATIONS  int8: quantized linears on CPUs round their inputs to 8 bits and use VNNI or
+                   AVX2; bf16: they do not
+XDG_CACHE_HOME     folder whose qtool/ keeps compiled kernels (~/.cache)
 NO_COLOR           any value: plain output
 """
 
@@ -11,10 +15,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from qtool.errors import UsageError
 
 _TRUE = {"1", "on", "yes", "true"}
+_FALSE = {"0", "off", "no", "false"}
+
+Activations = Literal["int8", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +31,9 @@ class Settings:
     hub_offline: bool = False
     has_hub_token: bool = False
     max_activation_bytes: int | None = None
+    native: bool = True
+    activations: Activations | None = None
+    cache_dir: Path = Path(os.path.expanduser("~/.cache/qtool"))
     no_color: bool = False
 
 
@@ -34,12 +46,23 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
             f"QTOOL_MAX_MEMORY is {memory!r}, not a whole number of bytes",
             "for example QTOOL_MAX_MEMORY=4000000000",
         )
+    cache = env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Settings(
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in _TRUE,
         has_hub_token=bool(env.get("HF_TOKEN")),
         max_activation_bytes=int(memory) if memory else None,
+        native=env.get("QTOOL_NATIVE", "").lower() not in _FALSE,
+        activations=_activations(env.get("QTOOL_ACTIVATIONS") or None),
+        cache_dir=Path(cache) / "qtool",
         no_color="NO_COLOR" in env,
     )
+
+
+def _activations(value: str | None) -> Activations | None:
+    match value:
+        case None | "int8" | "bf16":
+            return value
+    raise UsageError(f"QTOOL_ACTIVATIONS is {value!r}, must be int8 or bf16")
 
 
 def child_environment(**overrides: str) -> dict[str, str]:

@@ -1,7 +1,5 @@
 """Every linear kernel computes what `reference.linear` says, on shapes that fit and that do not."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -133,7 +131,7 @@ def test_a_kernel_is_one_more_row_of_the_table() -> None:
     def refuses_large(weight: DenseWeight, dtype: torch.dtype, device: torch.device) -> str | None:
         return "takes at most 8 rows" if weight.shape[0] > 8 else None
 
-    is_for: Callable[..., bool] = KERNELS[2].is_for
+    is_for = next(kernel.is_for for kernel in KERNELS if kernel.name == "dense")
     small = LinearKernel("small", "small matrices", is_for, refuses_large, pack, matmul)
     kernels = (small, *KERNELS)
     assert choose(DenseWeight(random(8, 4)), torch.float32, CPU, kernels).kernel is small

@@ -1,0 +1,396 @@
+// Causal attention over a paged cache, for one new token of a sequence or many.
+//
+// The pools are [kv_heads][pool_slots][head_dim]; token t of a span lies in slot
+// block_ids[t / block_size] * block_size + t % block_size. The `heads / kv_heads` query heads that
+// read one KV head, times the span's queries, are rows that share keys and values; kTileRows of
+// them are worked on together.
+//
+// Tokens are taken 32 at a time (a chunk, at absolute positions 0, 32, ...) with a running maximum,
+// as in online softmax; every 512 tokens (a part) the running state is merged into the result. Both
+// grids are fixed, every sum runs in the order of the tokens, and a row's numbers never meet
+// another row's: so a token's attention has the same bits whether it is computed alone, inside a
+// prompt, with or without its prefix cached, in blocks of any size, by any number of threads. Parts
+// also spread one long sequence over the threads.
+//
+// A chunk is first brought to float, the keys transposed, so that both products are the same small
+// matrix multiplication with tokens or channels along the lanes, and no lane is ever summed across.
+
+#include "interface.h"
+#include "isa.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+namespace {
+
+constexpr int kChunk = 32;
+constexpr int kPart = 512;
+constexpr int kTileRows = 32;
+constexpr int kMaxHeadDim = 512;
+constexpr int kRowsAtOnce = kLanes == 16 ? 8 : 2;
+constexpr int kVectorsAtOnce = kLanes == 16 ? 2 : 4;
+// Tokens times channels of both products below which a second thread does not pay.
+constexpr int64_t kSerialWork = 1 << 17;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+struct Call {
+  const T* query;
+  const T* keys;
+  const T* values;
+  T* y;
+  const QtoolSpans& spans;
+  int64_t heads, kv_heads, head_dim, pool_slots;
+  float scale;
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t width() const { return ceil_div(head_dim, kLanes) * kLanes; }
+};
+
+// Rows first .. first + rows - 1 of one KV head of one span; row r is query r / group.
+struct Tile {
+  int64_t span;
+  int64_t first_token;  // the row of `query` where the span starts
+  int64_t kv_head;
+  int64_t first;
+  int64_t rows;
+};
+
+// Tokens a row sees: begin .. end - 1.
+struct Range {
+  int64_t begin, end;
+};
+
+template <class T>
+Range visible(const Call<T>& call, int64_t span, int64_t row) {
+  const int64_t position =
+      call.spans.lengths[span] - call.spans.num_queries[span] + row / call.group();
+  const int64_t window = call.spans.window;
+  return {window == 0 ? 0 : std::max<int64_t>(0, position - window + 1), position + 1};
+}
+
+// The running softmax of a tile: maximum, sum of weights by lane, weighted sum of values.
+struct State {
+  float* maximum;  // [rows]
+  float* sum;      // [rows][kLanes]
+  float* mixed;    // [rows][width]
+
+  static int64_t size(int64_t rows, int64_t width) { return rows * (1 + kLanes + width); }
+  State(float* memory, int64_t rows, int64_t width)
+      : maximum(memory), sum(memory + rows), mixed(memory + rows * (1 + kLanes)) {
+    std::fill(maximum, maximum + rows, -INFINITY);
+    std::fill(sum, memory + size(rows, width), 0.0f);
+  }
+  struct AsIs {};
+  State(AsIs, float* memory, int64_t rows)
+      : maximum(memory), sum(memory + rows), mixed(memory + rows * (1 + kLanes)) {}
+};
+
+// c [kRows][vectors] += a [kRows][depth] times b [depth][vectors]; row distances in floats.
+template <int kRows, int kVectors>
+QTOOL_INLINE void multiply_block(const float* a, int64_t a_row, const float* b, int64_t b_row,
+                                 int64_t depth, float* c, int64_t c_row) {
+  Floats total[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) total[r][v] = load(c + r * c_row + v * kLanes);
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_row + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Floats left = set1(a[r * a_row + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) total[r][v] = fma(left, right[v], total[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(c + r * c_row + v * kLanes, total[r][v]);
+}
+
+template <int kRows>
+void multiply_rows(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
+                   float* c, int64_t c_row, int64_t width) {
+  int64_t column = 0;
+  for (; column + kVectorsAtOnce * kLanes <= width; column += kVectorsAtOnce * kLanes)
+    multiply_block<kRows, kVectorsAtOnce>(a, a_row, b + column, b_row, depth, c + column, c_row);
+  for (; column < width; column += kLanes)
+    multiply_block<kRows, 1>(a, a_row, b + column, b_row, depth, c + column, c_row);
+}
+
+void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, float* c,
+              int64_t c_row, int64_t width, int64_t rows) {
+  int64_t r = 0;
+  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce)
+    multiply_rows<kRowsAtOnce>(a + r * a_row, a_row, b, b_row, depth, c + r * c_row, c_row, width);
+  for (; r + 2 <= rows; r += 2)
+    multiply_rows<2>(a + r * a_row, a_row, b, b_row, depth, c + r * c_row, c_row, width);
+  for (; r < rows; ++r)
+    multiply_rows<1>(a + r * a_row, a_row, b, b_row, depth, c + r * c_row, c_row, width);
+}
+
+template <class T>
+QTOOL_INLINE Floats load_channels(const T* row, int64_t channel, int64_t head_dim) {
+  const int64_t left = head_dim - channel;
+  return left >= kLanes ? load(row + channel) : load_part(row + channel, left);
+}
+
+// tokens rows of head_dim -> [width][kChunk], zero past the last token and channel.
+template <class T>
+void transpose_keys(const T* const* from, int64_t tokens, int64_t head_dim, float* to) {
+  for (int64_t token = 0; token < kChunk; token += kLanes)
+    for (int64_t channel = 0; channel < head_dim; channel += kLanes) {
+      Floats block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = token + i < tokens ? load_channels(from[token + i], channel, head_dim) : zeros();
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to + (channel + i) * kChunk + token, block[i]);
+    }
+}
+
+// What a thread works with, on its stack: 330 KB, of which short heads touch the first part.
+struct Workspace {
+  alignas(64) float query[kTileRows * kMaxHeadDim];
+  alignas(64) float keys[kMaxHeadDim * kChunk];
+  alignas(64) float values[kChunk * kMaxHeadDim];
+  alignas(64) float scores[kTileRows * kChunk];
+  alignas(64) float part[kTileRows * (1 + kLanes + kMaxHeadDim)];
+  alignas(64) float total[kTileRows * (1 + kLanes + kMaxHeadDim)];
+};
+
+template <class T>
+void load_query(const Call<T>& call, const Tile& tile, Workspace& work) {
+  const int64_t width = call.width(), group = call.group();
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t row = tile.first + r;
+    const int64_t head = tile.kv_head * group + row % group;
+    const T* from =
+        call.query + ((tile.first_token + row / group) * call.heads + head) * call.head_dim;
+    for (int64_t channel = 0; channel < width; channel += kLanes)
+      store(work.query + r * width + channel,
+            mul(load_channels(from, channel, call.head_dim), set1(call.scale)));
+  }
+}
+
+// Scores of one row -> weights, and what is already in the state scaled to the new maximum.
+void soften(float* scores, Range seen, State& state, int64_t row, int64_t width) {
+  for (int64_t t = 0; t < seen.begin; ++t) scores[t] = -INFINITY;
+  for (int64_t t = seen.end; t < kChunk; ++t) scores[t] = -INFINITY;
+  Floats top = set1(state.maximum[row]);
+  for (int64_t t = 0; t < kChunk; t += kLanes) top = maximum(load(scores + t), top);
+  const float now = reduce_max(top);
+  if (now == -INFINITY) {
+    std::fill(scores, scores + kChunk, 0.0f);
+    return;
+  }
+  float* const sums = state.sum + row * kLanes;
+  Floats sum = load(sums);
+  if (now != state.maximum[row]) {
+    const Floats shrink = set1(exponential(state.maximum[row] - now));
+    sum = mul(sum, shrink);
+    float* const mixed = state.mixed + row * width;
+    for (int64_t channel = 0; channel < width; channel += kLanes)
+      store(mixed + channel, mul(load(mixed + channel), shrink));
+    state.maximum[row] = now;
+  }
+  for (int64_t t = 0; t < kChunk; t += kLanes) {
+    const Floats weight = exponential(add(load(scores + t), set1(-now)));
+    store(scores + t, weight);
+    sum = add(sum, weight);
+  }
+  store(sums, sum);
+}
+
+// Chunk `chunk` of the sequence into the state.
+template <class T>
+void add_chunk(const Call<T>& call, const Tile& tile, int64_t chunk, Workspace& work,
+               State& state) {
+  const int64_t width = call.width(), head_dim = call.head_dim;
+  const int64_t start = chunk * kChunk;
+  const int64_t end = visible(call, tile.span, tile.first + tile.rows - 1).end;
+  const int64_t tokens = std::min<int64_t>(kChunk, end - start);
+  const int64_t block_size = call.spans.block_size;
+  const int64_t* blocks = call.spans.block_ids + call.spans.first_blocks[tile.span];
+  const T* key_rows[kChunk];
+  const T* value_rows[kChunk];
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t slot = blocks[(start + t) / block_size] * block_size + (start + t) % block_size;
+    const int64_t at = (tile.kv_head * call.pool_slots + slot) * head_dim;
+    key_rows[t] = call.keys + at;
+    value_rows[t] = call.values + at;
+  }
+  transpose_keys(key_rows, tokens, head_dim, work.keys);
+  std::fill(work.scores, work.scores + tile.rows * kChunk, 0.0f);
+  multiply(work.query, width, work.keys, kChunk, head_dim, work.scores, kChunk, kChunk, tile.rows);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const Range range = visible(call, tile.span, tile.first + r);
+    const Range seen = {std::clamp<int64_t>(range.begin - start, 0, kChunk),
+                        std::clamp<int64_t>(range.end - start, 0, kChunk)};
+    soften(work.scores + r * kChunk, seen, state, r, width);
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t channel = 0; channel < width; channel += kLanes)
+      store(work.values + t * width + channel, load_channels(value_rows[t], channel, head_dim));
+  multiply(work.scores, kChunk, work.values, width, tokens, state.mixed, width, width, tile.rows);
+}
+
+// Tokens of part `part` that any row of the tile sees, into a fresh state.
+template <class T>
+void add_part(const Call<T>& call, const Tile& tile, int64_t part, Workspace& work, State& state) {
+  const int64_t begin = visible(call, tile.span, tile.first).begin;
+  const int64_t end = visible(call, tile.span, tile.first + tile.rows - 1).end;
+  const int64_t first = std::max(part * (kPart / kChunk), begin / kChunk);
+  const int64_t stop = std::min((part + 1) * (kPart / kChunk), ceil_div(end, kChunk));
+  for (int64_t chunk = first; chunk < stop; ++chunk) add_chunk(call, tile, chunk, work, state);
+}
+
+void merge(State& total, const State& part, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (part.maximum[r] == -INFINITY) continue;
+    const float now = std::max(total.maximum[r], part.maximum[r]);
+    const Floats old_share = set1(exponential(total.maximum[r] - now));
+    const Floats new_share = set1(exponential(part.maximum[r] - now));
+    const auto mix = [&](float* to, const float* from) {
+      store(to, fma(load(from), new_share, mul(load(to), old_share)));
+    };
+    mix(total.sum + r * kLanes, part.sum + r * kLanes);
+    for (int64_t channel = 0; channel < width; channel += kLanes)
+      mix(total.mixed + r * width + channel, part.mixed + r * width + channel);
+    total.maximum[r] = now;
+  }
+}
+
+template <class T>
+void write_result(const Call<T>& call, const Tile& tile, const State& state) {
+  const int64_t width = call.width(), group = call.group();
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t row = tile.first + r;
+    const int64_t head = tile.kv_head * group + row % group;
+    T* to = call.y + ((tile.first_token + row / group) * call.heads + head) * call.head_dim;
+    const Floats share = set1(1.0f / reduce_add(load(state.sum + r * kLanes)));
+    for (int64_t channel = 0; channel < call.head_dim; channel += kLanes) {
+      const Floats result = mul(load(state.mixed + r * width + channel), share);
+      const int64_t left = call.head_dim - channel;
+      if (left >= kLanes)
+        store(to + channel, result);
+      else
+        store_part(to + channel, result, left);
+    }
+  }
+}
+
+template <class T>
+Range parts_of(const Call<T>& call, const Tile& tile) {
+  return {visible(call, tile.span, tile.first).begin / kPart,
+          ceil_div(visible(call, tile.span, tile.first + tile.rows - 1).end, kPart)};
+}
+
+template <class T>
+void attend_whole(const Call<T>& call, const Tile& tile, Workspace& work) {
+  const int64_t width = call.width();
+  load_query(call, tile, work);
+  State total(work.total, tile.rows, width);
+  const Range parts = parts_of(call, tile);
+  for (int64_t part = parts.begin; part < parts.end; ++part) {
+    State state(work.part, tile.rows, width);
+    add_part(call, tile, part, work, state);
+    merge(total, state, tile.rows, width);
+  }
+  write_result(call, tile, total);
+}
+
+template <class T>
+bool attend(const Call<T>& call, int threads) {
+  const QtoolSpans& spans = call.spans;
+  int64_t num_tiles = 0, num_parts = 0, work_size = 0;
+  for (int64_t span = 0; span < spans.spans; ++span) {
+    const int64_t rows = spans.num_queries[span] * call.group();
+    const int64_t tiles = ceil_div(rows, kTileRows) * call.kv_heads;
+    num_tiles += tiles;
+    num_parts += tiles * ceil_div(spans.lengths[span], kPart);
+    work_size += rows * call.kv_heads * spans.lengths[span] * call.head_dim;
+  }
+  if (work_size < kSerialWork) threads = 1;
+  // Few tiles of long sequences: the parts are spread over the threads and merged afterwards.
+  const bool split = threads > 1 && num_tiles < 4 * threads && num_parts > num_tiles;
+  struct Piece {
+    int64_t tile, part, offset;
+  };
+  const std::unique_ptr<Tile[]> tiles(new (std::nothrow) Tile[num_tiles]);
+  const std::unique_ptr<Piece[]> pieces(new (std::nothrow) Piece[split ? num_parts : 0]);
+  if (!tiles || !pieces) return false;
+  int64_t filled = 0, first_token = 0, num_pieces = 0, floats = 0;
+  for (int64_t span = 0; span < spans.spans; first_token += spans.num_queries[span], ++span) {
+    const int64_t rows = spans.num_queries[span] * call.group();
+    for (int64_t kv_head = 0; kv_head < call.kv_heads; ++kv_head)
+      for (int64_t first = 0; first < rows; first += kTileRows) {
+        const Tile tile = {span, first_token, kv_head, first,
+                           std::min<int64_t>(kTileRows, rows - first)};
+        tiles[filled] = tile;
+        if (split) {
+          const Range parts = parts_of(call, tile);
+          for (int64_t part = parts.begin; part < parts.end; ++part) {
+            pieces[num_pieces++] = {filled, part, floats};
+            floats += State::size(tile.rows, call.width());
+          }
+        }
+        ++filled;
+      }
+  }
+  const std::unique_ptr<float[]> partial(new (std::nothrow) float[floats]);
+  if (!partial) return false;
+  threads = static_cast<int>(std::min<int64_t>(threads, split ? num_pieces : num_tiles));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Workspace work;
+    if (!split) {
+      // Later tiles of a prompt see more tokens: hand them out as threads come free, long ones first.
+#pragma omp for schedule(dynamic)
+      for (int64_t i = num_tiles - 1; i >= 0; --i) attend_whole(call, tiles[i], work);
+    } else {
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < num_pieces; ++i) {
+        const Tile& tile = tiles[pieces[i].tile];
+        State state(partial.get() + pieces[i].offset, tile.rows, call.width());
+        load_query(call, tile, work);
+        add_part(call, tile, pieces[i].part, work, state);
+      }
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < num_tiles; ++t) {
+        State total(work.total, tiles[t].rows, call.width());
+        for (int64_t i = 0; i < num_pieces; ++i)
+          if (pieces[i].tile == t)
+            merge(total, State(State::AsIs{}, partial.get() + pieces[i].offset, tiles[t].rows),
+                  tiles[t].rows, call.width());
+        write_result(call, tiles[t], total);
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+bool qtool_paged_attention(const void* query, const void* keys, const void* values,
+                           const QtoolSpans* spans, void* y, int64_t heads, int64_t kv_heads,
+                           int64_t head_dim, int64_t pool_slots, float scale, int32_t type,
+                           int32_t threads) {
+  if (type == kBfloat16)
+    return attend(Call<Bfloat16>{static_cast<const Bfloat16*>(query),
+                                 static_cast<const Bfloat16*>(keys),
+                                 static_cast<const Bfloat16*>(values), static_cast<Bfloat16*>(y),
+                                 *spans, heads, kv_heads, head_dim, pool_slots, scale},
+                  threads);
+  return attend(Call<float>{static_cast<const float*>(query), static_cast<const float*>(keys),
+                            static_cast<const float*>(values), static_cast<float*>(y), *spans,
+                            heads, kv_heads, head_dim, pool_slots, scale},
+                threads);
+}
