@@ -44,6 +44,7 @@ from qtool.convert.gguf.mix import (
     choose_types,
     file_order,
     find_file_type,
+    require_importance,
 )
 from qtool.convert.gguf.names import ROPE_FREQUENCIES, NameMap, rope_divisors
 from qtool.convert.gguf.parallel import run_in_order
@@ -152,6 +153,7 @@ def plan_export(
         architecture.gguf_name, config.num_layers, config.num_heads, config.num_kv_heads
     )
     choices = choose_types(file_type, shapes, model, overrides)
+    require_importance(file_type, choices)
     by_name = {source.gguf: source for source in sources}
     tensors = []
     for name in file_order([*by_name, ROPE_FREQUENCIES]):

@@ -342,8 +342,6 @@ def choose_types(
         if wanted is None:
             wanted = _by_rules(file_type, kind, place, shapes[name])
         choices[name] = TypeChoice(_fit(wanted, shapes[name][-1]), wanted)
-    if not model.has_importance:
-        _require_importance(file_type, choices)
     return choices
 
 
@@ -384,7 +382,8 @@ def _fit(wanted: str, columns: int) -> str:
     return replacement if columns % TENSOR_TYPES[replacement].block_size == 0 else "F16"
 
 
-def _require_importance(file_type: str, choices: Mapping[str, TypeChoice]) -> None:
+def require_importance(file_type: str, choices: Mapping[str, TypeChoice]) -> None:
+    """Refuse, for a model without an importance matrix, types that are useless without one."""
     for name, choice in choices.items():
         if name in ("token_embd.weight", "output.weight"):
             continue

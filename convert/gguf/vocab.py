@@ -89,19 +89,16 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GgufTokenizer:
     """The tokenizer that a file's metadata describes; raises FormatError where it does not."""
     vocabulary = _Vocabulary.of(metadata)
     model = metadata.get(f"{PREFIX}model")
-    try:
-        if model == "gpt2":
-            tokenizer = _byte_level(vocabulary, metadata)
-        elif model == "llama":
-            tokenizer = _sentencepiece(vocabulary, metadata)
-        else:
-            raise UnsupportedModel(
-                f"tokenizer.ggml.model {model!r} is not supported", "known: gpt2, llama"
-            )
-        tokenizer.add_special_tokens(vocabulary.added(special=True))
-        tokenizer.add_tokens(vocabulary.added(special=False))
-    except UnicodeEncodeError as error:
-        raise FormatError(f"tokenizer.ggml.tokens holds text that is not UTF-8: {error}") from error
+    if model == "gpt2":
+        tokenizer = _byte_level(vocabulary, metadata)
+    elif model == "llama":
+        tokenizer = _sentencepiece(vocabulary, metadata)
+    else:
+        raise UnsupportedModel(
+            f"tokenizer.ggml.model {model!r} is not supported", "known: gpt2, llama"
+        )
+    tokenizer.add_special_tokens(vocabulary.added(special=True))
+    tokenizer.add_tokens(vocabulary.added(special=False))
     ids = special_ids(metadata, len(vocabulary.tokens))
     add_bos = _flag(metadata, "add_bos_token", model == "llama" or _adds_bos(metadata))
     add_eos = _flag(metadata, "add_eos_token", False)
@@ -163,6 +160,9 @@ class _Vocabulary:
             raise FormatError(
                 f"tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens"
             )
+        for number, token in enumerate(tokens):
+            if not token.isascii() and any("\ud800" <= letter <= "\udfff" for letter in token):
+                raise FormatError(f"tokenizer.ggml.tokens[{number}] {token!r} is not UTF-8")
         # llama.cpp gives nameless tokens a name of their own, so that ids stay distinct
         tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
         ids = {token: number for number, token in enumerate(tokens)}
