@@ -29,11 +29,14 @@ def memory_budget() -> int:
 
 
 class Activations:
-    """`num_chunks` slots for tensors of one shape (the last may be smaller)."""
+    """`num_chunks` slots for tensors of one shape (the last may be smaller).
 
-    def __init__(self, num_chunks: int, folder: Path, budget: int | None = None) -> None:
+    file  made only where the budget is exceeded
+    """
+
+    def __init__(self, num_chunks: int, file: Path, budget: int | None = None) -> None:
         self._slots: list[Tensor | None] = [None] * num_chunks
-        self._file = folder / "activations.bin"
+        self._file = file
         self._budget = memory_budget() if budget is None else budget
         self._mapped: Tensor | None = None
 

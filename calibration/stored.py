@@ -62,9 +62,23 @@ class StoredModel:
             )
         }
         self._entries, self.unused = _match(model, checkpoint, self._shapes)
+        self._owners = {
+            origin.tensor: entry.target
+            for entry in self._entries.values()
+            for origin in entry.origins
+        }
 
     def __contains__(self, parameter: str) -> bool:
         return parameter in self._entries
+
+    def owner(self, tensor: str) -> str | None:
+        """The parameter that a checkpoint tensor goes into (the first, where it goes into many)."""
+        return self._owners.get(tensor)
+
+    def sole_tensor(self, parameter: str) -> str | None:
+        """The checkpoint tensor that is this parameter, where one alone is."""
+        entry = self._entries.get(parameter)
+        return entry.origins[0].tensor if entry is not None and entry.converter is None else None
 
     def require(self, parameters: Iterable[str]) -> None:
         """Raise where the checkpoint lacks a parameter: a model must not run on random weights."""
@@ -131,7 +145,9 @@ class StoredModel:
         made = converter.convert(
             entry.target, model=self._model, config=getattr(self._model, "config", None)
         )
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A copy, never a view of the mapped file: weights are overwritten as they are solved."""
@@ -198,4 +214,3 @@ def _conversions(model: nn.Module) -> tuple[list[Any], list[Any], Any, Any]:
     renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
     converters = [item for item in mapping if isinstance(item, WeightConverter)]
     return renamings, converters, rename_source_key, dot_natural_key
-

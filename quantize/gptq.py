@@ -1,8 +1,9 @@
 """GPTQ: quantize a weight column by column, pushing each column's error into those still to come.
 
 For a linear with inputs x and second moment H = E[x xᵀ], the output error of a row is d H dᵀ.
-Rounding column j by e_j is best compensated by moving the later columns by -e_j U[j, j+1:] / U[j, j],
-where H⁻¹ = Uᵀ U and U is upper triangular (Frantar et al., arXiv 2210.17323). Here:
+Rounding column j by e_j is best compensated by moving the later columns by
+-e_j U[j, j+1:] / U[j, j], where H⁻¹ = Uᵀ U and U is upper triangular (Frantar et al., arXiv
+2210.17323). Here:
 
 - *Act-order, statically*: columns are taken by falling diag(H), while each group's grid is chosen
   beforehand from the weights as they are in the file. The groups stay contiguous, so no g_idx and
@@ -167,4 +168,3 @@ def _solve_columns(state: _State, start: int, stop: int) -> None:
         error = torch.addcmul(column, steps, state.scales[j], value=-1, out=state.errors[j])
         if j + 1 < stop:
             state.weight[j + 1 : stop].addr_(state.upper[j, j + 1 : stop], error, alpha=-1)
-

@@ -180,9 +180,7 @@ def _unmatched_patterns(patterns: Sequence[str], linears: Sequence[Linear]) -> l
     return warnings
 
 
-def _loader_warnings(
-    quantized: Iterable[Linear], recipe: Recipe, layout: Format
-) -> Iterable[str]:
+def _loader_warnings(quantized: Iterable[Linear], recipe: Recipe, layout: Format) -> Iterable[str]:
     """What the file cannot be used for, said before the work and not after it."""
     linears = list(quantized)
     if layout.name in ("gptq", "awq") and any(linear.expert is not None for linear in linears):
@@ -232,15 +230,14 @@ def _dense_modules(
     module name, routers and the like by their name on disk.
     """
     by_tensor = {linear.tensor: linear for linear in linears}
-    outside = set(skeleton.outside)
     names = []
     for tensor, info in skeleton.checkpoint.tensors.items():
+        owner = skeleton.stored.owner(tensor)
         if tensor in packed or len(info.shape) != 2 or not tensor.endswith(".weight"):
             continue
-        if tensor in by_tensor:
-            names.append(by_tensor[tensor].module)
-        elif not any(parameter.endswith(tensor) for parameter in outside):
-            names.append(tensor.removesuffix(".weight"))
+        if owner is not None and owner.startswith(f"{skeleton.prefix}."):
+            linear = by_tensor.get(tensor)
+            names.append(linear.module if linear else tensor.removesuffix(".weight"))
     return tuple(dict.fromkeys((*names, *_outside_linears(skeleton))))
 
 

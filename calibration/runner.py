@@ -1,0 +1,133 @@
+"""Run one decoder block of a model at a time, called exactly as its own model calls it.
+
+How a block is called (masks, rotary embeddings, layer kinds) is the outer model's business and
+differs in every family. So the outer model runs as it is, with every block replaced by a stub: the
+stubs before the wanted block pass the hidden state through in the shape that block returns, and
+the wanted block's stub runs the real block on the stored hidden state, with exactly the arguments
+the outer model computed, and stops the run. What the outer model does besides (embedding lookup,
+masks) is small beside a block, and nothing has to be stored or known of any family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.calibration.skeleton import Skeleton
+from qtool.errors import QtoolError, UnsupportedModel
+
+# Tokens run through a block at once. Below this small products waste time; above it the block's
+# temporaries (4 bytes x intermediate size x 3 a token) outgrow its weights.
+CHUNK_TOKENS = 4096
+
+
+class _BlockDone(Exception):
+    """The wanted block has run; carries its hidden state out of the outer model."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class SeenEnough(Exception):
+    """Every input that was asked for has been seen; the rest of the block need not run."""
+
+
+class _Stub(nn.Module):
+    """In a block's place. Attributes are the block's own: outer models read layer kinds there."""
+
+    def __init__(self, block: nn.Module, visit: Callable[..., Any], index: int) -> None:
+        super().__init__()
+        # Not through nn.Module's __setattr__: the block must not become a child.
+        self.__dict__["_block"] = block
+        self.__dict__["_visit"] = visit
+        self.__dict__["_index"] = index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_visit"](self.__dict__["_index"], args, kwargs)
+
+
+class BlockRunner:
+    """Runs the blocks of a skeleton, in order, on chunks of token sequences.
+
+    tokens  [sequences, length] int64
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, tokens: Tensor, chunk_tokens: int = CHUNK_TOKENS
+    ) -> None:
+        self._skeleton = skeleton
+        self._chunks = tokens.split(max(1, chunk_tokens // tokens.shape[1]))
+        self._wanted = 0
+        self._hidden: Tensor | None = None
+        # What each block returns beside the hidden state, where it returns a tuple.
+        self._extras: dict[int, tuple[Any, ...]] = {}
+        for index, block in enumerate(skeleton.blocks):
+            skeleton.block_list[index] = _Stub(block, self._visit, index)
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self._chunks)
+
+    def tokens(self, chunk: int) -> Tensor:
+        return self._chunks[chunk]
+
+    def run(self, index: int, chunk: int, hidden: Tensor | None) -> Tensor | None:
+        """A block's output for one chunk; None where a watcher had seen enough.
+
+        hidden  [sequences, length, hidden]; None to start from the embeddings
+        """
+        self._wanted, self._hidden = index, hidden
+        try:
+            with torch.no_grad():
+                self._skeleton.model(input_ids=self._chunks[chunk], use_cache=False)
+        except _BlockDone as done:
+            return done.hidden
+        except SeenEnough:
+            return None
+        except QtoolError:
+            raise
+        except Exception as error:  # whatever a model's own code may raise
+            raise UnsupportedModel(
+                f"{self._skeleton.block_name(index)} cannot be run by itself: "
+                f"{type(error).__name__}: {error}",
+                "its blocks share more than a hidden state; --recipe rtn-int4 needs no data",
+            ) from error
+        raise UnsupportedModel(
+            f"the forward pass of {type(self._skeleton.model).__name__} does not reach "
+            f"{self._skeleton.block_name(index)}",
+            "--recipe rtn-int4 needs no forward pass",
+        )
+
+    def finish(self, chunk: int, hidden: Tensor) -> Tensor:
+        """Logits [sequences, length, vocabulary] from the last block's output."""
+        self._wanted, self._hidden = len(self._skeleton.blocks), hidden
+        with torch.no_grad():
+            output = self._skeleton.model(input_ids=self._chunks[chunk], use_cache=False)
+        logits: Tensor = output.logits
+        return logits.to(torch.float32)
+
+    def _visit(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        last = len(self._skeleton.blocks) - 1
+        if index != self._wanted:
+            passed = args[0] if args else kwargs["hidden_states"]
+            if self._wanted > last and index == last:
+                passed = self._hidden
+            extras = self._extras.get(index)
+            return passed if extras is None else (passed, *extras)
+        if self._hidden is not None:
+            if args:
+                args = (self._hidden, *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": self._hidden}
+        output = self._skeleton.blocks[index](*args, **kwargs)
+        if isinstance(output, tuple):
+            self._extras[index] = output[1:]
+            output = output[0]
+        raise _BlockDone(output)

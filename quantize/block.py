@@ -1,0 +1,309 @@
+"""Quantize one decoder block: take its statistics, solve its linears, leave it dequantized.
+
+Each method is one function from a loaded block to a BlockResult. GPTQ takes a pass over the
+calibration chunks for every set of linears that share an input, in the order in which the block
+feeds them, so that each Hessian is that of the inputs the layer will really get, with all before
+it, in this block too, already quantized. The passes are short: each ends where its inputs have been
+seen, and all of them together cost about one and a half times the block's forward pass. AWQ moves
+scale between layers, so it takes all statistics in one pass first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qtool.artifact import LayerReport
+from qtool.calibration.capture import BlockCapture, InputGroup, Stage, stages
+from qtool.calibration.linears import Linear, Site, Unpacked, block_linears
+from qtool.calibration.skeleton import Skeleton
+from qtool.calibration.statistics import Moments, total
+from qtool.errors import QtoolError
+from qtool.quantize import awq, gptq, rtn
+from qtool.quantize.smoothing import smooth
+from qtool.quantize.solution import Solution, relative_error
+from qtool.recipe import Awq, Gptq, Recipe, Rtn
+from qtool.scheme import QuantScheme
+
+
+@dataclass(slots=True)
+class BlockResult:
+    """weights  packed linears
+    changed  tensors of the checkpoint that are no longer as they were, by name
+    reports  one for each linear, in the plan's order once `sorted_reports` is asked
+    """
+
+    weights: dict[Linear, Solution] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    reports: dict[Linear, LayerReport] = field(default_factory=dict)
+
+
+def solve_block(
+    index: int,
+    planned: Mapping[Linear, QuantScheme],
+    recipe: Recipe,
+    skeleton: Skeleton,
+    capture: BlockCapture | None,
+) -> BlockResult:
+    """Solve a block's planned linears.
+
+    With calibration the block must be loaded; its parameters are left as the packed weights decode.
+    """
+    result = BlockResult()
+    if not planned:
+        return result
+    match recipe.method:
+        case Rtn() as options:
+            _solve_rtn(planned, options, skeleton, result)
+        case Gptq() as options:
+            assert capture is not None
+            _solve_gptq(index, planned, options, capture, result)
+        case Awq() as options:
+            assert capture is not None
+            _solve_awq(index, planned, options, capture, result)
+    return result
+
+
+def put_weights(skeleton: Skeleton, index: int, weights: Iterable[tuple[Linear, Tensor]]) -> None:
+    """Write linears' weights [out, in] into the loaded block."""
+    parameters = dict(skeleton.block_parameters(index))
+    with torch.no_grad():
+        for linear, values in weights:
+            linear.matrix(parameters[linear.parameter]).copy_(values)
+
+
+def _solve_rtn(
+    planned: Mapping[Linear, QuantScheme], options: Rtn, skeleton: Skeleton, result: BlockResult
+) -> None:
+    for linear, scheme in planned.items():
+        started = time.monotonic()
+        stored = skeleton.checkpoint.tensor(linear.tensor).to(torch.float32)
+        weight = stored.t().contiguous() if linear.transposed else stored
+        require_finite(weight, linear)
+        solved = rtn.solve(weight, scheme, scale_search=options.scale_search)
+        plain = solved if not options.scale_search else rtn.solve(weight, scheme)
+        result.weights[linear] = solved
+        result.reports[linear] = LayerReport(
+            module=linear.name,
+            scheme=str(scheme),
+            method="rtn",
+            error=relative_error(weight, solved.dequantized, None),
+            rtn_error=relative_error(weight, plain.dequantized, None),
+            seconds=round(time.monotonic() - started, 3),
+            notes=solved.notes,
+        )
+
+
+def _solve_gptq(
+    index: int,
+    planned: Mapping[Linear, QuantScheme],
+    options: Gptq,
+    capture: BlockCapture,
+    result: BlockResult,
+) -> None:
+    groups = _traced(index, planned, capture)
+    at_site = _by_site(planned)
+    for stage in stages(groups, sequential=True):
+        moments = _collected(index, stage, planned, capture, result)
+        prior = _expert_prior(stage, moments)
+        for group in stage.groups:
+            linears = [linear for site in group.sites for linear in at_site.get(site, [])]
+            seen, notes = _with_prior(moments[group.first], prior.get(group.first.parameter))
+            _solve_group(index, linears, planned, seen, notes, options, capture, result)
+    _solve_unseen(index, planned, capture, result)
+
+
+def _solve_awq(
+    index: int,
+    planned: Mapping[Linear, QuantScheme],
+    options: Awq,
+    capture: BlockCapture,
+    result: BlockResult,
+) -> None:
+    groups = _traced(index, planned, capture)
+    (stage,) = stages(groups, sequential=False) or [Stage(())]
+    moments = _collected(index, stage, planned, capture, result)
+    prior = _expert_prior(stage, moments)
+    at_site = _by_site(planned)
+    smoothed = smooth(
+        capture.skeleton,
+        index,
+        groups=groups,
+        moments=moments,
+        planned=planned,
+        all_linears=_all_linears(capture.skeleton, index),
+        options=options,
+        run=capture.first_output,
+    )
+    result.changed.update(smoothed.changed)
+    for group in groups:
+        linears = [linear for site in group.sites for linear in at_site.get(site, [])]
+        seen, notes = _with_prior(moments[group.first], prior.get(group.first.parameter))
+        scales = smoothed.scales.get(group.first)
+        notes += smoothed.notes.get(group.first, ())
+        _solve_group(index, linears, planned, seen, notes, options, capture, result, scales)
+    _solve_unseen(index, planned, capture, result)
+
+
+def _traced(
+    index: int, planned: Mapping[Linear, QuantScheme], capture: BlockCapture
+) -> list[InputGroup]:
+    """Groups that hold a planned linear; consumers that stay dense are listed in them too."""
+    sites = dict.fromkeys(linear.site for linear in _all_linears(capture.skeleton, index))
+    groups = capture.trace(sites)
+    wanted = {linear.site for linear in planned}
+    return [group for group in groups if wanted & set(group.sites)]
+
+
+def _all_linears(skeleton: Skeleton, index: int) -> list[Linear]:
+    return [item for item in block_linears(skeleton, index) if not isinstance(item, Unpacked)]
+
+
+def _by_site(planned: Iterable[Linear]) -> dict[Site, list[Linear]]:
+    found: dict[Site, list[Linear]] = {}
+    for linear in planned:
+        found.setdefault(linear.site, []).append(linear)
+    return found
+
+
+def _collected(
+    index: int,
+    stage: Stage,
+    planned: Iterable[Linear],
+    capture: BlockCapture,
+    result: BlockResult,
+) -> dict[Site, Moments]:
+    widths = {linear.site: linear.in_features for linear in _all_linears(capture.skeleton, index)}
+    pending = {linear.site for linear in planned if linear not in result.weights}
+    moments = capture.collect(stage, widths.__getitem__, pending)
+    for site, found in moments.items():
+        if not found.is_finite:
+            raise QtoolError(
+                f"the inputs of {site.parameter} are not finite",
+                "the checkpoint holds NaN or infinite weights, or overflows on this text",
+            )
+    return moments
+
+
+def _expert_prior(stage: Stage, moments: Mapping[Site, Moments]) -> dict[str, Moments]:
+    """For each fused parameter, what its experts saw together."""
+    experts: dict[str, list[Moments]] = {}
+    for group in stage.groups:
+        if group.first.expert is not None:
+            experts.setdefault(group.first.parameter, []).append(moments[group.first])
+    return {parameter: total(found) for parameter, found in experts.items()}
+
+
+def _with_prior(seen: Moments, prior: Moments | None) -> tuple[Moments, tuple[str, ...]]:
+    if prior is None or seen.count >= seen.gram.shape[0]:
+        return seen, ()
+    if prior.count == 0:
+        return seen, ()
+    note = f"{seen.count} tokens reached this expert, the layer's other experts fill in"
+    return seen.blended(prior), (note,)
+
+
+def _solve_group(
+    index: int,
+    linears: Sequence[Linear],
+    planned: Mapping[Linear, QuantScheme],
+    seen: Moments,
+    notes: tuple[str, ...],
+    options: Gptq | Awq,
+    capture: BlockCapture,
+    result: BlockResult,
+    scales: Tensor | None = None,
+) -> None:
+    """Linears with one input are one stacked problem for each scheme."""
+    if seen.count == 0:
+        return
+    parameters = dict(capture.skeleton.block_parameters(index))
+    hessian = seen.hessian
+    unscaled = None
+    if scales is not None:
+        unscaled, hessian = hessian, hessian / torch.outer(scales, scales)
+    for scheme in dict.fromkeys(planned[linear] for linear in linears):
+        started = time.monotonic()
+        members = [linear for linear in linears if planned[linear] == scheme]
+        weights = [linear.matrix(parameters[linear.parameter]).contiguous() for linear in members]
+        for linear, weight in zip(members, weights, strict=True):
+            require_finite(weight, linear)
+        stacked = torch.cat(weights)
+        if isinstance(options, Gptq):
+            solved = gptq.solve(stacked, hessian, scheme, options)
+        else:
+            solved = awq.solve(stacked, hessian, scheme, options)
+        parts = split_rows(solved, [weight.shape[0] for weight in weights])
+        seconds = round((time.monotonic() - started) / len(members), 3)
+        for linear, weight, part in zip(members, weights, parts, strict=True):
+            result.weights[linear] = part
+            # Plain rounding knows nothing of the scales: it is measured on the weight as it was.
+            original = weight if scales is None else weight / scales
+            plain = rtn.solve(original, scheme).dequantized
+            result.reports[linear] = LayerReport(
+                module=linear.name,
+                scheme=str(scheme),
+                method="gptq" if isinstance(options, Gptq) else "awq",
+                error=relative_error(weight, part.dequantized, hessian),
+                rtn_error=relative_error(
+                    original, plain, hessian if unscaled is None else unscaled
+                ),
+                num_tokens=seen.count,
+                seconds=seconds,
+                notes=(*notes, *part.notes),
+            )
+        put_weights(
+            capture.skeleton,
+            index,
+            zip(members, (part.dequantized for part in parts), strict=True),
+        )
+
+
+def _solve_unseen(
+    index: int, planned: Mapping[Linear, QuantScheme], capture: BlockCapture, result: BlockResult
+) -> None:
+    """A planned linear without statistics is rounded on a searched grid, and says so."""
+    parameters = dict(capture.skeleton.block_parameters(index))
+    for linear, scheme in planned.items():
+        if linear in result.weights:
+            continue
+        weight = linear.matrix(parameters[linear.parameter]).contiguous()
+        require_finite(weight, linear)
+        note = "no calibration token reached it, so it was rounded to nearest"
+        solved = rtn.solve(weight, scheme, scale_search=True, notes=(note,))
+        result.weights[linear] = solved
+        result.reports[linear] = LayerReport(
+            module=linear.name,
+            scheme=str(scheme),
+            method="rtn",
+            error=relative_error(weight, solved.dequantized, None),
+            rtn_error=relative_error(weight, rtn.solve(weight, scheme).dequantized, None),
+            num_tokens=0,
+            notes=solved.notes,
+        )
+        put_weights(capture.skeleton, index, [(linear, solved.dequantized)])
+
+
+def split_rows(solved: Solution, rows: Sequence[int]) -> list[Solution]:
+    """Cut a stacked solution back into its linears."""
+    parts = []
+    start = 0
+    for count in rows:
+        order = torch.arange(start, start + count)
+        dequantized = solved.dequantized[start : start + count]
+        parts.append(Solution(solved.weight.rows(order), dequantized, solved.notes))
+        start += count
+    return parts
+
+
+def require_finite(weight: Tensor, linear: Linear) -> None:
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise QtoolError(
+            f"{linear.tensor} holds {bad} values that are NaN or infinite",
+            "the source checkpoint is damaged; fetch it again",
+        )

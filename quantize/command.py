@@ -1,0 +1,124 @@
+"""`qtool quantize`: options to a request, a request to the pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qtool.errors import UsageError
+
+
+def _group_size(context: click.Context, parameter: click.Parameter, value: str | None) -> object:
+    if value is None or value in ("auto", "row"):
+        return value
+    if not value.isdigit() or int(value) < 1:
+        raise UsageError(
+            f"--group-size {value!r} is not a number of inputs", "give a number, auto, or row"
+        )
+    return int(value)
+
+
+@click.command(short_help="Quantize a model to int4 or int8.")
+@click.argument("model")
+@click.option(
+    "--recipe",
+    default="int4",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="int4, gptq, awq, rtn-int4, rtn-int8, or a YAML file.",
+)
+@click.option(
+    "--format",
+    default="compressed-tensors",
+    show_default=True,
+    metavar="NAME",
+    help="Layout of the files: compressed-tensors, gptq or awq.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to make [MODEL-RECIPE].")
+@click.option(
+    "--group-size",
+    callback=_group_size,
+    metavar="N|auto|row",
+    help="Inputs that share a scale. auto: the largest of 128, 64, 32 that divides each layer.",
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave matching layers in 16 bit, as '*.down_proj'. May be repeated.",
+)
+@click.option(
+    "--calibration",
+    metavar="DATA",
+    help="A .txt, .jsonl or .parquet file, or a Hub dataset id [a text that ships with qtool].",
+)
+@click.option("--num-samples", type=click.IntRange(1), help="Calibration sequences.")
+@click.option("--sequence-length", type=click.IntRange(1), help="Tokens in each.")
+@click.option("--seed", type=int, help="Chooses the sequences.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a Hub model.")
+def quantize(
+    model: str,
+    recipe: str,
+    format: str,
+    out: Path | None,
+    group_size: int | str | None,
+    keep: tuple[str, ...],
+    calibration: str | None,
+    num_samples: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    trust_remote_code: bool,
+    revision: str | None,
+) -> None:
+    """Quantize the decoder blocks of MODEL: a folder, a Hub id, or builtin:books-7m.
+
+    The result is a model folder that Hugging Face loaders, vLLM and SGLang read. Embeddings and the
+    output head stay as they are. Stopped runs go on where they were when the same command is given
+    again.
+    """
+    import json
+    import time
+
+    from qtool.quantize.pipeline import prepare, run
+    from qtool.quantize.report import (
+        ConsoleListener,
+        plan_to_dict,
+        print_plan,
+        print_result,
+        quiet_libraries,
+        result_to_dict,
+    )
+    from qtool.recipe import load_recipe
+
+    wanted = load_recipe(recipe).with_options(
+        group_size=group_size,  # type: ignore[arg-type]
+        keep=keep,
+        dataset=calibration,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    quiet_libraries()
+    started = time.monotonic()
+    job = prepare(
+        model, wanted, format=format, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if dry_run:
+        print_plan(job)
+        if as_json:
+            click.echo(json.dumps(plan_to_dict(job), indent=2))
+        return
+    target = out if out is not None else job.default_out
+    manifest = run(job, target, force=force, listener=ConsoleListener())
+    seconds = time.monotonic() - started
+    print_result(job, manifest, target, seconds)
+    if as_json:
+        click.echo(json.dumps(result_to_dict(manifest, target, seconds), indent=2))

@@ -1,0 +1,368 @@
+"""Quantize a model: plan, go block by block, and let a folder appear when all of it is right.
+
+    plan        what happens to each linear, from headers alone
+    calibrate   tokens, and the hidden states at the first block
+    each block  load, take statistics with all before it already quantized, solve, write the packed
+                tensors, run on with the weights that were written
+    assemble    shards, config, side files
+    verify      decode what was written, compare with what was solved, reload it where that is small
+    manifest    qtool.json, and the rename to the final name
+
+Memory holds a block, its statistics and the hidden states of the calibration data (a file beyond a
+budget), however many blocks the model has. A run that was killed goes on after its last finished
+block and gives the same bytes: finished blocks are decoded and run, which is cheap beside solving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qtool.artifact import LayerReport, Manifest, tool_versions, write_manifest
+from qtool.calibration.activations import Activations
+from qtool.calibration.capture import BlockCapture
+from qtool.calibration.dataset import CalibrationTokens, load_calibration, load_tokenizer
+from qtool.calibration.linears import Linear
+from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner
+from qtool.calibration.skeleton import Skeleton, assign
+from qtool.checkpoint import Checkpoint, OutputFolder, Source, resolve
+from qtool.convert.formats import FORMATS, Format
+from qtool.convert.layer import LayerSpec
+from qtool.errors import QtoolError, UnknownName, UnsupportedModel
+from qtool.progress import bar
+from qtool.quantize.artifact_files import assemble, model_dtype
+from qtool.quantize.block import BlockResult, put_weights, solve_block
+from qtool.quantize.journal import Journal, digest
+from qtool.quantize.plan import Plan, make_plan
+from qtool.quantize.verify import Verification, verify
+from qtool.recipe import Recipe, load_recipe
+
+# Marlin is a layout for serving, made from any of these by `qtool convert`.
+WRITABLE_FORMATS = ("compressed-tensors", "gptq", "awq")
+
+
+class Listener(Protocol):
+    """Told what happens, as it happens."""
+
+    def planned(self, job: Job) -> None: ...
+
+    def block_done(self, index: int, reports: tuple[LayerReport, ...], seconds: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """For callers that show progress themselves."""
+
+    def planned(self, job: Job) -> None:
+        return
+
+    def block_done(self, index: int, reports: tuple[LayerReport, ...], seconds: float) -> None:
+        return
+
+    def note(self, text: str) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request, understood: the model's structure, and what will be done to it."""
+
+    source: Source
+    recipe: Recipe
+    layout: Format
+    skeleton: Skeleton
+    plan: Plan
+    trust_remote_code: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.skeleton.blocks)
+
+    @property
+    def default_out(self) -> Path:
+        return Path(f"{self.source.short_name}-{self.recipe.name}")
+
+
+def prepare(
+    model: str | Source,
+    recipe: str | Recipe = "int4",
+    *,
+    format: str = "compressed-tensors",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Job:
+    """Resolve every name and make the plan; nothing is written."""
+    if format not in WRITABLE_FORMATS:
+        hint = "Marlin is made by `qtool convert --to marlin`" if format == "marlin" else None
+        error = UnknownName("format", format, WRITABLE_FORMATS)
+        error.hint = hint or error.hint
+        raise error
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    source = resolve(model, revision) if isinstance(model, str) else model
+    if source.is_gguf:
+        raise UnsupportedModel(
+            f"{source.name} is a GGUF file, which is already quantized or converted",
+            "quantize the Hugging Face model that it was made from",
+        )
+    skeleton = Skeleton.build(Checkpoint.open(source.path), trust_remote_code=trust_remote_code)
+    warnings: list[str] = []
+    if recipe.needs_calibration:
+        recipe = _within_context(recipe, skeleton, warnings)
+    plan = make_plan(skeleton, recipe, FORMATS[format])
+    return Job(
+        source=source,
+        recipe=recipe,
+        layout=FORMATS[format],
+        skeleton=skeleton,
+        plan=plan,
+        trust_remote_code=trust_remote_code,
+        warnings=(*warnings, *plan.warnings),
+    )
+
+
+def quantize_model(
+    model: str | Source,
+    recipe: str | Recipe = "int4",
+    *,
+    format: str = "compressed-tensors",
+    out: str | Path | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+) -> Manifest:
+    """Quantize a model into a folder that Hugging Face loaders read; returns its manifest."""
+    job = prepare(
+        model, recipe, format=format, revision=revision, trust_remote_code=trust_remote_code
+    )
+    return run(
+        job, Path(out) if out is not None else job.default_out, force=force, listener=listener
+    )
+
+
+def run(job: Job, out: Path, *, force: bool = False, listener: Listener | None = None) -> Manifest:
+    """Do what was planned."""
+    listener = listener or Silent()
+    output = OutputFolder(out, force=force, resumable=True, needed_bytes=job.plan.working_bytes)
+    listener.planned(job)
+    tokens = _calibration_tokens(job) if job.recipe.needs_calibration else None
+    for warning in tokens.warnings if tokens is not None else ():
+        listener.note(f"warning: {warning}")
+    threads = torch.get_num_threads()
+    with output as stage:
+        journal = Journal(stage.path, _fingerprint(job, tokens))
+        if journal.restart_reason is not None:
+            listener.note(
+                f"an unfinished run was found but not continued: {journal.restart_reason}"
+            )
+        elif journal.blocks:
+            listener.note(f"going on after block {len(journal.blocks)} of {job.num_blocks}")
+        torch.set_num_threads(journal.threads)
+        try:
+            _quantize_blocks(job, tokens, journal, listener)
+            assemble(
+                stage.path,
+                job.skeleton,
+                job.plan,
+                job.layout,
+                journal,
+                copy_code=job.trust_remote_code,
+            )
+            verification = _verify(job, tokens, stage.path, journal)
+            journal.close()
+            return write_manifest(stage.path, _manifest(job, tokens, journal, verification))
+        except BaseException as error:
+            if not journal.blocks:
+                shutil.rmtree(stage.path, ignore_errors=True)
+            elif not isinstance(error, QtoolError):
+                listener.note(
+                    f"stopped after {len(journal.blocks)} of {job.num_blocks} blocks; the same "
+                    "command goes on from there"
+                )
+            raise
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _within_context(recipe: Recipe, skeleton: Skeleton, warnings: list[str]) -> Recipe:
+    """Calibration sequences no longer than the model was trained for."""
+    context = getattr(skeleton.model.config, "max_position_embeddings", None)
+    length = recipe.calibration.sequence_length
+    if not isinstance(context, int) or length <= context:
+        return recipe
+    warnings.append(f"calibration sequences cut from {length} to the model's context of {context}")
+    calibration = dataclasses.replace(recipe.calibration, sequence_length=context)
+    return dataclasses.replace(recipe, calibration=calibration)
+
+
+def _calibration_tokens(job: Job) -> CalibrationTokens:
+    tokenizer = load_tokenizer(job.source.path, trust_remote_code=job.trust_remote_code)
+    vocab_size = job.skeleton.model.get_input_embeddings().weight.shape[0]
+    return load_calibration(job.recipe.calibration, tokenizer, vocab_size=vocab_size)
+
+
+def _fingerprint(job: Job, tokens: CalibrationTokens | None) -> dict[str, Any]:
+    """All that the packed bytes depend on."""
+    files = sorted({info.file for info in job.skeleton.checkpoint.tensors.values()})
+    return {
+        "source": [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            for file in (job.source.path / "config.json", *files)
+        ],
+        "recipe": job.recipe.to_dict(),
+        "format": job.layout.name,
+        "calibration": tokens.to_dict() if tokens is not None else None,
+        "chunk_tokens": CHUNK_TOKENS,
+        "versions": tool_versions(),
+    }
+
+
+def _quantize_blocks(
+    job: Job,
+    tokens: CalibrationTokens | None,
+    journal: Journal,
+    listener: Listener,
+) -> None:
+    """Solve every block that the journal does not hold."""
+    if len(journal.blocks) == job.num_blocks:
+        return
+    calibrated = _Calibrated(job, tokens, journal) if tokens is not None else None
+    with bar("Quantizing", job.num_blocks) as progress:
+        for index in range(job.num_blocks):
+            progress.describe(f"Quantizing {job.skeleton.block_name(index)}")
+            started = time.monotonic()
+            capture = calibrated.open(index) if calibrated is not None else None
+            if index >= len(journal.blocks):
+                planned = {linear: job.plan.quantized[linear] for linear in job.plan.block(index)}
+                result = solve_block(index, planned, job.recipe, job.skeleton, capture)
+                _record(job, result, journal)
+            if calibrated is not None and capture is not None:
+                calibrated.close(capture)
+            reports = journal.blocks[index].reports
+            listener.block_done(index, reports, time.monotonic() - started)
+            progress.advance()
+
+
+class _Calibrated:
+    """The calibration data on its way through the blocks."""
+
+    def __init__(self, job: Job, tokens: CalibrationTokens, journal: Journal) -> None:
+        self._job = job
+        self._journal = journal
+        job.skeleton.load_outside()
+        self._runner = BlockRunner(job.skeleton, tokens.tokens)
+        file = journal.folder / "activations.bin"
+        self._activations = Activations(self._runner.num_chunks, file)
+
+    def open(self, index: int) -> BlockCapture:
+        """The block with its weights: as they were, or as an earlier run left them."""
+        skeleton = self._job.skeleton
+        skeleton.load_block(index)
+        if index < len(self._journal.blocks):
+            restore_block(self._job, index, self._journal)
+        return BlockCapture(skeleton, self._runner, self._activations, index, self._journal.folder)
+
+    def close(self, capture: BlockCapture) -> None:
+        """Run the data on through the block, and give its memory back."""
+        if capture.index + 1 < self._job.num_blocks:
+            capture.advance()
+        else:
+            self._activations.close()
+        capture.close()
+        self._job.skeleton.free_block(capture.index)
+
+
+def _record(job: Job, result: BlockResult, journal: Journal) -> None:
+    """Pack a solved block and put it on disk."""
+    tensors: dict[str, Tensor] = {}
+    digests: dict[str, str] = {}
+    for linear, solved in result.weights.items():
+        packed = job.layout.pack(solved.weight, model_dtype(job.skeleton, linear.tensor))
+        tensors |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+        digests[linear.name] = digest(solved.dequantized)
+    packed_tensors = {linear.tensor for linear in result.weights}
+    changed = {
+        name: tensor for name, tensor in result.changed.items() if name not in packed_tensors
+    }
+    for name, tensor in {**tensors, **changed}.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise QtoolError(f"{name} came out with values that are not finite")
+    reports = tuple(result.reports[linear] for linear in result.weights)
+    journal.add({**tensors, **changed}, reports, digests, tuple(changed))
+
+
+def restore_block(job: Job, index: int, journal: Journal) -> None:
+    """Give a loaded block the weights of its finished file."""
+    tensors = journal.tensors(index)
+    put_weights(job.skeleton, index, unpacked(job, index, tensors))
+    put_changed(job.skeleton, {name: tensors[name] for name in journal.blocks[index].changed})
+
+
+def unpacked(job: Job, index: int, tensors: Mapping[str, Tensor]) -> list[tuple[Linear, Tensor]]:
+    """A block's linears decoded from packed tensors, float32 [out, in]."""
+    decoded = []
+    for linear in job.plan.block(index):
+        parts = {
+            suffix: tensors[name]
+            for suffix in job.layout.suffixes
+            if (name := f"{linear.name}.{suffix}") in tensors
+        }
+        spec = LayerSpec(linear.name, job.plan.quantized[linear])
+        decoded.append((linear, job.layout.unpack(parts, spec).dequantize()))
+    return decoded
+
+
+def put_changed(skeleton: Skeleton, changed: Mapping[str, Tensor]) -> None:
+    """Give checkpoint tensors' new values to the parameters they are."""
+    for name, tensor in changed.items():
+        owner = skeleton.stored.owner(name)
+        assert owner is not None, name
+        assert skeleton.stored.sole_tensor(owner) == name, name
+        path = owner.removeprefix(f"{skeleton.prefix}.")
+        index, _, rest = path.partition(".")
+        assign(skeleton.blocks[int(index)], rest, tensor.to(torch.float32))
+
+
+def _verify(
+    job: Job, tokens: CalibrationTokens | None, stage: Path, journal: Journal
+) -> Verification:
+    digests = {name: value for block in journal.blocks for name, value in block.digests.items()}
+    changed = [name for block in journal.blocks for name in block.changed]
+    sample = tokens.tokens[:2, :64] if tokens is not None else None
+    return verify(
+        Source(job.source.name, stage),
+        job.skeleton,
+        job.plan,
+        job.layout,
+        digests=digests,
+        changed=changed,
+        sample=sample,
+        trust_remote_code=job.trust_remote_code,
+    )
+
+
+def _manifest(
+    job: Job, tokens: CalibrationTokens | None, journal: Journal, verification: Verification
+) -> Manifest:
+    head = dict.fromkeys(job.plan.head, "outside the decoder blocks")
+    warnings = (*job.warnings, *(tokens.warnings if tokens is not None else ()))
+    return Manifest(
+        format=job.layout.name,
+        source=job.source.name,
+        source_revision=job.source.revision,
+        recipe=job.recipe.to_dict(),
+        calibration=tokens.to_dict() if tokens is not None else None,
+        layers=tuple(report for block in journal.blocks for report in block.reports),
+        unquantized={**job.plan.left, **head},
+        warnings=(*warnings, *verification.notes),
+    )

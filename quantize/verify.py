@@ -1,0 +1,212 @@
+"""Read back what was written and compare it with what was meant, before success is reported.
+
+- Every tensor is finite.
+- Every packed linear, decoded from the final files, has the very bits that its solver meant: by
+  compressed-tensors' own decompressor for its format, by this project's reader for the others.
+- Where the model is small enough, it is loaded by transformers from the folder, and its logits
+  agree with those of the original's code run block by block on the decoded weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtool.calibration.linears import Linear
+from qtool.calibration.runner import BlockRunner
+from qtool.calibration.skeleton import Skeleton, assign
+from qtool.checkpoint import Checkpoint, Source
+from qtool.convert.formats import Format, open_weights
+from qtool.errors import VerificationFailed
+from qtool.progress import bar
+from qtool.quantize.journal import digest
+from qtool.quantize.plan import Plan
+from qtool.scheme import QuantScheme
+
+# A reload holds every weight in float32 and, while it decompresses, some of them twice.
+RELOAD_LIMIT_BYTES = 4_000_000_000
+# Of the largest logit. Both sides are float32; sums are taken in another order.
+_LOGIT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """decoded       linears whose bits were compared
+    logit_error   largest difference over the largest logit, None where there was no reload
+    notes         what was not checked, and why
+    """
+
+    decoded: int
+    logit_error: float | None
+    notes: tuple[str, ...]
+
+
+def verify(
+    artifact: Source,
+    skeleton: Skeleton,
+    plan: Plan,
+    layout: Format,
+    *,
+    digests: Mapping[str, str],
+    changed: Sequence[str],
+    sample: Tensor | None,
+    trust_remote_code: bool,
+) -> Verification:
+    """Raises VerificationFailed that names what differs.
+
+    digests  linear -> sha256 of the weight the solver meant
+    changed  tensors of the source that the artifact holds with new values
+    sample   [sequences, length] int64 for the logits; None for arbitrary tokens
+    """
+    written = Checkpoint.open(artifact.path)
+    reload, reason = _reload_decision(skeleton, plan, layout)
+    runner = None
+    if reload:
+        skeleton.load_outside()
+        reload = skeleton.can_finish
+    if reload:
+        runner = BlockRunner(skeleton, _sample(skeleton) if sample is None else sample)
+    hidden: Tensor | None = None
+    with bar("Verifying", len(skeleton.blocks) + 1) as progress:
+        _check_finite(written)
+        progress.advance()
+        for index in range(len(skeleton.blocks)):
+            decoded = {
+                linear: _decode(written, artifact, linear, plan.quantized[linear], layout)
+                for linear in plan.block(index)
+            }
+            for linear, values in decoded.items():
+                if digest(values) != digests[linear.name]:
+                    raise VerificationFailed(
+                        f"{linear.name} decodes to other values than were solved",
+                        "this is a fault of qtool or of the disk; please report it",
+                    )
+            if runner is not None:
+                hidden = _run_block(skeleton, runner, index, hidden, decoded, written, changed)
+            progress.advance()
+    if runner is None or hidden is None:
+        return Verification(len(digests), None, (reason,) if reason else ())
+    error = _compare_reload(artifact, runner.finish(0, hidden), runner, trust_remote_code)
+    return Verification(len(digests), error, ())
+
+
+def _reload_decision(skeleton: Skeleton, plan: Plan, layout: Format) -> tuple[bool, str]:
+    if layout.name != "compressed-tensors":
+        return False, ""
+    if any(linear.transposed for linear in plan.quantized):
+        return False, "not reloaded: transformers does not read packed Conv1D layers"
+    if any(not scheme.symmetric for scheme in plan.quantized.values()):
+        return False, "not reloaded: transformers does not read packed asymmetric layers"
+    parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    parameters += sum(p.numel() for block in skeleton.blocks for p in block.parameters())
+    if parameters * torch.float32.itemsize > RELOAD_LIMIT_BYTES:
+        return False, "not reloaded: the model is too large to be held whole"
+    return True, ""
+
+
+def _sample(skeleton: Skeleton) -> Tensor:
+    vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (2, 32), generator=generator)
+
+
+def _check_finite(written: Checkpoint) -> None:
+    for name, info in written.tensors.items():
+        if info.dtype.is_floating_point and not bool(torch.isfinite(written.tensor(name)).all()):
+            raise VerificationFailed(f"{name} holds values that are NaN or infinite")
+
+
+def _decode(
+    written: Checkpoint, artifact: Source, linear: Linear, scheme: QuantScheme, layout: Format
+) -> Tensor:
+    """[out, in] float32 from the written file."""
+    tensors = {
+        suffix: written.tensor(name)
+        for suffix in layout.suffixes
+        if (name := f"{linear.name}.{suffix}") in written
+    }
+    if layout.name == "compressed-tensors":
+        return decompress(tensors, scheme)
+    return open_weights(artifact).weight(linear.name).dequantize()
+
+
+def decompress(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Tensor:
+    """One layer by compressed-tensors' own decompressor, with its scales in float32."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    arguments = QuantizationArgs(
+        num_bits=scheme.bits,
+        type="int",
+        symmetric=scheme.symmetric,
+        strategy="channel" if scheme.group_size is None else "group",
+        group_size=scheme.group_size,
+    )
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    state = {**tensors, "weight_scale": tensors["weight_scale"].to(torch.float32)}
+    layer = QuantizationScheme(targets=["Linear"], weights=arguments)
+    weight: Tensor = compressor.decompress(state, layer)["weight"]
+    return weight.to(torch.float32)
+
+
+def _run_block(
+    skeleton: Skeleton,
+    runner: BlockRunner,
+    index: int,
+    hidden: Tensor | None,
+    decoded: Mapping[Linear, Tensor],
+    written: Checkpoint,
+    changed: Sequence[str],
+) -> Tensor:
+    block = skeleton.load_block(index)
+    prefix = f"{skeleton.block_name(index)}."
+    parameters = dict(skeleton.block_parameters(index))
+    with torch.no_grad():
+        for linear, values in decoded.items():
+            linear.matrix(parameters[linear.parameter]).copy_(values)
+    for name in changed:
+        owner = skeleton.stored.owner(name)
+        if owner is not None and owner.startswith(prefix):
+            assign(block, owner.removeprefix(prefix), written.tensor(name).to(torch.float32))
+    output = runner.run(index, 0, hidden)
+    assert output is not None
+    skeleton.free_block(index)
+    return output
+
+
+def _compare_reload(
+    artifact: Source, expected: Tensor, runner: BlockRunner, trust_remote_code: bool
+) -> float:
+    from transformers import AutoModelForCausalLM
+
+    chatter = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(chatter):
+        warnings.simplefilter("ignore")
+        model, info = AutoModelForCausalLM.from_pretrained(
+            artifact.path,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        lost = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+        if lost:
+            names = ", ".join(str(name) for name in lost[:3])
+            raise VerificationFailed(
+                f"transformers loads the artifact without {names}"
+                + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+            )
+        with torch.no_grad():
+            logits = model.eval()(input_ids=runner.tokens(0), use_cache=False).logits
+    error = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    if not error <= _LOGIT_TOLERANCE:
+        raise VerificationFailed(
+            f"the artifact's logits in transformers differ from the solver's by {error:.2e} of the "
+            "largest"
+        )
+    return error
