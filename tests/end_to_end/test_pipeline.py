@@ -41,7 +41,7 @@ def test_quantize_convert_and_evaluate_one_model(
     formats = [model["format"] for model in report["models"]]
     assert formats == ["compressed-tensors", "marlin", "gguf", "gguf"]
     bits = [model["quantized_bits_per_weight"] for model in report["models"]]
-    # Groups of 128 with scales of 32 bits, the model's own type, and of 16, Marlin's; then groups of
+    # Groups of 128 with 32-bit scales (the model's own type) and 16-bit ones (Marlin); groups of
     # 32 and the 6.56 bits of Q6_K.
     assert bits[:2] == [pytest.approx(4.25, abs=0.01), pytest.approx(4.125, abs=0.01)]
     assert 4.5 < bits[2] < 6.5625
