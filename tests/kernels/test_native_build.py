@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from qtool.kernels.cpu import build
-from qtool.kernels.cpu.build import INSTRUCTION_SETS, Unavailable
+from qtool.kernels.cpu.build import INSTRUCTION_SETS, InstructionSet, Unavailable
 from qtool.kernels.cpu.native import Missing, open_library
-from qtool.settings import Settings
+from qtool.settings import Settings, child_environment
 
 AVX2 = INSTRUCTION_SETS[-1]
 
@@ -136,6 +136,32 @@ def test_a_library_without_the_functions_is_a_reason(tmp_path: Path, sources: Pa
     found = open_library(Settings(cache_dir=tmp_path / "cache"), "avx2", sources)
     assert isinstance(found, Missing)
     assert "undefined symbol: qtool_isa" in found.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS, ids=lambda isa: isa.name)
+def test_the_sanitizers_find_nothing(tmp_path: Path, isa: InstructionSet) -> None:
+    try:
+        build.find_instruction_set(isa.name, build.cpu_flags())
+        compiler, _ = build._find_compiler()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    program = tmp_path / "harness"
+    command = [compiler, "-std=c++17", "-O1", "-g", "-fopenmp", *isa.flags]
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [str(Path(__file__).parent / "native_harness.cpp"), *build.SOURCES.glob("*.cpp")]
+    made = subprocess.run(
+        [*command, *checks, f"-I{build.SOURCES}", *sources, "-o", program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "cannot find -lasan" in made.stderr or "cannot find -lubsan" in made.stderr:
+        pytest.skip("the compiler comes without its sanitizers")
+    assert made.returncode == 0, made.stderr
+    environment = child_environment(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
+    ran = subprocess.run([program], capture_output=True, text=True, check=False, env=environment)
+    assert (ran.returncode, ran.stdout) == (0, f"{isa.name} clean\n"), ran.stderr
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
