@@ -22,15 +22,17 @@ from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 class LinearKernel:
     """One way to compute x [tokens, in] -> [tokens, out].
 
-    takes    the weights it is made for, in words; `is_for` says the same of one weight
-    refuses  (weight it is made for, activation dtype, device) -> why it still cannot, or None
-    pack     the weight in the kernel's own layout; called once, at load
-    matmul   (x, packed, bias [out] or None) -> [tokens, out]
+    takes         the weights it is made for, in words; `is_for` says the same of one weight
+    keeps_packed  False: quantized weights are dequantized when they are packed
+    refuses       (weight it is made for, activation dtype, device) -> why it cannot, or None
+    pack          the weight in the kernel's own layout; called once, at load
+    matmul        (x, packed, bias [out] or None) -> [tokens, out]
     """
 
     name: str
     takes: str
     is_for: Callable[[Weight], bool]
+    keeps_packed: bool
     refuses: Callable[[Any, torch.dtype, torch.device], str | None]
     pack: Callable[[Any, torch.dtype, torch.device], Any]
     matmul: Callable[[Tensor, Any, Tensor | None], Tensor]
@@ -44,6 +46,10 @@ class Choice:
 
 class NoKernel(UnsupportedModel):
     """No kernel takes this weight."""
+
+
+def _is_any(weight: Weight) -> bool:
+    return True
 
 
 def _is_dense(weight: Weight) -> bool:
@@ -68,6 +74,7 @@ KERNELS: tuple[LinearKernel, ...] = (
         "native_w4a8",
         "codes of 2 to 8 bits, activations in 8",
         native_linear.takes,
+        True,
         native_linear.refuses,
         native_linear.pack,
         native_linear.matmul,
@@ -76,6 +83,7 @@ KERNELS: tuple[LinearKernel, ...] = (
         "int4pack",
         "4-bit codes",
         _has_codes_of(4),
+        True,
         torch_ops.int4_refuses,
         torch_ops.int4_pack,
         torch_ops.int4_matmul,
@@ -84,22 +92,34 @@ KERNELS: tuple[LinearKernel, ...] = (
         "int8pack",
         "8-bit codes",
         _has_codes_of(8),
+        True,
         torch_ops.int8_refuses,
         torch_ops.int8_pack,
         torch_ops.int8_matmul,
     ),
     LinearKernel(
+        "onednn",
+        "weights in bfloat16",
+        _is_any,
+        False,
+        torch_ops.onednn_refuses,
+        torch_ops.onednn_pack,
+        torch_ops.onednn_matmul,
+    ),
+    LinearKernel(
         "dense",
-        "16 or 32-bit weights",
+        "weights of 16 or 32 bits",
         _is_dense,
+        False,
         _takes_all,
         torch_ops.dense_pack,
         torch_ops.dense_matmul,
     ),
     LinearKernel(
         "dequantized",
-        "weights unpacked at load",
+        "quantized weights",
         _is_quantized,
+        False,
         _takes_all,
         torch_ops.dense_pack,
         torch_ops.dense_matmul,
@@ -123,7 +143,9 @@ def choose(
             continue
         refusal = kernel.refuses(weight, dtype, device)
         if refusal is None:
-            return Choice(kernel, "; ".join([kernel.takes, *refusals]))
+            unpacked = _is_quantized(weight) and not kernel.keeps_packed
+            first = f"{kernel.takes}, unpacked at load" if unpacked else kernel.takes
+            return Choice(kernel, "; ".join([first, *refusals]))
         refusals.append(f"{kernel.name} {refusal}")
     others = [
         f"{kernel.name} is for {kernel.takes}" for kernel in kernels if not kernel.is_for(weight)

@@ -17,9 +17,6 @@ from torch import Tensor
 from qtool.kernels.dispatch import Choice, LinearKernel, choose
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
-# Kernels whose packed form is a dense matrix in the activations' type.
-DENSE_KERNELS = ("dense", "dequantized")
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
@@ -36,6 +33,10 @@ class Linear:
     def nbytes(self) -> int:
         tensors = [part for part in (*self.packed, self.bias) if isinstance(part, Tensor)]
         return sum(tensor.nbytes for tensor in tensors)
+
+    def shares(self, tensor: Tensor) -> bool:
+        """Whether the weight is that very tensor, as a tied head's can be."""
+        return any(part is tensor for part in self.packed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +69,7 @@ def pack(
 ) -> Fused:
     """One layer from weights [out_i, in] that share an input."""
     choices = tuple(choose(weight, dtype, device) for weight in weights)
-    if all(choice.kernel.name in DENSE_KERNELS for choice in choices) and len(weights) > 1:
+    if len(weights) > 1 and not any(choice.kernel.keeps_packed for choice in choices):
         dense = torch.cat([weight.dequantize(dtype) for weight in weights])
         whole: Weight | None = DenseWeight(dense)
     else:

@@ -23,7 +23,7 @@ from qtool.kernels.cpu.attention import causal_attention
 from qtool.kernels.dispatch import describe
 from qtool.progress import bar
 from qtool.runtime.config import Device, Dtype
-from qtool.runtime.layers import Fused, pack
+from qtool.runtime.layers import Fused, Linear, pack
 from qtool.runtime.models.decoder import Block, Decoder
 from qtool.runtime.tokenizer import Tokenizer
 from qtool.weights import DenseWeight, Weight
@@ -253,8 +253,10 @@ class _Loader:
             for index in range(config.num_layers):
                 blocks.append(self._block(index))
                 progress.advance()
-        # The embedding's own tensor serves a tied head: nothing is held twice.
         tied = DenseWeight(embedding) if config.tie_word_embeddings else None
+        head = self._linear(("head",), None, tied).layer
+        if isinstance(head, Linear) and head.shares(embedding):
+            self._nbytes -= embedding.nbytes
         decoder = Decoder(
             config=config,
             embedding=embedding,
@@ -265,10 +267,8 @@ class _Loader:
             ),
             blocks=tuple(blocks),
             norm=self._plain("norm", None),
-            head=self._linear(("head",), None, tied).layer,
+            head=head,
         )
-        if tied is not None:
-            self._nbytes -= embedding.nbytes
         uses = tuple(KernelUse(*key, count) for key, count in self._uses.items())
         return decoder, uses, self._nbytes
 

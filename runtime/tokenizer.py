@@ -16,8 +16,6 @@ from tokenizers.decoders import DecodeStream
 
 from qtool.checkpoint import Source, read_json
 from qtool.convert.formats import WeightReader
-from qtool.convert.gguf.import_ import GgufWeights
-from qtool.convert.gguf.vocab import tokenizer_from_gguf
 from qtool.errors import FormatError, UnsupportedModel, UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +68,7 @@ class Tokenizer:
     @classmethod
     def load(cls, source: Source, reader: WeightReader) -> Tokenizer | None:
         """The model's tokenizer, or None where the source has none."""
-        if isinstance(reader, GgufWeights):
+        if source.is_gguf:
             return cls._from_gguf(reader)
         if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
             return None
@@ -87,9 +85,13 @@ class Tokenizer:
         return cls(wrapped, _generation_eos(source))
 
     @classmethod
-    def _from_gguf(cls, reader: GgufWeights) -> Tokenizer:
+    def _from_gguf(cls, reader: WeightReader) -> Tokenizer:
         from transformers import PreTrainedTokenizerFast
 
+        from qtool.convert.gguf.import_ import GgufWeights
+        from qtool.convert.gguf.vocab import tokenizer_from_gguf
+
+        assert isinstance(reader, GgufWeights)
         found = tokenizer_from_gguf(reader.metadata)
         wrapped = PreTrainedTokenizerFast(
             tokenizer_object=found.tokenizer,

@@ -8,14 +8,19 @@ int4pack    `aten::_weight_int4pack_mm_for_cpu`: 4-bit codes in groups of 32, 64
             float16 the operator is a scalar loop, 20 to 40 times slower than a dense product, so
             those are refused.
 int8pack    `aten::_weight_int8pack_mm`: 8-bit codes with one scale a row, bfloat16.
-dense       a matrix in the activations' own type, oneDNN's product.
-dequantize  the same product, of a weight that came quantized.
+onednn      a bfloat16 matrix laid out once as oneDNN wants it. `F.linear` lays it out anew on each
+            call, and gives the same numbers to the last bit: one token by 9728 x 896 on one core
+            takes 1.7 ms, laid out before 0.4; by a head of 151936 x 896, 31 and 15 ms.
+dense       a matrix in any type, `F.linear`.
 
 Both packed operators lose to a dense product when many tokens come at once: their cost grows with
-every token, while unpacking costs once. Microseconds for M tokens by a 4096 x 4096 matrix on 2
-cores of Zen 5 (AVX-512, torch 2.13): int4 95 M; unpack 3800 + dense 980 + 32 M: they cross near
-M = 75. int8 by 4096 x 1024: 107 M against 850 + 38 M: near M = 12. So a prefill chunk unpacks each
-layer once, into a scratch of at most SCRATCH_BYTES, and multiplies by that.
+every token, while unpacking costs once. Milliseconds on one core of Zen 5 (AVX-512, torch 2.13):
+
+    9728 x 896 int4    64 tokens: 13.4 packed, 13.6 unpacked    512 tokens: 105 packed, 52 unpacked
+    4096 x 1024 int8    8 tokens: 0.9 packed, 1.1 unpacked       16 tokens: 1.7 packed, 1.4 unpacked
+
+So a prefill chunk unpacks each layer once, slice by slice into a scratch of SCRATCH_BYTES that
+stays in the cache, and multiplies by that; a dense copy kept beside would take 44 of the 52.
 """
 
 import functools
@@ -27,10 +32,12 @@ from torch import Tensor
 
 from qtool.weights import QuantizedWeight, Weight
 
+# Rows that the layout is made for. 32 serves 1 as well as 512, a layout made for 1 does not.
+ONEDNN_ROWS = 32
 INT4_GROUPS = (32, 64, 128, 256)
-INT4_DENSE_ABOVE = 75
+INT4_DENSE_ABOVE = 64
 INT8_DENSE_ABOVE = 12
-SCRATCH_BYTES = 32 << 20
+SCRATCH_BYTES = 4 << 20
 # The operator packs 64 output rows side by side; fewer at the end of a matrix have other layouts.
 INT4_ROWS = 64
 # The operator reads 16 columns at a time, past the end of a row that is no multiple: torch checks
@@ -42,6 +49,12 @@ class DensePacked(NamedTuple):
     """values [out, in], the activations' dtype."""
 
     values: Tensor
+
+
+class OneDnnPacked(NamedTuple):
+    """weight [out, in] bfloat16, in a layout that only oneDNN reads."""
+
+    weight: Tensor
 
 
 class Int4Packed(NamedTuple):
@@ -70,6 +83,27 @@ def dense_pack(weight: Weight, dtype: torch.dtype, device: torch.device) -> Dens
 
 def dense_matmul(x: Tensor, packed: DensePacked, bias: Tensor | None) -> Tensor:
     return F.linear(x, packed.values, bias)
+
+
+def onednn_refuses(weight: Weight, dtype: torch.dtype, device: torch.device) -> str | None:
+    refusal = _refuses_activations(dtype, device)
+    if refusal is not None:
+        return refusal
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "is not in this build of PyTorch"
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "needs a CPU with AVX-512 or better for bfloat16"
+    return None
+
+
+def onednn_pack(weight: Weight, dtype: torch.dtype, device: torch.device) -> OneDnnPacked:
+    values = weight.dequantize(dtype).contiguous()
+    return OneDnnPacked(torch.ops.mkldnn._reorder_linear_weight(values, ONEDNN_ROWS))
+
+
+def onednn_matmul(x: Tensor, packed: OneDnnPacked, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
+    return y
 
 
 def int4_refuses(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -144,8 +178,11 @@ def _unpack_panels(words: Tensor, scales_and_offsets: Tensor, group_size: int) -
     dense[..., :half] = lines & 15
     dense[..., half:] = lines >> 4
     grouped = dense.view(in_features // group_size, group_size, panels * 2 * half)
-    scales, offsets = scales_and_offsets.unsqueeze(1).unbind(-1)
-    grouped.sub_(8).mul_(scales).add_(offsets)
+    # Contiguous, or the multiplication below takes 10 times as long.
+    scales, offsets = scales_and_offsets.unsqueeze(1).movedim(-1, 0).contiguous()
+    grouped.sub_(8).mul_(scales)
+    if offsets.any():
+        grouped.add_(offsets)
     return dense.view(in_features, panels * 2 * half)
 
 
