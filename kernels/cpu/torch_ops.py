@@ -124,13 +124,15 @@ def _refuses_activations(dtype: torch.dtype, device: torch.device) -> str | None
 def int4_pack(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> Int4Packed:
     out_features, in_features = weight.shape
     missing = -out_features % INT4_ROWS
-    codes = F.pad(weight.codes, (0, 0, 0, missing))
-    scales = F.pad(weight.scales.float(), (0, 0, 0, missing))
+    codes, scales = weight.codes, weight.scales.float()
     if weight.zeros is None:
         offsets = torch.zeros_like(scales)
     else:
-        zeros = F.pad(weight.zeros.float(), (0, 0, 0, missing))
-        offsets = (weight.scheme.midpoint - zeros) * scales
+        offsets = (weight.scheme.midpoint - weight.zeros.float()) * scales
+    if missing:
+        codes, scales, offsets = (
+            F.pad(part, (0, 0, 0, missing)) for part in (codes, scales, offsets)
+        )
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     both = torch.stack((scales.t(), offsets.t()), dim=-1).to(dtype).contiguous()
     group = weight.scheme.group_width(in_features)

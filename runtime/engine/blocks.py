@@ -27,8 +27,9 @@ class BlockManager:
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens make no pool")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # Taken from the left, returned to the right: fresh blocks come in rising order, so that
-        # the table of a sequence alone in the pool is one slice of it.
+        # Taken from the left and returned there, last block first: so blocks come in rising order,
+        # the table of a sequence alone in the pool is one slice of it, and a little-used pool
+        # touches little memory.
         self._free: deque[int] = deque(range(num_blocks))
         self._references = [0] * num_blocks
         self._tables: dict[str, list[int]] = {}
@@ -74,14 +75,11 @@ class BlockManager:
         self._tables[sequence_id] = list(block_ids)
 
     def free(self, sequence_id: str) -> None:
-        """Give up the sequence's table; blocks that nobody else holds return to the pool.
-
-        Last block first: a later owner of the same prefix finds its head longest.
-        """
+        """Give up the sequence's table; blocks that nobody else holds return to the pool."""
         for block in reversed(self._tables.pop(sequence_id, [])):
             self._references[block] -= 1
             if self._references[block] == 0:
-                self._free.append(block)
+                self._free.appendleft(block)
 
     def check(self) -> None:
         """Raise AssertionError unless every block is free once or held as often as counted."""

@@ -38,6 +38,7 @@ def test_freed_blocks_return_to_the_pool() -> None:
     assert list(blocks.table("a")) == []
     blocks.free("a")  # a sequence that holds nothing
     assert blocks.allocate("b", 12)
+    assert list(blocks.table("b")) == [0, 1, 2]  # in rising order again: one slice of the pool
     blocks.check()
 
 
