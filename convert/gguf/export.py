@@ -52,7 +52,7 @@ from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
 from qtool.errors import FormatError, QtoolError, UnknownName
 from qtool.progress import bar
-from qtool.weights import DenseWeight, QuantizedWeight, Weight
+from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
 How = Literal["copy", "cast", "repack", "quantize", "requantize", "decode"]
 
@@ -126,7 +126,7 @@ class _Source(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        return self.held.scheme is None and self.held.kind not in TENSOR_TYPES
+        return self.held.is_plain
 
 
 def plan_export(
@@ -387,7 +387,10 @@ def _encode_rows(tensor: PlannedTensor, weight: Weight, rows: Tensor) -> Tensor:
         return pack(part, max_scale_error=MAX_SCALE_ERROR)
     if tensor.how == "copy":
         # a Q4_0 block weight comes out of a GGUF reader as codes: the same bytes again
-        return pack_q4_0(part) if isinstance(part, QuantizedWeight) else part.data
+        if isinstance(part, QuantizedWeight):
+            return pack_q4_0(part)
+        assert isinstance(part, BlockWeight), type(part)
+        return part.data
     return _encode(tensor, part.dequantize())
 
 

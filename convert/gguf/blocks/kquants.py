@@ -21,6 +21,7 @@ from qtool.convert.gguf.blocks.lanes import (
     constant,
     divide,
     exact_sqrt,
+    finite_inverse,
     from_half,
     half_bytes,
     lane_sum,
@@ -165,7 +166,8 @@ def _fractions(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Sub-block scales [blocks, n] as parts of the largest: (d [blocks], codes [blocks, n])."""
     largest = values.amax(1)
     largest = torch.where(largest > 0, largest, 0.0)  # not clamp, which keeps the sign of -0
-    codes = torch.round(divide(constant(float(limit)), largest)[:, None] * values)
+    inverse = finite_inverse(divide(constant(float(limit)), largest))
+    codes = torch.round(inverse[:, None] * values)
     return largest / constant(float(limit)), codes.clamp_(max=limit)
 
 

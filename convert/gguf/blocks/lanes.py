@@ -31,11 +31,6 @@ def to_lanes(rows: Tensor, lanes: int) -> Tensor:
     return rows.reshape(-1, lanes).t().contiguous()
 
 
-def from_lanes(codes: Tensor) -> Tensor:
-    """Codes [lanes, blocks] float32 -> [blocks, lanes] uint8."""
-    return codes.to(torch.uint8).t().contiguous()
-
-
 class LaneSums:
     """`count` reductions over lanes at once, each added left to right.
 
@@ -81,14 +76,36 @@ def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(zero, 0.0, numerator / torch.where(zero, 1.0, denominator))
 
 
+def finite_inverse(inverse: Tensor) -> Tensor:
+    """An inverse scale, and 0 where it overflowed: there the reference's conversion of infinities
+    to integers gives code 0 throughout. Such scales are below 1e-36, and 0 in half precision."""
+    return inverse.masked_fill(inverse.isinf(), 0.0)
+
+
 def signed_absmax(x: Tensor) -> Tensor:
     """[lanes, blocks] -> [blocks]: the element of largest magnitude with its sign, the first of
     equals."""
-    size = x.abs()
-    largest = size.amax(0)
-    # argmax of a boolean gives the first True on the CPU; on other devices ties are anyone's.
-    first = (size == largest).to(torch.uint8).argmax(0, keepdim=True)
-    return x.gather(0, first)[0]
+    lowest, highest = x.amin(0), x.amax(0)
+    peak = torch.where(-lowest > highest, lowest, highest)
+    tied = (-lowest == highest).nonzero()[:, 0]
+    if tied.numel():
+        some = x[:, tied]
+        # argmax of a boolean gives the first True on the CPU; elsewhere ties are anyone's.
+        first = (some.abs() == highest[tied]).to(torch.uint8).argmax(0, keepdim=True)
+        peak[tied] = some.gather(0, first)[0]
+    return peak
+
+
+def lowest(x: Tensor) -> Tensor:
+    """[lanes, blocks] -> [blocks]: the smallest element. Of 0 and -0, which are equal, the first:
+    the reference scans with <, and the sign of a zero minimum reaches the file."""
+    least = x.amin(0)
+    zero = (least == 0).nonzero()[:, 0]
+    if zero.numel():
+        some = x[:, zero]
+        first = (some == 0).to(torch.uint8).argmax(0, keepdim=True)
+        least[zero] = some.gather(0, first)[0]
+    return least
 
 
 def half_bytes(values: Tensor) -> Tensor:

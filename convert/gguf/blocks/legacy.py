@@ -23,10 +23,11 @@ from qtool.convert.gguf.blocks.lanes import (
     constant,
     divide,
     exact_sqrt,
+    finite_inverse,
     from_half,
-    from_lanes,
     half_bytes,
     lane_sum,
+    lowest,
     round_away,
     signed_absmax,
     to_lanes,
@@ -42,23 +43,21 @@ BLOCK = 32
 def quantize_q4_0(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """[rows, columns] float32 (importance: [columns]) -> [rows, bytes] uint8. So are the others."""
     scales, codes = _symmetric(rows, importance, bits=4)
-    return _rows(rows, [half_bytes(scales), _pack_nibbles(from_lanes(codes))])
+    return _rows(rows, [half_bytes(scales), _pack_nibbles(codes)])
 
 
 def quantize_q5_0(rows: Tensor, importance: Tensor | None = None) -> Tensor:
-    scales, lanes = _symmetric(rows, importance, bits=5)
-    codes = from_lanes(lanes)
+    scales, codes = _symmetric(rows, importance, bits=5)
     return _rows(rows, [half_bytes(scales), _pack_fifth_bits(codes), _pack_nibbles(codes)])
 
 
 def quantize_q4_1(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     scales, offsets, codes = _affine(rows, importance, bits=4)
-    return _rows(rows, [half_bytes(scales), half_bytes(offsets), _pack_nibbles(from_lanes(codes))])
+    return _rows(rows, [half_bytes(scales), half_bytes(offsets), _pack_nibbles(codes)])
 
 
 def quantize_q5_1(rows: Tensor, importance: Tensor | None = None) -> Tensor:
-    scales, offsets, lanes = _affine(rows, importance, bits=5)
-    codes = from_lanes(lanes)
+    scales, offsets, codes = _affine(rows, importance, bits=5)
     return _rows(
         rows,
         [half_bytes(scales), half_bytes(offsets), _pack_fifth_bits(codes), _pack_nibbles(codes)],
@@ -69,37 +68,43 @@ def quantize_q8_0(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """Plain rounding; the reference ignores importance here."""
     x = to_lanes(rows, BLOCK)
     scales = x.abs().amax(0) / constant(127.0)
-    codes = round_away(x * divide(constant(1.0), scales))
+    codes = round_away(x * finite_inverse(divide(constant(1.0), scales)))
     return _rows(
         rows, [half_bytes(scales), codes.to(torch.int8).t().contiguous().view(torch.uint8)]
     )
 
 
 def _symmetric(rows: Tensor, importance: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
-    """scales [blocks], codes [32, blocks]. The scale is that of the signed peak, so that the peak
-    gets the one extra negative code; codes come from the scale before it is rounded to half."""
+    """scales [blocks], codes [32, blocks] uint8. The scale is that of the signed peak, so that the
+    peak gets the one extra negative code; codes come from the scale as it is before it is rounded
+    to half precision."""
     limit = 2 ** (bits - 1)
     x = to_lanes(rows, BLOCK)
     if importance is not None:
-        return fit_scale(x, limit, _importance_lanes(rows, importance))
+        fit = fit_scale(x, limit, _importance_lanes(rows, importance))
+        return fit.scales, fit.codes.to(torch.uint8)
     scales = signed_absmax(x) / constant(-float(limit))
     inverse = divide(constant(1.0), scales)
     codes = (x * inverse).add_(limit + 0.5).trunc_().clamp_(max=2 * limit - 1)
-    return scales, codes
+    overflowed = inverse.isinf()
+    if bool(overflowed.any()):
+        codes.masked_fill_(overflowed, 0.0)  # see finite_inverse: 0, not the middle
+    return scales, codes.to(torch.uint8)
 
 
 def _affine(rows: Tensor, importance: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """scales and offsets [blocks], codes [32, blocks]: weight = scale * code + offset."""
+    """scales and offsets [blocks], codes [32, blocks] uint8: weight = scale * code + offset."""
     limit = 2**bits - 1
     x = to_lanes(rows, BLOCK)
     if importance is not None:
         weights = _importance_lanes(rows, importance)
         fit = fit_scale_and_minimum(x, limit, weights, first=-0.9, step=0.05, steps=36)
-        return fit.scales, -fit.minima, fit.codes
-    lowest = x.amin(0)
-    scales = (x.amax(0) - lowest) / constant(float(limit))
-    codes = ((x - lowest) * divide(constant(1.0), scales)).add_(0.5).trunc_().clamp_(max=limit)
-    return scales, lowest, codes
+        return fit.scales, -fit.minima, fit.codes.to(torch.uint8)
+    offsets = lowest(x)
+    scales = (x.amax(0) - offsets) / constant(float(limit)) + 0.0  # never -0
+    inverse = finite_inverse(divide(constant(1.0), scales))
+    codes = ((x - offsets) * inverse).add_(0.5).trunc_().clamp_(max=limit)
+    return scales, offsets, codes.to(torch.uint8)
 
 
 def _importance_lanes(rows: Tensor, importance: Tensor) -> Tensor:
@@ -118,9 +123,9 @@ def _rows(rows: Tensor, fields: list[Tensor]) -> Tensor:
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
-    """[blocks, 32] -> [blocks, 16]: elements j and j+16 in byte j."""
+    """[32, blocks] uint8 -> [blocks, 16]: elements j and j+16 in byte j."""
     low = codes & 15
-    return low[:, :16] | (low[:, 16:] << 4)
+    return (low[:16] | (low[16:] << 4)).t().contiguous()
 
 
 def _unpack_nibbles(packed: Tensor) -> Tensor:
@@ -128,19 +133,19 @@ def _unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.cat([packed & 15, packed >> 4], -1)
 
 
-_BIT = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-
-
 def _pack_fifth_bits(codes: Tensor) -> Tensor:
-    """[blocks, 32] -> [blocks, 4]: bit j of a little-endian u32 is bit 4 of element j."""
-    bits = (codes >> 4).view(-1, 4, 8)
-    return (bits * _BIT).sum(-1, dtype=torch.uint8)
+    """[32, blocks] uint8 -> [blocks, 4]: bit j of a little-endian u32 is bit 4 of element j."""
+    bits = (codes >> 4).view(4, 8, -1)
+    packed = bits[:, 0].clone()
+    for bit in range(1, 8):
+        packed |= bits[:, bit] << bit
+    return packed.t().contiguous()
 
 
 def _unpack_fifth_bits(packed: Tensor) -> Tensor:
     """[..., 4] -> [..., 32], as 0 or 16."""
-    bits = (packed.unsqueeze(-1) & _BIT.to(packed.device)) != 0
-    return bits.flatten(-2).to(torch.uint8) << 4
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2) << 4
 
 
 def _blocks(data: Tensor, block_bytes: int) -> Tensor:
@@ -196,7 +201,7 @@ def pack_q4_0(weight: QuantizedWeight, *, max_scale_error: float = 0.0) -> Tenso
     `max_scale_error` of it: by default every weight stays exactly what it was.
     """
     scales = _block_scales(weight, 4, max_scale_error)
-    return _rows(weight.codes, [scales, _pack_nibbles(weight.codes.reshape(-1, BLOCK))])
+    return _rows(weight.codes, [scales, _pack_nibbles(weight.codes.reshape(-1, BLOCK).t())])
 
 
 def pack_q8_0(weight: QuantizedWeight, *, max_scale_error: float = 0.0) -> Tensor:

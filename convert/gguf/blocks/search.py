@@ -21,7 +21,9 @@ from qtool.convert.gguf.blocks.lanes import (
     LaneSums,
     constant,
     divide,
+    finite_inverse,
     lane_sum,
+    lowest,
     signed_absmax,
 )
 
@@ -99,10 +101,11 @@ def fit_scale_and_minimum(
     absolute  compare by weighted |error| instead of its square
     """
     lanes, blocks = x.shape
-    lowest = x.amin(0).clamp_(max=0.0)
+    least = lowest(x)
+    base = torch.where(least > 0, 0.0, least)
     highest = x.amax(0)
     # qkx2 tests max == min, qkx3 max <= min; as min was clamped to 0, max < min never decides.
-    flat = highest <= lowest
+    flat = highest <= base
     sums = LaneSums(lanes, 3, blocks)
     errors = LaneSums(lanes, 1, blocks)
     error_terms = errors.terms[:, 0]
@@ -111,7 +114,7 @@ def fit_scale_and_minimum(
     codes = torch.empty_like(x)
 
     def quantize(inverse: Tensor, minimum: Tensor) -> None:
-        torch.sub(x, minimum, out=codes).mul_(inverse).round_().clamp_(0, limit)
+        torch.sub(x, minimum, out=codes).mul_(finite_inverse(inverse)).round_().clamp_(0, limit)
 
     def error(scales: Tensor, minimum: Tensor) -> Tensor:
         torch.mul(scales, codes, out=error_terms).add_(minimum).sub_(x)
@@ -122,9 +125,9 @@ def fit_scale_and_minimum(
         error_terms.mul_(weights)
         return errors.total()[0].clone()
 
-    span = torch.where(flat, 1.0, highest - lowest)
+    span = torch.where(flat, 1.0, highest - base)
     winner = constant(float(limit)) / span
-    winner_base = minimum = lowest
+    winner_base = minimum = base
     scales = constant(1.0) / winner
     quantize(winner, minimum)
     best = error(scales, minimum)
@@ -154,7 +157,7 @@ def fit_scale_and_minimum(
         minimum = torch.where(better, trial_minimum, minimum)
     quantize(winner, winner_base)
     scales = scales.masked_fill(flat, 0.0)
-    minima = -torch.where(flat, lowest, minimum)
+    minima = -torch.where(flat, base, minimum)
     return AffineFit(scales, minima, codes.masked_fill_(flat, 0.0))
 
 
