@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qtool.checkpoint import Source
 from qtool.convert.formats import open_weights
@@ -170,6 +171,20 @@ def load_once(folder: Path) -> Tokenizer:
     if folder not in _LOADED:
         _LOADED[folder] = load(folder)
     return _LOADED[folder]
+
+
+def test_text_goes_on_where_a_token_changes_what_stands_before_it() -> None:
+    """This decoder makes "xyz" of "ab", which no longer begins with "a"."""
+    vocabulary = {"[UNK]": 0, "a": 1, "b": 2, "c": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Fuse(), tokenizers.decoders.Replace("ab", "xyz")]
+    )
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert (tokenizer.decode([1]), tokenizer.decode([1, 2])) == ("a", "xyz")
+    detokenizer = IncrementalDetokenizer(tokenizer, [3])
+    pieces = [detokenizer.push([token_id]).text for token_id in (1, 2, 3, 1)]
+    assert pieces == ["a", "b", "c", "a"]
 
 
 MESSAGES = [
