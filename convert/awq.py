@@ -26,6 +26,8 @@ from torch import Tensor
 
 from qtool.convert.layer import (
     LayerSpec,
+    Layout,
+    Packed,
     expect_floating,
     expect_shape,
     half_scales,
@@ -95,6 +97,9 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedWei
     )
 
 
+LAYOUT = Layout(SUFFIXES, shape_of, unpack_layer, zeros_of=zeros_of)
+
+
 def quantization_config(
     quantized: Mapping[str, QuantScheme], dense: Sequence[str]
 ) -> dict[str, Any]:
@@ -128,9 +133,7 @@ def _unpack_outputs(words: Tensor) -> Tensor:
     return reorder(codes, AWQ_INVERSE).t().contiguous()
 
 
-def read_specs(
-    config: Mapping[str, Any], modules: Sequence[str], where: str
-) -> dict[str, LayerSpec]:
+def read(config: Mapping[str, Any], modules: Sequence[str], where: str) -> dict[str, Packed]:
     """What a file's quantization_config says; AutoAWQ's own spellings are read too."""
     version = str(config.get("version", "gemm")).lower()
     if version != "gemm":
@@ -144,4 +147,4 @@ def read_specs(
         symmetric=False,
         widths=(4,),
     )
-    return {module: LayerSpec(module, scheme) for module in modules}
+    return {module: Packed(LAYOUT, LayerSpec(module, scheme)) for module in modules}

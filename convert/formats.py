@@ -1,9 +1,10 @@
 """The formats of packed linears, and one view of any model on disk.
 
-`FORMATS` is the table: a format is a pair of pure functions, `pack` and `unpack`, between its own
-tensors and a `QuantizedWeight`, so that N formats cost 2N functions and never N squared. What
-reads a model (convert, serve, eval) sees none of it: `open_weights` gives a `WeightReader`, the
-same whether the file is a plain checkpoint, compressed-tensors, GPTQ, AWQ, Marlin or GGUF.
+`FORMATS` is the table of what can be written: a format is a pair of pure functions, `pack` and the
+`unpack` of its layout, between its own tensors and a `QuantizedWeight`, so that N formats cost 2N
+functions and never N squared. More can be read than written (sources.py). What reads a model
+(convert, serve, eval) sees none of it: `open_weights` gives a `WeightReader`, the same whether the
+file is a plain checkpoint, compressed-tensors, GPTQ, AWQ, Marlin, FP8, bitsandbytes or GGUF.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint import Source
-from qtool.convert import awq, compressed_tensors, gptq, marlin
-from qtool.convert.layer import LayerSpec
+from qtool.convert import awq, compressed_tensors, gptq, marlin, pack_quantized
+from qtool.convert.layer import Layout
 from qtool.scheme import QuantScheme
 from qtool.weights import QuantizedWeight, Weight
 
@@ -26,33 +27,30 @@ from qtool.weights import QuantizedWeight, Weight
 class Format:
     """One way of packing linears into a Hugging Face folder.
 
-    suffixes             the tensors that one packed linear may have, after "<module>."; the first
-                         is there always, and only there
+    layout               how one packed linear is read; the first of its suffixes is there always,
+                         and only there
     single_scheme        True where the file's config can hold one scheme only (gptq, awq)
     refuses              (scheme, out, in) -> why such a layer cannot be held, or None
     pack                 (weight, the model's dtype) -> suffix: tensor
-    unpack               the inverse, from the tensors and what the config says of them
-    shape_of             [out, in] from headers (meta tensors); raises FormatError where they differ
-                         from the spec
     quantization_config  (packed module -> scheme, linears left in 16 bit) -> config.json's entry
-    read_specs           (that entry, packed modules, the file's name) -> module: spec
-    zeros_of             zero points from all tensors but the first, None where all are the
-                         midpoint, so that the layer is symmetric whatever the config says; absent
-                         where the config tells
-    group_index          suffix of the tensor that puts inputs in groups (act-order), or None
     """
 
     name: str
-    suffixes: tuple[str, ...]
+    layout: Layout
     single_scheme: bool
     refuses: Callable[[QuantScheme, int, int], str | None]
     pack: Callable[[QuantizedWeight, torch.dtype], dict[str, Tensor]]
-    unpack: Callable[[Mapping[str, Tensor], LayerSpec], QuantizedWeight]
-    shape_of: Callable[[Mapping[str, Tensor], LayerSpec], tuple[int, int]]
     quantization_config: Callable[[Mapping[str, QuantScheme], Sequence[str]], dict[str, Any]]
-    read_specs: Callable[[Mapping[str, Any], Sequence[str], str], dict[str, LayerSpec]]
-    zeros_of: Callable[[Mapping[str, Tensor], LayerSpec], Tensor | None] | None = None
-    group_index: str | None = None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The tensors that one packed linear may have, after "<module>."."""
+        return self.layout.suffixes
+
+    @property
+    def unpack(self) -> Callable[[Mapping[str, Tensor], Any], Weight]:
+        """The weight, from the tensors and what the config says of them."""
+        return self.layout.unpack
 
 
 FORMATS: dict[str, Format] = {
@@ -60,54 +58,41 @@ FORMATS: dict[str, Format] = {
     for format in (
         Format(
             name="compressed-tensors",
-            suffixes=compressed_tensors.SUFFIXES,
+            layout=pack_quantized.LAYOUT,
             single_scheme=False,
-            refuses=compressed_tensors.refuses,
-            pack=compressed_tensors.pack_layer,
-            unpack=compressed_tensors.unpack_layer,
-            shape_of=compressed_tensors.shape_of,
+            refuses=pack_quantized.refuses,
+            pack=pack_quantized.pack_layer,
             quantization_config=compressed_tensors.quantization_config,
-            read_specs=compressed_tensors.read_specs,
-            group_index="weight_g_idx",
         ),
         Format(
             name="gptq",
-            suffixes=gptq.SUFFIXES,
+            layout=gptq.LAYOUT,
             single_scheme=True,
             refuses=gptq.refuses,
             pack=gptq.pack_layer,
-            unpack=gptq.unpack_layer,
-            shape_of=gptq.shape_of,
             quantization_config=gptq.quantization_config,
-            read_specs=gptq.read_specs,
-            zeros_of=gptq.zeros_of,
-            group_index="g_idx",
         ),
         Format(
             name="awq",
-            suffixes=awq.SUFFIXES,
+            layout=awq.LAYOUT,
             single_scheme=True,
             refuses=awq.refuses,
             pack=awq.pack_layer,
-            unpack=awq.unpack_layer,
-            shape_of=awq.shape_of,
             quantization_config=awq.quantization_config,
-            read_specs=awq.read_specs,
-            zeros_of=awq.zeros_of,
         ),
         Format(
             name="marlin",
-            suffixes=marlin.SUFFIXES,
+            layout=marlin.LAYOUT,
             single_scheme=False,
             refuses=marlin.refuses,
             pack=marlin.pack_layer,
-            unpack=marlin.unpack_layer,
-            shape_of=marlin.shape_of,
             quantization_config=marlin.quantization_config,
-            read_specs=marlin.read_specs,
         ),
     )
 }
+
+
+PLAIN_KINDS = ("bfloat16", "float16", "float32", "float64", "int64", "int32", "int16", "bool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +100,19 @@ class Held:
     """What a file holds under one name, known without reading the weight itself.
 
     shape   [out, in] of a linear, whatever its packing; a plain tensor's own shape
-    kind    "bfloat16", "int4-g128-sym" or a GGUF type such as "Q4_K"
-    scheme  for integer-packed linears; None for plain tensors, GGUF blocks and act-order groups
+    kind    "bfloat16", "int4-g128-sym", "fp8-128x128" or a GGUF type such as "Q4_K"
+    scheme  for integer-packed linears; None for plain tensors, floats, GGUF blocks and act-order
+            groups
     """
 
     shape: tuple[int, ...]
     kind: str
     scheme: QuantScheme | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is values of a number type, and not codes with scales."""
+        return self.kind in PLAIN_KINDS
 
 
 class WeightReader(Protocol):
@@ -132,7 +123,7 @@ class WeightReader(Protocol):
 
     @property
     def format(self) -> str:
-        """ "dense", a name in FORMATS, or "gguf"."""
+        """ "dense", a name in SOURCES (those of FORMATS and more), or "gguf"."""
         ...
 
     @property

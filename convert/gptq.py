@@ -23,7 +23,6 @@ Sources: IST-DASLab/gptq quant.py, ModelCloud/GPTQModel nn_modules/qlinear, vLLM
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +32,8 @@ from torch import Tensor
 from qtool import __version__
 from qtool.convert.layer import (
     LayerSpec,
+    Layout,
+    Packed,
     check_group_index,
     expect_floating,
     expect_shape,
@@ -40,6 +41,7 @@ from qtool.convert.layer import (
     is_act_order,
     malformed,
     one_scheme,
+    pattern_matches,
     refuse_groups,
     require,
     scheme_from_config,
@@ -131,6 +133,9 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedWei
     )
 
 
+LAYOUT = Layout(SUFFIXES, shape_of, unpack_layer, zeros_of=zeros_of, group_index="g_idx")
+
+
 def quantization_config(
     quantized: Mapping[str, QuantScheme], dense: Sequence[str]
 ) -> dict[str, Any]:
@@ -180,9 +185,7 @@ def _name_in_block(module: str) -> str | None:
     return None
 
 
-def read_specs(
-    config: Mapping[str, Any], modules: Sequence[str], where: str
-) -> dict[str, LayerSpec]:
+def read(config: Mapping[str, Any], modules: Sequence[str], where: str) -> dict[str, Packed]:
     """What a file's quantization_config says of each packed module, `dynamic` included."""
     layout = config.get("checkpoint_format") or config.get("format") or V1
     if layout not in (V1, V2):
@@ -192,10 +195,11 @@ def read_specs(
         )
     if (config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
         raise UnsupportedModel(f"{where} packs into {config['pack_dtype']}; only int32 is read")
-    return {
-        module: LayerSpec(module, _scheme(_overridden(config, module, where), where), layout)
-        for module in modules
-    }
+    packed = {}
+    for module in modules:
+        scheme = _scheme(_overridden(config, module, where), where)
+        packed[module] = Packed(LAYOUT, LayerSpec(module, scheme, layout))
+    return packed
 
 
 def _scheme(config: Mapping[str, Any], where: str) -> QuantScheme:
@@ -216,10 +220,6 @@ def _overridden(config: Mapping[str, Any], module: str, where: str) -> Mapping[s
     for pattern, fields in dynamic.items():
         if pattern.startswith("-:") or not isinstance(fields, Mapping):
             continue
-        try:
-            matches = re.match(pattern.removeprefix("+:"), module)
-        except re.error as error:
-            raise FormatError(f"{where}: dynamic {pattern!r}: {error}") from None
-        if matches:
+        if pattern_matches(pattern.removeprefix("+:"), module, f"{where}: dynamic"):
             return {**config, **fields}
     return config

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a `WeightReader`: plain, or with linears packed by any of FORMATS.
+"""A Hugging Face folder as a `WeightReader`: plain, or with linears packed by any of SOURCES.
 
 Which linears are packed is told by tensor names ("x.qweight"), how they are packed by the
 quantization_config; one file may mix packed and dense linears. Everything is checked against the
@@ -9,34 +9,44 @@ the config, so that a file that lies is refused with its name and key and not fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qtool.checkpoint import Checkpoint, Source, read_json
-from qtool.convert import marlin
-from qtool.convert.formats import FORMATS, Format, Held
-from qtool.convert.layer import LayerSpec, dequantize_act_order, is_act_order
+from qtool.checkpoint import Checkpoint, Source, TensorInfo, read_json
+from qtool.convert.formats import PLAIN_KINDS, Held
+from qtool.convert.layer import (
+    FloatSpec,
+    LayerSpec,
+    Layout,
+    Packed,
+    dequantize_act_order,
+    is_act_order,
+)
+from qtool.convert.sources import SOURCES, UNMISTAKABLE
 from qtool.errors import FormatError, UnsupportedModel
+from qtool.scheme import FloatScheme, QuantScheme
 from qtool.weights import DenseWeight, QuantizedWeight, Weight
 
 DENSE = "dense"
-# What config.json calls a format -> its name in FORMATS.
-QUANT_METHODS = {
-    "compressed-tensors": "compressed-tensors",
-    "gptq": "gptq",
-    "awq": "awq",
-    marlin.QUANT_METHOD: "marlin",
-}
 # Files that GPTQModel and AutoGPTQ write beside config.json, some of them only there.
 GPTQ_CONFIG_NAME = "quantize_config.json"
-# Names that no plain checkpoint has.
-UNMISTAKABLE_SUFFIXES = ("qweight", "weight_packed")
-# Read whole while the headers are checked: two numbers that the shapes do not tell.
-SMALL_SUFFIXES = ("weight_shape",)
+# Small tensors are read whole while the headers are checked: a shape, or a short JSON text.
+SMALL_BYTES = 1 << 16
+# A suffix may have dots of its own, "weight.quant_state.bitsandbytes__nf4".
+MAX_SUFFIX_PARTS = 3
+
+
+class PackedLinear(NamedTuple):
+    """One packed linear, checked against its headers."""
+
+    layout: Layout
+    spec: LayerSpec | FloatSpec
+    shape: tuple[int, int]
+    scheme: QuantScheme | FloatScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +57,7 @@ class CheckpointWeights:
     format: str
     config: dict[str, Any]
     checkpoint: Checkpoint
-    packed: Mapping[str, LayerSpec]
-    shapes: Mapping[str, tuple[int, int]]
+    packed: Mapping[str, PackedLinear]
 
     @classmethod
     def open(cls, source: Source) -> CheckpointWeights:
@@ -57,15 +66,13 @@ class CheckpointWeights:
         quantization, where = _quantization_config(checkpoint)
         name = DENSE if quantization is None else _format_name(quantization, where)
         modules = _packed_modules(checkpoint, name)
-        if quantization is None:
-            return cls(source, DENSE, config, checkpoint, {}, {})
-        layout = FORMATS[name]
-        specs = {}
-        shapes = {}
-        for module, spec in layout.read_specs(quantization, list(modules), where).items():
-            specs[module] = dataclasses.replace(spec, file=modules[module])
-            shapes[module] = layout.shape_of(_headers(checkpoint, layout, module), specs[module])
-        return cls(source, name, config, checkpoint, specs, shapes)
+        packed = {}
+        if quantization is not None:
+            for module, found in SOURCES[name].read(quantization, list(modules), where).items():
+                spec = dataclasses.replace(found.spec, file=modules[module])
+                packed[module] = _checked(checkpoint, Packed(found.layout, spec))
+            _require_no_lost_scales(checkpoint, packed)
+        return cls(source, name, config, checkpoint, packed)
 
     def modules(self) -> list[str]:
         return list(self.packed)
@@ -73,41 +80,52 @@ class CheckpointWeights:
     def tensor_names(self) -> list[str]:
         if self.format == DENSE:
             return list(self.checkpoint.tensors)
-        suffixes = FORMATS[self.format].suffixes
-        return [name for name in self.checkpoint.tensors if not self._is_part(name, suffixes)]
+        ignored = SOURCES[self.format].ignored
+        parts = {info.name for module in self.packed for info in self.parts(module)}
+        return [
+            name
+            for name in self.checkpoint.tensors
+            if name not in parts and name.rpartition(".")[2] not in ignored
+        ]
 
-    def _is_part(self, name: str, suffixes: tuple[str, ...]) -> bool:
-        module, _, suffix = name.rpartition(".")
-        return suffix in suffixes and module in self.packed
+    def parts(self, module: str) -> list[TensorInfo]:
+        """The tensors that hold a packed linear."""
+        names = (f"{module}.{suffix}" for suffix in self.packed[module].layout.suffixes)
+        tensors = self.checkpoint.tensors
+        return [tensors[name] for name in names if name in tensors]
 
     def describe(self, name: str) -> Held:
         """Zero points and group indices are read, being small: they decide what a layer is."""
-        spec = self.packed.get(name)
-        if spec is None:
+        found = self.packed.get(name)
+        if found is None:
             info = self.checkpoint.tensors.get(name)
             if info is None:
                 raise self._missing(name)
             return Held(info.shape, str(info.dtype).removeprefix("torch."))
-        layout = FORMATS[self.format]
-        g_idx = self._group_index(layout, name)
-        if g_idx is not None and is_act_order(g_idx, spec.scheme):
-            return Held(self.shapes[name], f"{spec.scheme} act-order")
-        scheme = spec.scheme
+        if isinstance(found.spec, FloatSpec) or isinstance(found.scheme, FloatScheme):
+            return Held(found.shape, str(found.scheme))
+        if self._act_order(name, found.layout, found.spec) is not None:
+            return Held(found.shape, f"{found.scheme} act-order")
+        scheme, layout = found.scheme, found.layout
         if layout.zeros_of is not None:
-            zeros = layout.zeros_of(self._tensors(layout, name, skip=layout.suffixes[:1]), spec)
+            tensors = self._tensors(layout, name, skip=layout.suffixes[:1])
+            zeros = layout.zeros_of(tensors, found.spec)
             scheme = dataclasses.replace(scheme, symmetric=zeros is None)
-        return Held(self.shapes[name], str(scheme), scheme)
+        return Held(found.shape, str(scheme), scheme)
 
     def weight(self, module: str) -> Weight:
-        spec = self.packed.get(module)
-        if spec is None:
+        found = self.packed.get(module)
+        if found is None:
             return DenseWeight(self.tensor(f"{module}.weight"))
-        layout = FORMATS[self.format]
-        g_idx = self._group_index(layout, module)
-        if g_idx is not None and is_act_order(g_idx, spec.scheme):
-            in_order = self._unpack(layout, module, spec, skip=(str(layout.group_index),))
-            return DenseWeight(dequantize_act_order(in_order, g_idx, spec))
-        return self._unpack(layout, module, spec)
+        layout, spec = found.layout, found.spec
+        if isinstance(spec, LayerSpec):
+            g_idx = self._act_order(module, layout, spec)
+            if g_idx is not None:
+                tensors = self._tensors(layout, module, skip=(str(layout.group_index),))
+                in_order = layout.unpack(tensors, spec)
+                assert isinstance(in_order, QuantizedWeight), type(in_order)
+                return DenseWeight(dequantize_act_order(in_order, g_idx, spec))
+        return layout.unpack(self._tensors(layout, module), spec)
 
     def tensor(self, name: str) -> Tensor:
         module, _, suffix = name.rpartition(".")
@@ -121,20 +139,19 @@ class CheckpointWeights:
         module, _, suffix = name.rpartition(".")
         return name in self.checkpoint or (suffix == "weight" and module in self.packed)
 
-    def _unpack(
-        self, layout: Format, module: str, spec: LayerSpec, skip: tuple[str, ...] = ()
-    ) -> QuantizedWeight:
-        return layout.unpack(self._tensors(layout, module, skip), spec)
-
     def _tensors(
-        self, layout: Format, module: str, skip: tuple[str, ...] = ()
+        self, layout: Layout, module: str, skip: tuple[str, ...] = ()
     ) -> dict[str, Tensor]:
         names = {s: f"{module}.{s}" for s in layout.suffixes if s not in skip}
         return {s: self.checkpoint.tensor(n) for s, n in names.items() if n in self.checkpoint}
 
-    def _group_index(self, layout: Format, module: str) -> Tensor | None:
+    def _act_order(self, module: str, layout: Layout, spec: LayerSpec) -> Tensor | None:
+        """The group of each input where groups are out of order, else None."""
         name = f"{module}.{layout.group_index}"
-        return self.checkpoint.tensor(name) if name in self.checkpoint else None
+        if name not in self.checkpoint:
+            return None
+        g_idx = self.checkpoint.tensor(name)
+        return g_idx if is_act_order(g_idx, spec.scheme) else None
 
     def _missing(self, name: str) -> FormatError:
         return FormatError(f"{self.source.name} has no tensor {name!r}")
@@ -154,41 +171,64 @@ def _quantization_config(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None,
 
 def _format_name(quantization: Mapping[str, Any], where: str) -> str:
     method = quantization.get("quant_method")
-    name = QUANT_METHODS.get(method) if isinstance(method, str) else None
-    if name is None:
-        raise UnsupportedModel(
-            f"{where}: quantization method {method!r} is not read",
-            f"read: {', '.join(QUANT_METHODS)}, GGUF files, and models in 16 or 32 bit",
-        )
-    return name
+    if method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
+        method = "bitsandbytes"  # its first files did not say
+    for name, source in SOURCES.items():
+        if method == source.quant_method:
+            return name
+    known = ", ".join(source.quant_method for source in SOURCES.values())
+    raise UnsupportedModel(
+        f"{where}: quantization method {method!r} is not read",
+        f"read: {known}, GGUF files, and models in 16 or 32 bit",
+    )
 
 
 def _packed_modules(checkpoint: Checkpoint, name: str) -> dict[str, str]:
     """Packed module -> its file. Packed tensors of another format than the config's are refused."""
     # GPTQ and AWQ share the name "qweight"; only the config tells them apart.
-    own = None if name == DENSE else FORMATS[name].suffixes[0]
+    own = () if name == DENSE else SOURCES[name].markers
     modules: dict[str, str] = {}
     for tensor, info in checkpoint.tensors.items():
-        module, _, suffix = tensor.rpartition(".")
-        if suffix != own and suffix in UNMISTAKABLE_SUFFIXES:
-            raise FormatError(
-                f"{info.file.name}: {tensor} is packed, and the config says the model is {name}",
-                "config.json has lost its quantization_config, or is another model's",
-            )
-        if suffix == own:
-            modules[module] = info.file.name
+        for module, suffix in _splits(tensor):
+            if suffix in own:
+                modules[module] = info.file.name
+            elif suffix in UNMISTAKABLE:
+                raise FormatError(
+                    f"{info.file.name}: {tensor} is packed, and the config says the model is "
+                    f"{name}",
+                    "config.json has lost its quantization_config, or is another model's",
+                )
     return modules
 
 
-def _headers(checkpoint: Checkpoint, layout: Format, module: str) -> dict[str, Tensor]:
-    """The tensors of one packed linear as their headers describe them, on the meta device."""
+def _splits(name: str) -> Iterable[tuple[str, str]]:
+    """Every way of cutting a name in module and suffix."""
+    parts = name.split(".")
+    for count in range(1, min(MAX_SUFFIX_PARTS, len(parts) - 1) + 1):
+        yield ".".join(parts[:-count]), ".".join(parts[-count:])
+
+
+def _checked(checkpoint: Checkpoint, packed: Packed) -> PackedLinear:
+    """Shapes and types as the headers have them, against the config."""
+    layout, spec = packed
     tensors = {}
     for suffix in layout.suffixes:
-        info = checkpoint.tensors.get(f"{module}.{suffix}")
+        info = checkpoint.tensors.get(f"{spec.module}.{suffix}")
         if info is None:
             continue
-        if suffix in SMALL_SUFFIXES and info.nbytes <= 64:
+        if suffix in layout.small and info.nbytes <= SMALL_BYTES:
             tensors[suffix] = checkpoint.tensor(info.name)
         else:
             tensors[suffix] = torch.empty(info.shape, dtype=info.dtype, device="meta")
-    return tensors
+    shape = layout.shape_of(tensors, spec)
+    scheme = spec.scheme if layout.scheme_of is None else layout.scheme_of(tensors, spec)
+    return PackedLinear(layout, spec, shape, scheme)
+
+
+def _require_no_lost_scales(checkpoint: Checkpoint, packed: Mapping[str, PackedLinear]) -> None:
+    """A weight of 8-bit codes with nothing that scales it would be read as if it were values."""
+    for name, info in checkpoint.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        kind = str(info.dtype).removeprefix("torch.")
+        if suffix == "weight" and module not in packed and kind not in PLAIN_KINDS:
+            raise FormatError(f"{info.file.name}: {name} is {kind} and has no scales")

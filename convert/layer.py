@@ -1,22 +1,43 @@
 """What the codecs of packed linears share: the spec they unpack by, and their checks.
 
-A codec's `unpack` needs a `LayerSpec` beside the tensors: the words of a file do not say how many
-bits a code has, whether zero points are stored less one, or which version of a layout wrote them.
-The checks take tensors on the meta device too, so a whole file is checked from its headers before
-any work starts.
+A codec's `unpack` needs a spec beside the tensors: the words of a file do not say how many bits a
+code has, whether zero points are stored less one, or which version of a layout wrote them.
+Integers have a `LayerSpec`, small floats and tables a `FloatSpec`; a `Layout` is the pair of
+functions that read either. The checks take tensors on the meta device too, so a whole file is
+checked from its headers before any work starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import regex
 import torch
 from torch import Tensor
 
 from qtool.errors import FormatError, QtoolError, UsageError
-from qtool.scheme import QuantScheme
-from qtool.weights import QuantizedWeight
+from qtool.scheme import FloatScheme, QuantScheme
+from qtool.weights import QuantizedWeight, Weight
+
+# A config's regular expression gets this much processor time for one name: a hostile one would
+# take for ever.
+PATTERN_SECONDS = 1.0
+MAX_PATTERN_LENGTH = 100_000
+
+
+class Spec(Protocol):
+    """What all specs have: whose they are, and what the config declares, for errors."""
+
+    @property
+    def module(self) -> str: ...
+
+    @property
+    def scheme(self) -> QuantScheme | FloatScheme: ...
+
+    @property
+    def file(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +55,47 @@ class LayerSpec:
     scheme: QuantScheme
     layout: str = ""
     file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FloatSpec:
+    """One packed linear of small floats or of places in a table, likewise."""
+
+    module: str
+    scheme: FloatScheme
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the tensors of one packed linear are read.
+
+    suffixes     the tensors that it may have, after "<module>."
+    shape_of     [out, in] from headers (meta tensors); raises FormatError where they differ from
+                 the spec
+    unpack       the weight, from the tensors and the spec
+    small        suffixes that `shape_of` needs the contents of, each a few bytes
+    scheme_of    the scheme, where the tensors say it better than the config; takes what `shape_of`
+                 takes
+    zeros_of     zero points from all tensors but the first, None where all are the midpoint, so
+                 that the layer is symmetric whatever the config says; absent where the config tells
+    group_index  suffix of the tensor that puts inputs in groups (act-order), or None
+    """
+
+    suffixes: tuple[str, ...]
+    shape_of: Callable[[Mapping[str, Tensor], Any], tuple[int, int]]
+    unpack: Callable[[Mapping[str, Tensor], Any], Weight]
+    small: tuple[str, ...] = ()
+    scheme_of: Callable[[Mapping[str, Tensor], Any], FloatScheme] | None = None
+    zeros_of: Callable[[Mapping[str, Tensor], LayerSpec], Tensor | None] | None = None
+    group_index: str | None = None
+
+
+class Packed(NamedTuple):
+    """One packed linear of a file: how to read it, and what its config says of it."""
+
+    layout: Layout
+    spec: LayerSpec | FloatSpec
 
 
 def scheme_from_config(
@@ -61,7 +123,23 @@ def scheme_from_config(
     return QuantScheme(bits, group_size, symmetric)
 
 
-def malformed(spec: LayerSpec, suffix: str, problem: str) -> FormatError:
+def pattern_matches(pattern: str, name: str, where: str) -> bool:
+    """Whether a regular expression of a config matches from the start of a name.
+
+    Python's own `re` cannot be stopped; this engine, which transformers brings along, can.
+    """
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise FormatError(f"{where}: a pattern of {len(pattern):,} characters")
+    shown = pattern if len(pattern) < 100 else f"{pattern[:100]}..."
+    try:
+        return regex.match(pattern, name, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError:
+        raise FormatError(f"{where}: pattern {shown!r} takes too long to match {name}") from None
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise FormatError(f"{where}: {shown!r} is no regular expression: {error}") from None
+
+
+def malformed(spec: Spec, suffix: str, problem: str) -> FormatError:
     where = f"{spec.file}: " if spec.file else ""
     return FormatError(f"{where}{spec.module}.{suffix} {problem} (config.json: {spec.scheme})")
 
@@ -69,7 +147,7 @@ def malformed(spec: LayerSpec, suffix: str, problem: str) -> FormatError:
 def require(
     tensors: Mapping[str, Tensor],
     suffix: str,
-    spec: LayerSpec,
+    spec: Spec,
     *,
     ndim: int,
     dtype: torch.dtype | None = None,
@@ -85,12 +163,12 @@ def require(
     return tensor
 
 
-def expect_shape(tensor: Tensor, shape: tuple[int, ...], spec: LayerSpec, suffix: str) -> None:
+def expect_shape(tensor: Tensor, shape: tuple[int, ...], spec: Spec, suffix: str) -> None:
     if tuple(tensor.shape) != shape:
         raise malformed(spec, suffix, f"has shape {list(tensor.shape)}, not {list(shape)}")
 
 
-def expect_floating(tensor: Tensor, spec: LayerSpec, suffix: str) -> None:
+def expect_floating(tensor: Tensor, spec: Spec, suffix: str) -> None:
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise malformed(spec, suffix, f"is {_name(tensor.dtype)}, not a floating-point type")
 

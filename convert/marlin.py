@@ -39,6 +39,8 @@ from torch import Tensor
 
 from qtool.convert.layer import (
     LayerSpec,
+    Layout,
+    Packed,
     expect_floating,
     expect_shape,
     half_scales,
@@ -126,6 +128,9 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedWei
     )
 
 
+LAYOUT = Layout(SUFFIXES, shape_of, unpack_layer)
+
+
 def tile(codes: Tensor, bits: int) -> Tensor:
     """[out, in] -> [in / 16, 16 * out], the fields of B in order."""
     out_features, in_features = codes.shape
@@ -180,9 +185,7 @@ def quantization_config(
     }
 
 
-def read_specs(
-    config: Mapping[str, Any], modules: Sequence[str], where: str
-) -> dict[str, LayerSpec]:
+def read(config: Mapping[str, Any], modules: Sequence[str], where: str) -> dict[str, Packed]:
     """What a file's quantization_config says of each packed module."""
     if config.get("version") != VERSION:
         raise UnsupportedModel(
@@ -195,7 +198,7 @@ def read_specs(
     missing = sorted(set(layers) - set(modules))
     if missing:
         raise FormatError(f"{where}: {missing[0]} is packed by the config, and has no tensors")
-    specs = {}
+    packed = {}
     for module in modules:
         if not isinstance(layers.get(module), str):
             raise FormatError(f"{where}: {module} is packed, and its scheme is not in the config")
@@ -203,5 +206,5 @@ def read_specs(
             scheme = QuantScheme.parse(layers[module])
         except UsageError as error:
             raise FormatError(f"{where}: {module}: {error.message}") from None
-        specs[module] = LayerSpec(module, scheme)
-    return specs
+        packed[module] = Packed(LAYOUT, LayerSpec(module, scheme))
+    return packed

@@ -1,8 +1,10 @@
-"""How an integer-quantized linear is quantized, as one readable word.
+"""How a linear is quantized, as one readable word.
 
     int4-g128-sym     4-bit codes, one scale for 128 inputs, no zero point
     int8-row-sym      8-bit codes, one scale for a whole row
     int4-g64-asym     4-bit codes, a scale and a zero point for 64 inputs
+    fp8-128x128       8-bit floats, one scale for 128 outputs by 128 inputs
+    nf4-g64           codes that are places in a table of 16 values, one scale for 64 weights
 
 A symmetric scheme stores unsigned codes around the midpoint 2**(bits-1): weight = (code -
 midpoint) * scale. The scale may be negative, so that the largest weight of a group can sit on the
@@ -87,3 +89,26 @@ def portable_group_size(in_features: int) -> int | None:
 def divisors_text(in_features: int) -> str:
     sizes = [size for size in range(16, in_features + 1) if in_features % size == 0]
     return ", ".join(map(str, sizes[:8])) or "none of 16 or more"
+
+
+@dataclass(frozen=True, slots=True)
+class FloatScheme:
+    """Codes that are small floats or places in a table, and how many weights share a scale.
+
+    name   "fp8", "fp8e5m2", "nvfp4", "mxfp4", "mxfp8", "nf4" or "fp4"
+    block  (outputs, inputs) that share a scale; None is all of that axis
+
+    >>> str(FloatScheme("fp8", (1, None))), str(FloatScheme("fp8", (128, 128)))
+    ('fp8-row', 'fp8-128x128')
+    """
+
+    name: str
+    block: tuple[int | None, int | None]
+
+    def __str__(self) -> str:
+        rows, columns = self.block
+        if rows is None and columns is None:
+            return f"{self.name}-tensor"
+        if rows == 1:
+            return f"{self.name}-row" if columns is None else f"{self.name}-g{columns}"
+        return f"{self.name}-{rows or 'all'}x{columns or 'all'}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtool import grid
 from qtool.errors import FormatError
-from qtool.scheme import QuantScheme
+from qtool.scheme import FloatScheme, QuantScheme
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,4 +145,134 @@ class BlockWeight:
         return BlockWeight(self.data[order], self.columns, self.codec)
 
 
-Weight = DenseWeight | QuantizedWeight | BlockWeight
+@dataclass(frozen=True, slots=True, eq=False)
+class Float8Weight:
+    """8-bit floats with a scale a block: weight = values * scale.
+
+    values  [out, in]                float8_e4m3fn or float8_e5m2
+    scales  [row blocks, columns blocks] floating; the last block of an axis may be cut short
+    """
+
+    values: Tensor
+    scales: Tensor
+    scheme: FloatScheme
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.values.dtype not in FLOAT8_TYPES:
+            raise FormatError(
+                f"8-bit floats must be a float8 matrix, found {self.values.dtype} "
+                f"of shape {list(self.values.shape)}"
+            )
+        expected = num_blocks(self.shape, self.scheme)
+        if tuple(self.scales.shape) != expected:
+            raise FormatError(
+                f"scales have shape {list(self.scales.shape)}, {self.scheme} of a "
+                f"{self.shape[0]} x {self.shape[1]} weight needs {list(expected)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        rows, columns = self.scheme.block
+        out_features, in_features = self.shape
+        scales = self.scales.to(torch.float32)
+        if columns is not None:
+            scales = scales.repeat_interleave(columns, 1)[:, :in_features]
+        if rows is not None:
+            scales = scales.repeat_interleave(rows, 0)[:out_features]
+        return (self.values.to(torch.float32) * scales).to(dtype)
+
+    def rows(self, order: Tensor) -> Float8Weight:
+        """Some of its output rows, or all of them in another order (int64 [n])."""
+        height, columns = self.scheme.block
+        blocks = torch.zeros_like(order) if height is None else order // height
+        scheme = FloatScheme(self.scheme.name, (1, columns))
+        # Bytes are gathered: torch does not index every 8-bit float type.
+        values = self.values.view(torch.uint8)[order].view(self.values.dtype)
+        return Float8Weight(values, self.scales[blocks], scheme)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodebookWeight:
+    """Codes that are places in a table: weight = codebook[code] * scale.
+
+    codes       [out, in]   uint8
+    codebook    [n]         float32
+    scales      [blocks]    float32, one for each run of weights of the flattened matrix, as long
+                            as the scheme's block; a run may cross rows, the last may be cut short
+    scale_bits  bits that a scale takes where the weight comes from
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    scales: Tensor
+    scheme: FloatScheme
+    scale_bits: int = 32
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 2 or self.codes.dtype != torch.uint8:
+            raise FormatError(
+                f"codes must be a uint8 matrix, found {self.codes.dtype} "
+                f"of shape {list(self.codes.shape)}"
+            )
+        if self.codebook.ndim != 1 or self.codebook.dtype != torch.float32:
+            raise FormatError(f"a codebook is a float32 vector, found {self.codebook.dtype}")
+        blocks = -(-self.codes.numel() // self.block_size)
+        if tuple(self.scales.shape) != (blocks,):
+            raise FormatError(
+                f"scales have shape {list(self.scales.shape)}, {self.scheme} of a "
+                f"{self.shape[0]} x {self.shape[1]} weight needs [{blocks}]"
+            )
+        if self.codes.numel() and int(self.codes.max()) >= self.codebook.numel():
+            raise FormatError(f"a code is beyond the {self.codebook.numel()} entries of its table")
+
+    @property
+    def block_size(self) -> int:
+        return self.scheme.block[1] or self.codes.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes once packed: codes at their width, scales as they were stored."""
+        code_bits = max(1, (self.codebook.numel() - 1).bit_length())
+        return (self.codes.numel() * code_bits + self.scales.numel() * self.scale_bits) // 8
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = self.codebook[self.codes.flatten().int()]
+        scales = self.scales.repeat_interleave(self.block_size)[: values.numel()]
+        return values.mul_(scales).view(self.shape).to(dtype)
+
+    def rows(self, order: Tensor) -> CodebookWeight | DenseWeight:
+        """Some of its output rows, or all of them in another order (int64 [n])."""
+        out_features, in_features = self.shape
+        if in_features % self.block_size == 0:
+            scales = self.scales.view(out_features, -1)[order].flatten()
+            return CodebookWeight(
+                self.codes[order], self.codebook, scales, self.scheme, self.scale_bits
+            )
+        # Blocks cross rows, so that rows cannot stand alone.
+        places = order.unsqueeze(1) * in_features + torch.arange(in_features)
+        values = self.codebook[self.codes[order].int()]
+        return DenseWeight(values.mul_(self.scales[places // self.block_size]))
+
+
+FLOAT8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def num_blocks(shape: tuple[int, int], scheme: FloatScheme) -> tuple[int, int]:
+    """Blocks along each axis of a weight [out, in]."""
+    rows, columns = scheme.block
+    down = 1 if rows is None else -(-shape[0] // rows)
+    return down, 1 if columns is None else -(-shape[1] // columns)
+
+
+Weight = DenseWeight | QuantizedWeight | BlockWeight | Float8Weight | CodebookWeight

@@ -83,7 +83,7 @@ def test_the_config_names_what_is_not_converted_in_full() -> None:
 
 
 def test_autoawqs_own_spellings_are_read_and_other_versions_refused() -> None:
-    spec = awq.read_specs({"w_bit": 4, "q_group_size": 64, "version": "GEMM"}, ["m"], "c")["m"]
+    spec = awq.read({"w_bit": 4, "q_group_size": 64, "version": "GEMM"}, ["m"], "c")["m"].spec
     assert (spec.scheme.bits, spec.scheme.group_size) == (4, 64)
     with pytest.raises(UnsupportedModel, match="gemv"):
-        awq.read_specs({"bits": 4, "group_size": 64, "version": "gemv"}, ["m"], "config.json")
+        awq.read({"bits": 4, "group_size": 64, "version": "gemv"}, ["m"], "config.json")

@@ -12,7 +12,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from qtool.checkpoint import Source, read_json
-from qtool.convert import compressed_tensors
+from qtool.convert import compressed_tensors, pack_quantized
 from qtool.convert.compressed_tensors import target_patterns
 from qtool.convert.formats import open_weights
 from qtool.convert.layer import LayerSpec
@@ -47,7 +47,7 @@ def test_their_decompressor_finds_our_weights_and_their_compressor_writes_our_by
 ) -> None:
     scheme = QuantScheme.parse(f"int{bits}-{group}-{kind}")
     weight = random_weight(scheme, 48, 96)
-    ours = compressed_tensors.pack_layer(weight, torch.float32)
+    ours = pack_quantized.pack_layer(weight, torch.float32)
     found = their_compressor().decompress(dict(ours), their_scheme(scheme))["weight"]
     assert torch.equal(found, weight.dequantize())
 
@@ -158,21 +158,21 @@ def test_the_old_padded_layout_is_read_where_the_shapes_tell_it(
     bits: int, random_weight: RandomWeight
 ) -> None:
     weight = random_weight(QuantScheme(bits, 64), 32, 128)
-    tensors = compressed_tensors.pack_layer(weight, torch.bfloat16)
+    tensors = pack_quantized.pack_layer(weight, torch.bfloat16)
     tensors["weight_packed"] = padded_words(weight.codes, bits)
     spec = LayerSpec("layer", weight.scheme, layout="0.17.1")
-    assert torch.equal(compressed_tensors.unpack_layer(tensors, spec).codes, weight.codes)
+    assert torch.equal(pack_quantized.unpack_layer(tensors, spec).codes, weight.codes)
 
 
 def test_the_old_layout_is_refused_where_the_shapes_do_not_tell(
     random_weight: RandomWeight,
 ) -> None:
     weight = random_weight(QuantScheme(5, None), 32, 12)
-    tensors = compressed_tensors.pack_layer(weight, torch.bfloat16)
+    tensors = pack_quantized.pack_layer(weight, torch.bfloat16)
     assert tensors["weight_packed"].shape[1] == padded_words(weight.codes, 5).shape[1]
     with pytest.raises(FormatError, match=r"written by compressed-tensors 0\.17\.1"):
-        compressed_tensors.unpack_layer(tensors, LayerSpec("m", weight.scheme, layout="0.17.1"))
-    read = compressed_tensors.unpack_layer(tensors, LayerSpec("m", weight.scheme, layout="0.20.0"))
+        pack_quantized.unpack_layer(tensors, LayerSpec("m", weight.scheme, layout="0.17.1"))
+    read = pack_quantized.unpack_layer(tensors, LayerSpec("m", weight.scheme, layout="0.20.0"))
     assert torch.equal(read.codes, weight.codes)
 
 
@@ -181,16 +181,16 @@ def test_files_with_one_scale_for_all_or_unpacked_zeros_are_read(
 ) -> None:
     weight = random_weight(QuantScheme(4, None), 32, 64)
     weight.scales[:] = 0.5
-    tensors = compressed_tensors.pack_layer(weight, torch.bfloat16)
+    tensors = pack_quantized.pack_layer(weight, torch.bfloat16)
     tensors["weight_scale"] = torch.tensor([0.5])
-    read = compressed_tensors.unpack_layer(tensors, LayerSpec("m", weight.scheme))
+    read = pack_quantized.unpack_layer(tensors, LayerSpec("m", weight.scheme))
     assert torch.equal(read.dequantize(), weight.dequantize())
 
     weight = random_weight(QuantScheme(4, 32, symmetric=False), 32, 64)
     assert weight.zeros is not None
-    tensors = compressed_tensors.pack_layer(weight, torch.bfloat16)
+    tensors = pack_quantized.pack_layer(weight, torch.bfloat16)
     tensors["weight_zero_point"] = (weight.zeros.to(torch.int16) - 8).to(torch.int8)
-    read = compressed_tensors.unpack_layer(tensors, LayerSpec("m", weight.scheme))
+    read = pack_quantized.unpack_layer(tensors, LayerSpec("m", weight.scheme))
     assert torch.equal(read.dequantize(), weight.dequantize())
 
 
@@ -203,7 +203,8 @@ def group(**weights: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"format": "float-quantized", "config_groups": {"g": group(type="float")}}, "float-quant"),
+        ({"format": "float-quantized", "config_groups": {"g": group(type="float")}}, "of 4 bits"),
+        ({"format": "mxfp6-pack-quantized", "config_groups": {"g": group()}}, "mxfp6"),
         ({"format": "pack-quantized", "config_groups": {"g": group(strategy="block")}}, "'block'"),
         ({"config_groups": {"g": group()}, "transform_config": {"r1": {}}}, "rotates"),
         ({"config_groups": {"g": group()}, "sparsity_config": {"format": "24"}}, "sparse"),
@@ -211,7 +212,7 @@ def group(**weights: object) -> dict[str, object]:
 )
 def test_what_is_not_read_is_refused_by_name(config: dict[str, object], message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
-        compressed_tensors.read_specs(config, ["m"], "config.json")
+        compressed_tensors.read(config, ["m"], "config.json")
 
 
 @pytest.mark.parametrize(
@@ -227,4 +228,4 @@ def test_what_is_not_read_is_refused_by_name(config: dict[str, object], message:
 )
 def test_a_malformed_config_is_refused_by_key(config: dict[str, object], message: str) -> None:
     with pytest.raises(FormatError, match=message):
-        compressed_tensors.read_specs(config, ["m"], "config.json")
+        compressed_tensors.read(config, ["m"], "config.json")

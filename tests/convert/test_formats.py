@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qtool.convert.formats import FORMATS
 from qtool.convert.layer import LayerSpec
+from qtool.convert.sources import SOURCES
 from qtool.errors import FormatError, QtoolError, UsageError
 from qtool.scheme import QuantScheme
 from qtool.weights import QuantizedWeight
@@ -55,7 +56,7 @@ def test_what_a_format_takes_it_gives_back(
     assert layout.suffixes[0] in tensors
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     spec = LayerSpec("layer", scheme)
-    assert layout.shape_of(tensors, spec) == (192, 384)
+    assert layout.layout.shape_of(tensors, spec) == (192, 384)
     assert same(layout.unpack(tensors, spec), weight)
 
 
@@ -132,9 +133,11 @@ def test_a_config_read_back_gives_every_layer_its_scheme(name: str) -> None:
         schemes["model.layers.1.mlp.down_proj"] = QuantScheme(4, 64)
         schemes["model.layers.2.mlp.up_proj"] = QuantScheme(8, None)
     config = json.loads(json.dumps(layout.quantization_config(schemes, ["lm_head"])))
-    specs = layout.read_specs(config, modules, "config.json")
-    read = {module: (spec.scheme.bits, spec.scheme.group_size) for module, spec in specs.items()}
-    assert read == {module: (s.bits, s.group_size) for module, s in schemes.items()}
+    read = SOURCES[name].read(config, modules, "config.json")
+    found = {module: packed.spec.scheme for module, packed in read.items()}
+    assert {m: (s.bits, s.group_size) for m, s in found.items()} == {
+        m: (s.bits, s.group_size) for m, s in schemes.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])

@@ -143,15 +143,15 @@ def test_linears_left_dense_in_some_blocks_are_told_by_full_names() -> None:
 def test_dynamic_overrides_give_a_layer_its_own_bits() -> None:
     config = {"bits": 4, "group_size": 128, "sym": True, "dynamic": {
         "-:.*lm_head": {}, r"+:.*\.down_proj": {"bits": 8, "group_size": 64}}}  # fmt: skip
-    specs = gptq.read_specs(config, ["l.0.up_proj", "l.0.down_proj"], "config.json")
-    assert specs["l.0.up_proj"].scheme == QuantScheme(4, 128)
-    assert specs["l.0.down_proj"].scheme == QuantScheme(8, 64)
+    packed = gptq.read(config, ["l.0.up_proj", "l.0.down_proj"], "config.json")
+    assert packed["l.0.up_proj"].spec.scheme == QuantScheme(4, 128)
+    assert packed["l.0.down_proj"].spec.scheme == QuantScheme(8, 64)
 
 
 def test_layouts_of_other_writers_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="gptq_p"):
-        gptq.read_specs({"bits": 5, "checkpoint_format": "gptq_p"}, ["m"], "config.json")
+        gptq.read({"bits": 5, "checkpoint_format": "gptq_p"}, ["m"], "config.json")
     with pytest.raises(UnsupportedModel, match="int64"):
-        gptq.read_specs({"bits": 4, "pack_dtype": "int64"}, ["m"], "config.json")
+        gptq.read({"bits": 4, "pack_dtype": "int64"}, ["m"], "config.json")
     with pytest.raises(FormatError, match="5 bits"):
-        gptq.read_specs({"bits": 5}, ["m"], "config.json")
+        gptq.read({"bits": 5}, ["m"], "config.json")

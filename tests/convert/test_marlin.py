@@ -121,8 +121,8 @@ def test_scale_orders_undo_themselves() -> None:
 def test_another_version_of_the_layout_is_refused() -> None:
     config = marlin.quantization_config({"m": QuantScheme(4, 128)}, [])
     with pytest.raises(UnsupportedModel, match="version 2; this qtool reads 1"):
-        marlin.read_specs({**config, "version": 2}, ["m"], "config.json")
+        marlin.read({**config, "version": 2}, ["m"], "config.json")
     with pytest.raises(FormatError, match="other is packed, and its scheme is not in the config"):
-        marlin.read_specs(config, ["m", "other"], "config.json")
+        marlin.read(config, ["m", "other"], "config.json")
     with pytest.raises(FormatError, match="m is packed by the config, and has no tensors"):
-        marlin.read_specs(config, [], "config.json")
+        marlin.read(config, [], "config.json")
