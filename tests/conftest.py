@@ -34,12 +34,60 @@ TINY: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# What a family needs beyond TINY, or under other names. Sizes keep every row a multiple of 128.
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+}
+_SLIDING: dict[str, Any] = {
+    "head_dim": 64,
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+# What a family needs beyond TINY, or under other names. Sizes keep every row a multiple of 64. The
+# families differ in how a block is wired: parallel attention, norms after, Conv1D, fused
+# projections, learned positions, sliding windows, experts, latent attention.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 64},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "cohere": {},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 64,
+        "num_key_value_heads": 4,
+    },
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "ffn_hidden_size": 512},
+    "gemma2": {"head_dim": 64, "sliding_window": 32},
+    "gemma3_text": _SLIDING,
+    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neox": {},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **_SLIDING},
+    "granite": {},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
+    "phi": {},
+    "phi3": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 256, **_EXPERTS},
+    "qwen3_moe": {"head_dim": 64, "decoder_sparse_step": 1, "mlp_only_layers": [], **_EXPERTS},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {},
 }
 
 
