@@ -97,13 +97,16 @@ def nucleus_bound(probabilities: Tensor, top_p: float) -> float:
     floor = (1.0 - top_p) / probabilities.numel()
     likely = probabilities[probabilities >= floor]
     bits = likely.view(torch.int32)
-    likely = likely.double()
-    # Invariant: tokens with bits >= low hold enough, those with bits >= high do not.
-    low, high = int(bits.min()), int(bits.max()) + 1
+    # Invariant: tokens with bits >= low hold enough, those with bits >= high hold `above`, which
+    # is not enough. Only those in between are looked at again.
+    low, high, above = int(bits.min()), int(bits.max()) + 1, 0.0
     while high - low > 1:
         middle = (low + high) // 2
-        if float(likely[bits >= middle].sum()) >= top_p:
-            low = middle
+        upper = bits >= middle
+        mass = float(likely[upper].sum(dtype=torch.float64))
+        if above + mass >= top_p:
+            low, kept = middle, upper
         else:
-            high = middle
+            high, kept, above = middle, ~upper, above + mass
+        likely, bits = likely[kept], bits[kept]
     return float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
