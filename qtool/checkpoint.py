@@ -16,7 +16,7 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
@@ -28,9 +28,13 @@ from torch import Tensor
 from qtool.builtin import PREFIX, builtin_model
 from qtool.errors import FormatError, OutputExists, QtoolError, UsageError
 from qtool.settings import settings
+from qtool.torch_files import read_torch_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Checkpoints of before safetensors; read where there is nothing newer.
+OLD_INDEX_NAME = "pytorch_model.bin.index.json"
+OLD_SINGLE_NAME = "pytorch_model.bin"
 # safetensors' own limit on a header.
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 200_000_000
@@ -132,13 +136,19 @@ def _resolve_hub(model: str, revision: str | None) -> Source:
             f"no model at {model!r}",
             "name a folder, a .gguf file, a Hub id such as Qwen/Qwen3-0.6B, or builtin:books-7m",
         )
-    try:
-        folder = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"],
-            local_files_only=settings().hub_offline,
+
+    def download(*patterns: str) -> Path:
+        offline = settings().hub_offline
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=[*patterns], local_files_only=offline
+            )
         )
+
+    try:
+        path = download("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*")
+        if not any(path.glob("*.safetensors")):
+            path = download("*.json", "pytorch_model*.bin")
     except HFValidationError as error:
         raise UsageError(f"{model!r} is neither a path nor a Hub id", str(error)) from error
     except GatedRepoError as error:
@@ -167,7 +177,6 @@ def _resolve_hub(model: str, revision: str | None) -> Source:
             f"{model} could not be taken from the Hub: {error}",
             "check the network, or name a local folder",
         ) from error
-    path = Path(folder)
     if not (path / "config.json").is_file():
         raise UsageError(f"{model} has no config.json, so it is not a transformers model")
     # In the Hub cache a snapshot's folder is named after its commit.
@@ -270,6 +279,10 @@ def _tensor_entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int
     return TensorInfo(name, dtype, tuple(shape), nbytes, path), begin, end
 
 
+def _mapped_entry(path: Path, name: str, tensor: Tensor) -> TensorInfo:
+    return TensorInfo(name, tensor.dtype, tuple(tensor.shape), tensor.nbytes, path)
+
+
 def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < 2**63 for item in value
@@ -278,24 +291,35 @@ def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A Hugging Face model folder, opened lazily: headers now, tensors when asked for."""
+    """A Hugging Face model folder, opened lazily: headers now, tensors when asked for.
+
+    mapped  tensors of older `.bin` files, which are views of them
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    mapped: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         config = read_json(folder / "config.json")
         tensors: dict[str, TensorInfo] = {}
+        mapped: dict[str, Tensor] = {}
         for file in _weight_files(folder):
-            for name, info in read_safetensors_header(file).items():
+            if file.suffix == ".bin":
+                held = read_torch_file(file)
+                mapped |= held
+                infos = {name: _mapped_entry(file, name, held[name]) for name in held}
+            else:
+                infos = read_safetensors_header(file)
+            for name, info in infos.items():
                 if name in tensors:
                     raise FormatError(
                         f"tensor {name!r} is in {tensors[name].file.name} and in {file.name}"
                     )
                 tensors[name] = info
-        return cls(folder, config, tensors)
+        return cls(folder, config, tensors, mapped)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -305,6 +329,8 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise FormatError(f"{self.folder.name} has no tensor {name!r}")
+        if name in self.mapped:
+            return self.mapped[name].clone(memory_format=torch.contiguous_format)
         try:
             with safe_open(str(info.file), framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
@@ -323,27 +349,33 @@ class Checkpoint:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index_path = folder / INDEX_NAME
-    if not index_path.is_file():
-        single = folder / SINGLE_NAME
-        if single.is_file():
-            return [single]
-        raise FormatError(
-            f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}",
-            "only safetensors weights are read; save the model with save_pretrained first",
-        )
-    weight_map = read_json(index_path).get("weight_map")
+    for index, single in ((INDEX_NAME, SINGLE_NAME), (OLD_INDEX_NAME, OLD_SINGLE_NAME)):
+        if (folder / index).is_file():
+            return _indexed_files(folder, index, Path(single).suffix)
+        if (folder / single).is_file():
+            return [folder / single]
+    raise FormatError(
+        f"{folder} has no {SINGLE_NAME}, no {INDEX_NAME} and no {OLD_SINGLE_NAME}",
+        "save the model with save_pretrained first",
+    )
+
+
+def _indexed_files(folder: Path, index: str, suffix: str) -> list[Path]:
+    """The files that an index names, each in the folder itself and of the index's kind."""
+    weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):
-        raise FormatError(f"{INDEX_NAME} has no weight_map of tensor names to file names")
+        raise FormatError(f"{index} has no weight_map of tensor names to file names")
     files = []
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
-            raise FormatError(f"{INDEX_NAME} names {name!r}, which is outside the model's folder")
+            raise FormatError(f"{index} names {name!r}, which is outside the model's folder")
+        if Path(name).suffix != suffix:
+            raise FormatError(f"{index} names {name!r}, which is no {suffix} file")
         if not (folder / name).is_file():
             raise FormatError(
-                f"{INDEX_NAME} names {name}, which is missing", "fetch the model's files again"
+                f"{index} names {name}, which is missing", "fetch the model's files again"
             )
         files.append(folder / name)
     return files
