@@ -11,7 +11,7 @@ other rows come with it, and however many threads there are.
 import ctypes
 import functools
 from collections.abc import Sequence
-from ctypes import c_bool, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_bool, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from qtool.settings import Settings, settings
 
 # Numbers of ElementType in csrc/interface.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_COMPUTED = {torch.float32: 0, torch.bfloat16: 1}
 MAX_HEAD_DIM = 512
 
 # name -> (result, arguments), as in csrc/interface.h.
 _PROTOTYPES = {
     "qtool_isa": (c_char_p, ()),
+    "qtool_read": (c_uint32, (c_void_p, c_int64, c_int32)),
     "qtool_pack_codes": (
         None,
         (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int64, c_int32),
@@ -59,6 +61,8 @@ _PROTOTYPES = {
         c_bool,
         (*(c_void_p,) * 5, *(c_int64,) * 4, c_float, c_int32, c_int32),
     ),
+    "qtool_blocks_scratch": (c_int64, (c_void_p, c_int64)),
+    "qtool_blocks": (c_bool, (*(c_void_p,) * 6, c_int64, c_void_p, c_int32)),
 }
 
 
@@ -125,6 +129,11 @@ class Native:
     library: ctypes.CDLL
     isa: str
 
+    def read(self, data: Tensor) -> int:
+        """Read every byte: what memory gives at most is its size over the time this takes."""
+        threads = torch.get_num_threads()
+        return int(self.library.qtool_read(data.data_ptr(), data.nbytes, threads))
+
     def rms_norm(
         self, x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor | None = None
     ) -> Tensor:
@@ -180,7 +189,7 @@ class Native:
             tokens,
             heads,
             head_dim,
-            ELEMENT_TYPES[x.dtype],
+            _COMPUTED[x.dtype],
             torch.get_num_threads(),
         )
         return y
@@ -315,14 +324,15 @@ def open_library(
     return Native(library, wanted.name)
 
 
-def _kind(*tensors: Tensor | None) -> int:
+def _kind(first: Tensor, *others: Tensor | None) -> int:
     """The number of the element type that all of them have; they must be contiguous."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    dtype = given[0].dtype
-    assert all(tensor.dtype == dtype for tensor in given)
-    assert all(tensor.is_contiguous() for tensor in given)
-    assert dtype in (torch.float32, torch.bfloat16)
-    return ELEMENT_TYPES[dtype]
+    kind = _COMPUTED[first.dtype]
+    assert first.is_contiguous()
+    for other in others:
+        if other is not None:
+            assert other.dtype == first.dtype
+            assert other.is_contiguous()
+    return kind
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -119,6 +119,39 @@ void attention(const std::vector<std::pair<int64_t, int64_t>>& sizes, int64_t he
     std::abort();
 }
 
+// Two blocks in one call, their scratch as large as the library says and no larger.
+void blocks(int64_t rows, int type, int threads) {
+  const int64_t hidden = 64, ffn = 96, heads = 3, kv_heads = 1, head_dim = 32, block_size = 16;
+  const int64_t pool_slots = (rows + block_size - 1) / block_size * block_size;
+  const int64_t widest = 2 * ffn, panels = widest / 32;
+  Buffer codes(panels * 32 * 96 / 2), scales(panels * 3 * 32 * 2);
+  const auto linear = [&](int64_t out, int64_t in) {
+    return QtoolLinear{static_cast<uint8_t*>(codes.data), scales.data, nullptr, out, in, 32, 32, 4,
+                       kFloat16, 8};
+  };
+  const QtoolLinear qkv = linear((heads + 2 * kv_heads) * head_dim, hidden);
+  const QtoolLinear o = linear(hidden, heads * head_dim), gate_up = linear(2 * ffn, hidden);
+  const QtoolLinear down = linear(hidden, ffn);
+  Numbers norm(hidden, type), head_norm((heads + kv_heads) * head_dim, type), bias(widest, type);
+  Numbers keys(kv_heads * pool_slots * head_dim, type), values(kv_heads * pool_slots * head_dim, type);
+  const QtoolBlock block = {norm.data, &qkv,     bias.data, head_norm.data, &o,
+                            nullptr,   norm.data, &gate_up,  nullptr,        &down,
+                            bias.data, keys.data, values.data};
+  const QtoolBlock both[] = {block, block};
+  const QtoolDecoder decoder = {both, 2, hidden, ffn, heads, kv_heads, head_dim, pool_slots,
+                                1e-5f, 0.1f, type};
+  Numbers x(rows * hidden, type), cos(rows * head_dim / 2, kFloat32), sin(rows * head_dim / 2, kFloat32);
+  std::vector<int64_t> slots, ids;
+  for (int64_t row = 0; row < rows; ++row) slots.push_back(row);
+  for (int64_t id = 0; id < pool_slots / block_size; ++id) ids.push_back(id);
+  const int64_t zero = 0;
+  const QtoolSpans spans = {&rows, &rows, &zero, ids.data(), 1, block_size, 0};
+  Buffer scratch(qtool_blocks_scratch(&decoder, rows));
+  if (!qtool_blocks(&decoder, x.data, static_cast<float*>(cos.data), static_cast<float*>(sin.data),
+                    slots.data(), &spans, rows, scratch.data, threads))
+    std::abort();
+}
+
 }  // namespace
 
 int main() {
@@ -145,6 +178,7 @@ int main() {
                         block_size, window, type, threads);
       attention({{1, 1500}}, 66, 1, 64, 32, 0, type, threads);
       attention({{20, 40}}, 3, 1, 512, 32, 7, type, threads);
+      for (const int64_t rows : {1, 5, 50}) blocks(rows, type, threads);
     }
   std::printf("%s clean\n", qtool_isa());
 }

@@ -14,6 +14,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def test_read_adds_up_every_word(native: Native, threads: int) -> None:
+    data = torch.arange(1, 100_001, dtype=torch.int32)
+    assert native.read(data) == 100_000 * 100_001 // 2 % 2**32
+
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # 300 x 128 and 40 x 1000 are enough work for a second thread; 37 and 1000 end inside a vector.
 SHAPES = [(1, 64), (3, 37), (300, 128), (40, 1000), (2, 3, 24)]

@@ -28,7 +28,7 @@ constexpr int kChunk = 32;
 constexpr int kPart = 512;
 constexpr int kTileRows = 32;
 constexpr int kMaxHeadDim = 512;
-constexpr int kRowsAtOnce = kLanes == 16 ? 8 : 2;
+constexpr int kRowsAtOnce = kLanes == 16 ? 8 : 3;
 constexpr int kVectorsAtOnce = kLanes == 16 ? 2 : 4;
 // Tokens times channels of both products below which a second thread does not pay.
 constexpr int64_t kSerialWork = 1 << 17;
@@ -124,15 +124,14 @@ void multiply_rows(const float* a, int64_t a_row, const float* b, int64_t b_row,
     multiply_block<kRows, 1>(a, a_row, b + column, b_row, depth, c + column, c_row);
 }
 
+// As many rows at once as the registers hold. Which ones does not matter to any row's result.
+template <int kRows>
 void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, float* c,
               int64_t c_row, int64_t width, int64_t rows) {
-  int64_t r = 0;
-  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce)
-    multiply_rows<kRowsAtOnce>(a + r * a_row, a_row, b, b_row, depth, c + r * c_row, c_row, width);
-  for (; r + 2 <= rows; r += 2)
-    multiply_rows<2>(a + r * a_row, a_row, b, b_row, depth, c + r * c_row, c_row, width);
-  for (; r < rows; ++r)
-    multiply_rows<1>(a + r * a_row, a_row, b, b_row, depth, c + r * c_row, c_row, width);
+  for (; rows >= kRows; rows -= kRows, a += kRows * a_row, c += kRows * c_row)
+    multiply_rows<kRows>(a, a_row, b, b_row, depth, c, c_row, width);
+  if constexpr (kRows > 1)
+    if (rows > 0) multiply<kRows - 1>(a, a_row, b, b_row, depth, c, c_row, width, rows);
 }
 
 template <class T>
@@ -141,19 +140,45 @@ QTOOL_INLINE Floats load_channels(const T* row, int64_t channel, int64_t head_di
   return left >= kLanes ? load(row + channel) : load_part(row + channel, left);
 }
 
-// tokens rows of head_dim -> [width][kChunk], zero past the last token and channel.
+// Rows first .. first + kLanes - 1 of `tokens` rows, their `count` elements from `at`, as columns:
+// element j of all of them -> to[j * kChunk]. Rows and elements past the end are zero.
+QTOOL_INLINE void transpose_block(const float* const* from, int64_t first, int64_t tokens,
+                                  int64_t at, int64_t count, float* to) {
+  Floats block[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    block[i] = first + i >= tokens ? zeros()
+               : count >= kLanes   ? load(from[first + i] + at)
+                                   : load_part(from[first + i] + at, count);
+  transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(to + i * kChunk, block[i]);
+}
+
+// The same of twice as many bfloat16, moved in pairs: half the shuffles, and a pair widens into two
+// floats by a shift and a mask.
+QTOOL_INLINE void transpose_block(const Bfloat16* const* from, int64_t first, int64_t tokens,
+                                  int64_t at, int64_t count, float* to) {
+  Floats block[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    block[i] = first + i >= tokens ? zeros() : load_pairs(from[first + i] + at, count);
+  transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    store(to + 2 * i * kChunk, low_halves(block[i]));
+    store(to + (2 * i + 1) * kChunk, high_halves(block[i]));
+  }
+}
+
+// tokens rows of head_dim -> [head_dim, and what fills the last block][kChunk].
 template <class T>
 void transpose_keys(const T* const* from, int64_t tokens, int64_t head_dim, float* to) {
+  constexpr int kElements = kLanes * 4 / static_cast<int>(sizeof(T));
   for (int64_t token = 0; token < kChunk; token += kLanes)
-    for (int64_t channel = 0; channel < head_dim; channel += kLanes) {
-      Floats block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        block[i] = token + i < tokens ? load_channels(from[token + i], channel, head_dim) : zeros();
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(to + (channel + i) * kChunk + token, block[i]);
-    }
+    for (int64_t channel = 0; channel < head_dim; channel += kElements)
+      transpose_block(from, token, tokens, channel, head_dim - channel,
+                      to + channel * kChunk + token);
 }
 
 // What a thread works with, on its stack: 330 KB, of which short heads touch the first part.
@@ -221,15 +246,17 @@ void add_chunk(const Call<T>& call, const Tile& tile, int64_t chunk, Workspace& 
   const int64_t* blocks = call.spans.block_ids + call.spans.first_blocks[tile.span];
   const T* key_rows[kChunk];
   const T* value_rows[kChunk];
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t slot = blocks[(start + t) / block_size] * block_size + (start + t) % block_size;
-    const int64_t at = (tile.kv_head * call.pool_slots + slot) * head_dim;
-    key_rows[t] = call.keys + at;
-    value_rows[t] = call.values + at;
+  int64_t block = start / block_size, offset = start % block_size;
+  for (int64_t t = 0; t < tokens; ++block, offset = 0) {
+    const int64_t slot = tile.kv_head * call.pool_slots + blocks[block] * block_size;
+    for (; t < tokens && offset < block_size; ++t, ++offset) {
+      key_rows[t] = call.keys + (slot + offset) * head_dim;
+      value_rows[t] = call.values + (slot + offset) * head_dim;
+    }
   }
   transpose_keys(key_rows, tokens, head_dim, work.keys);
   std::fill(work.scores, work.scores + tile.rows * kChunk, 0.0f);
-  multiply(work.query, width, work.keys, kChunk, head_dim, work.scores, kChunk, kChunk, tile.rows);
+  multiply<kRowsAtOnce>(work.query, width, work.keys, kChunk, head_dim, work.scores, kChunk, kChunk, tile.rows);
   for (int64_t r = 0; r < tile.rows; ++r) {
     const Range range = visible(call, tile.span, tile.first + r);
     const Range seen = {std::clamp<int64_t>(range.begin - start, 0, kChunk),
@@ -239,7 +266,7 @@ void add_chunk(const Call<T>& call, const Tile& tile, int64_t chunk, Workspace& 
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t channel = 0; channel < width; channel += kLanes)
       store(work.values + t * width + channel, load_channels(value_rows[t], channel, head_dim));
-  multiply(work.scores, kChunk, work.values, width, tokens, state.mixed, width, width, tile.rows);
+  multiply<kRowsAtOnce>(work.scores, kChunk, work.values, width, tokens, state.mixed, width, width, tile.rows);
 }
 
 // Tokens of part `part` that any row of the tile sees, into a fresh state.

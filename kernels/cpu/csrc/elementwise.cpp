@@ -144,6 +144,18 @@ void rope_and_write(const T* qkv, const T* qk_norm, float eps, const float* cos,
 
 }  // namespace
 
+uint32_t qtool_read(const void* data, int64_t bytes, int32_t threads) {
+  const int64_t words = bytes / 4;
+  const int32_t* const from = static_cast<const int32_t*>(data);
+  uint32_t total = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
+  for (int64_t part = 0; part < threads; ++part) {
+    const int64_t first = words * part / threads, last = words * (part + 1) / threads;
+    for (int64_t i = first; i < last; ++i) total += static_cast<uint32_t>(from[i]);
+  }
+  return total;
+}
+
 void qtool_rms_norm(void* x, const void* residual, const void* weight, void* y, int64_t rows,
                     int64_t channels, float eps, int32_t type, int32_t threads) {
   if (type == kBfloat16)

@@ -41,9 +41,44 @@ struct QtoolSpans {
   int64_t window;  // 0: unlimited
 };
 
+// One block of a decoder: weights [channels] and linears, and its layer of the pools. Biases and
+// qk_norm [heads + kv_heads][head_dim] may be null.
+struct QtoolBlock {
+  const void* attn_norm;
+  const QtoolLinear* qkv;
+  const void* qkv_bias;
+  const void* qk_norm;
+  const QtoolLinear* o;
+  const void* o_bias;
+  const void* mlp_norm;
+  const QtoolLinear* gate_up;
+  const void* gate_up_bias;
+  const QtoolLinear* down;
+  const void* down_bias;
+  void* keys;
+  void* values;
+};
+
+struct QtoolDecoder {
+  const QtoolBlock* blocks;
+  int64_t num_blocks;
+  int64_t hidden;
+  int64_t ffn;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  int64_t pool_slots;
+  float eps;
+  float scale;
+  int32_t type;
+};
+
 #define QTOOL_EXPORT extern "C" __attribute__((visibility("default")))
 
 QTOOL_EXPORT const char* qtool_isa();
+
+// Reads all bytes and returns a number that depends on them: for measuring bandwidth.
+QTOOL_EXPORT uint32_t qtool_read(const void* data, int64_t bytes, int32_t threads);
 
 // codes [out][in] bytes -> packed, as QtoolLinear tells.
 QTOOL_EXPORT void qtool_pack_codes(const uint8_t* codes, int64_t out, int64_t in, int32_t bits,
@@ -91,3 +126,11 @@ QTOOL_EXPORT bool qtool_paged_attention(const void* query, const void* keys, con
                                         const QtoolSpans* spans, void* y, int64_t heads,
                                         int64_t kv_heads, int64_t head_dim, int64_t pool_slots,
                                         float scale, int32_t type, int32_t threads);
+
+// Bytes of scratch that qtool_blocks needs for this many rows.
+QTOOL_EXPORT int64_t qtool_blocks_scratch(const QtoolDecoder* decoder, int64_t rows);
+
+// x [rows][hidden] through all blocks, in place; see blocks.cpp. False as qtool_paged_attention.
+QTOOL_EXPORT bool qtool_blocks(const QtoolDecoder* decoder, void* x, const float* cos,
+                               const float* sin, const int64_t* slots, const QtoolSpans* spans,
+                               int64_t rows, void* scratch, int32_t threads);

@@ -92,6 +92,19 @@ QTOOL_INLINE void store_part(Bfloat16* to, Floats a, int64_t n) {
   store(part, a);
   std::memcpy(to, part, static_cast<size_t>(n) * sizeof(Bfloat16));
 }
+// Pairs of bfloat16 as they lie, up to `count` elements, in lanes of 32 bits; and their parts.
+QTOOL_INLINE Floats load_pairs(const Bfloat16* from, int64_t count) {
+  if (count >= 16) return _mm256_loadu_ps(reinterpret_cast<const float*>(from));
+  Bfloat16 part[16] = {};
+  std::memcpy(part, from, static_cast<size_t>(count) * sizeof(Bfloat16));
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(part));
+}
+QTOOL_INLINE Floats low_halves(Floats pairs) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
+}
+QTOOL_INLINE Floats high_halves(Floats pairs) {
+  return _mm256_castsi256_ps(_mm256_andnot_si256(set1_int(0xffff), _mm256_castps_si256(pairs)));
+}
 QTOOL_INLINE Floats load_float16(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }

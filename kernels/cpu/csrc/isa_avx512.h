@@ -70,6 +70,17 @@ QTOOL_INLINE void store(Bfloat16* to, Floats a) {
 QTOOL_INLINE void store_part(Bfloat16* to, Floats a, int64_t n) {
   _mm256_mask_storeu_epi16(to, first(n), narrow(a));
 }
+// Pairs of bfloat16 as they lie, up to `count` elements, in lanes of 32 bits; and their parts.
+QTOOL_INLINE Floats load_pairs(const Bfloat16* from, int64_t count) {
+  const __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1u;
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, from));
+}
+QTOOL_INLINE Floats low_halves(Floats pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+}
+QTOOL_INLINE Floats high_halves(Floats pairs) {
+  return _mm512_castsi512_ps(_mm512_andnot_si512(set1_int(0xffff), _mm512_castps_si512(pairs)));
+}
 QTOOL_INLINE Floats load_float16(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
