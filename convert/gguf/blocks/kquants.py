@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qtool.convert.gguf.blocks.lanes import (
+    as_byte,
     constant,
     divide,
     exact_sqrt,
@@ -52,9 +53,9 @@ def quantize_q2_k(rows: Tensor, importance: Tensor | None = None) -> Tensor:
         fit = fit_scale_and_minimum(x, 3, weights, first=-0.9, step=0.05, steps=36)
         d, scales = _weighted_fractions(fit.scales, weights, 16, 15)
         dmin, minima = _weighted_fractions(fit.minima, weights, 16, 15)
-    codes = _requantize_affine(x, fit, 3, d, scales, dmin, minima)
-    packed_scales = _bytes(scales) | (_bytes(minima) << 4)
-    fields = [packed_scales, _pack_crumbs(codes), half_bytes(d), half_bytes(dmin)]
+    stored = _bytes(scales) | (_bytes(minima) << 4)
+    codes = _requantize_affine(x, fit, 3, d, stored & 15, dmin, stored >> 4)
+    fields = [stored, _pack_crumbs(codes), half_bytes(d), half_bytes(dmin)]
     return _rows(rows, fields)
 
 
@@ -110,13 +111,19 @@ def _quantize_q4_or_q5(rows: Tensor, importance: Tensor | None, bits: int) -> Te
         fit = fit_scale_and_minimum(x, limit, weights, first=first, step=0.1, steps=steps)
         d, scales = _fractions(fit.scales.view(-1, 8), 63)
         dmin, minima = _fractions(fit.minima.view(-1, 8), 63)
+        scales = scales.clamp_(max=63)
     else:
         weights = _importance_lanes(rows, importance, 32, constant(2.0))
         fit = fit_scale_and_minimum(x, limit, weights, first=-0.9, step=0.05, steps=36)
         d, scales = _weighted_fractions(fit.scales, weights, 8, 63)
         dmin, minima = _weighted_fractions(fit.minima, weights, 8, 63)
-    codes = _requantize_affine(x, fit, limit, d, scales, dmin, minima).view(-1, 4, 2, 32)
-    fields = [half_bytes(d), half_bytes(dmin), _pack_six_bit_pairs(_bytes(scales), _bytes(minima))]
+        if bits == 5:  # the reference's Q4_K lets the byte of a negative scale spill
+            scales = scales.clamp(max=63)
+    stored = _pack_six_bit_pairs(_bytes(scales), _bytes(minima))
+    stored_scales, stored_minima = _unpack_six_bit_pairs(stored)
+    codes = _requantize_affine(x, fit, limit, d, stored_scales, dmin, stored_minima)
+    codes = codes.view(-1, 4, 2, 32)
+    fields = [half_bytes(d), half_bytes(dmin), stored]
     if bits == 5:
         high = codes >> 4
         fifth_bits = high[:, 0, 0] | (high[:, 0, 1] << 1)
@@ -163,12 +170,15 @@ def _importance_lanes(rows: Tensor, importance: Tensor, lanes: int, factor: Tens
 
 
 def _fractions(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Sub-block scales [blocks, n] as parts of the largest: (d [blocks], codes [blocks, n])."""
+    """Sub-block scales [blocks, n] as parts of the largest: (d [blocks], codes [blocks, n]).
+
+    Codes are 0 .. limit, and above it for a negative scale: see search.fit_positive.
+    """
     largest = values.amax(1)
     largest = torch.where(largest > 0, largest, 0.0)  # not clamp, which keeps the sign of -0
     inverse = finite_inverse(divide(constant(float(limit)), largest))
-    codes = torch.round(inverse[:, None] * values)
-    return largest / constant(float(limit)), codes.clamp_(max=limit)
+    codes = as_byte(torch.round(inverse[:, None] * values))
+    return largest / constant(float(limit)), codes
 
 
 def _weighted_fractions(
@@ -183,9 +193,9 @@ def _weighted_fractions(
 def _requantize_affine(
     x: Tensor, fit: AffineFit, limit: int, d: Tensor, scales: Tensor, dmin: Tensor, minima: Tensor
 ) -> Tensor:
-    """Codes on the stored grids, [blocks of 256, 256] uint8."""
-    grid = (d.half().float()[:, None] * scales).reshape(-1)
-    offset = (dmin.half().float()[:, None] * minima).reshape(-1)
+    """Codes on the stored grids, [blocks of 256, 256] uint8; scales and minima as stored, uint8."""
+    grid = (d.half().float()[:, None] * scales.float()).reshape(-1)
+    offset = (dmin.half().float()[:, None] * minima.float()).reshape(-1)
     unused = grid == 0
     codes = (x + offset).div_(torch.where(unused, 1.0, grid)).round_().clamp_(0, limit)
     return _choose(unused, fit.codes, codes)

@@ -82,9 +82,14 @@ def finite_inverse(inverse: Tensor) -> Tensor:
     return inverse.masked_fill(inverse.isinf(), 0.0)
 
 
+def as_byte(codes: Tensor) -> Tensor:
+    """Whole numbers modulo 256: what is left of a negative one in the reference's uint8_t."""
+    return torch.remainder(codes, 256.0)
+
+
 def signed_absmax(x: Tensor) -> Tensor:
     """[lanes, blocks] -> [blocks]: the element of largest magnitude with its sign, the first of
-    equals."""
+    equals; never -0."""
     lowest, highest = x.amin(0), x.amax(0)
     peak = torch.where(-lowest > highest, lowest, highest)
     tied = (-lowest == highest).nonzero()[:, 0]
@@ -92,7 +97,7 @@ def signed_absmax(x: Tensor) -> Tensor:
         some = x[:, tied]
         # argmax of a boolean gives the first True on the CPU; elsewhere ties are anyone's.
         first = (some.abs() == highest[tied]).to(torch.uint8).argmax(0, keepdim=True)
-        peak[tied] = some.gather(0, first)[0]
+        peak[tied] = some.gather(0, first)[0] + 0.0  # -0 becomes 0
     return peak
 
 

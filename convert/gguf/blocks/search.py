@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qtool.convert.gguf.blocks.lanes import (
     LaneSums,
+    as_byte,
     constant,
     divide,
     finite_inverse,
@@ -162,7 +163,11 @@ def fit_scale_and_minimum(
 
 
 def fit_positive(x: Tensor, limit: int, weights: Tensor) -> ScaleFit:
-    """make_qp_quants: codes 0 .. limit of non-negative x (block scales and minima)."""
+    """make_qp_quants: codes 0 .. limit of block scales and minima.
+
+    A few scales are negative, where importance has zeros. The reference sums with their codes as
+    they are but keeps them as bytes, so that what it reads back is 256 more; so does this.
+    """
     peak = x.amax(0).clamp(min=0.0)
     empty = peak < GROUP_MAX_EPS
     safe_peak = torch.where(empty, 1.0, peak)
@@ -172,7 +177,7 @@ def fit_positive(x: Tensor, limit: int, weights: Tensor) -> ScaleFit:
         difference = x - scales * codes
         return lane_sum(weights * difference * difference)
 
-    best = error(constant(1.0) / inverse, torch.round(inverse * x))
+    best = error(constant(1.0) / inverse, as_byte(torch.round(inverse * x)))
     for step in (-4, -3, -2, -1, 1, 2, 3, 4):
         trial = (constant(0.1) * step + limit) / safe_peak
         trial_error = error(constant(1.0) / trial, torch.round(trial * x).clamp_(max=limit))
@@ -200,11 +205,14 @@ def _descend(x: Tensor, codes: Tensor, weights: Tensor, *, lower: int | None, up
     Each lane moves to the code that is best with the others held, if that raises the explained
     energy sum_lx**2 / sum_l2; five passes, or until a pass changes nothing in a block.
 
-    lower  None for make_qp_quants, which also requires sum_l2 without the lane to be positive
+    lower  None for make_qp_quants, which also requires sum_l2 without the lane to be positive, and
+           keeps codes as bytes
     """
     wx = weights * x
     sum_lx = lane_sum(wx * codes)
     sum_l2 = lane_sum(weights * codes * codes)
+    if lower is None:
+        codes.copy_(as_byte(codes))
     active = torch.ones_like(sum_lx, dtype=torch.bool)
     for _ in range(DESCENT_PASSES):
         changed = torch.zeros_like(active)
@@ -223,7 +231,8 @@ def _descend(x: Tensor, codes: Tensor, weights: Tensor, *, lower: int | None, up
             if lower is not None:
                 accept &= new_l2 > 0
             accept &= new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2
-            codes[lane] = torch.where(accept, trial, code)
+            kept = as_byte(trial) if lower is None else trial
+            codes[lane] = torch.where(accept, kept, code)
             sum_lx = torch.where(accept, new_lx, sum_lx)
             sum_l2 = torch.where(accept, new_l2, sum_l2)
             changed |= accept
