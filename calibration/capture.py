@@ -216,7 +216,7 @@ class _Identity(NamedTuple):
 
     storage: int
     offset: int
-    count: int
+    elements: int
     width: int
     version: int
 
@@ -224,7 +224,7 @@ class _Identity(NamedTuple):
 def _identity(tensor: Tensor) -> _Identity:
     return _Identity(
         tensor.untyped_storage().data_ptr(),
-        tensor.storage_offset(),
+        int(tensor.storage_offset()),
         tensor.numel(),
         tensor.shape[-1],
         tensor._version,

@@ -1,8 +1,8 @@
 """Calibration tokens: from a text, rows of text or chats, a Hub dataset, or the text that ships.
 
-Documents are tokenized and laid end to end, and windows of one length are cut from them; which
-windows, and in which order rows are taken, is decided by the seed alone. The hash of the tokens is
-kept in the artifact, so that two runs can be known to have seen the same data.
+Texts are tokenized and laid end to end until there are enough tokens, and cut into windows of one
+length. Rows, or passages of a plain text, are taken in an order that the seed alone decides. The
+hash of the tokens is kept in the artifact, so that two runs can be known to have seen the same data.
 
 Every window starts with the tokenizer's beginning-of-text token where it adds one by itself:
 models that were trained with it park attention there, and windows without it have other statistics.
@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,9 +30,14 @@ from qtool.settings import settings
 FEW_SAMPLES = 128
 # Of one plain text file; calibration takes well under a megabyte of it.
 _MAX_TEXT_BYTES = 64_000_000
+# Characters of a passage, for each token of a window: about four windows of English.
+_PASSAGE_CHARACTERS = 16
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 _CHAT_FIELDS = ("messages", "conversations")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,12 @@ def load_calibration(
         )
     path = Path(wanted.dataset) if wanted.dataset is not None else calibration_text()
     if path.suffix == ".txt" or wanted.dataset is None:
-        # One document: all of it is tokenized, and the windows are drawn from the whole.
-        ids = tokenizer(_read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+        passages = _passages(_read_text(path), _PASSAGE_CHARACTERS * wanted.sequence_length)
+        ids = _tokenize(_shuffled(passages, wanted.seed), tokenizer, needed, end=None)
     else:
-        ids = _tokenize_rows(_documents(wanted, tokenizer, warnings), tokenizer, needed)
+        documents = _documents(wanted, tokenizer, warnings)
+        end = getattr(tokenizer, "eos_token_id", None)
+        ids = _tokenize(documents, tokenizer, needed, end=end)
     name = wanted.dataset or "builtin"
     if len(ids) < needed:
         raise UsageError(
@@ -99,7 +106,8 @@ def load_calibration(
             if len(ids) >= wanted.sequence_length
             else "give more text, or a smaller --sequence-length",
         )
-    tokens = _windows(torch.tensor(ids, dtype=torch.int64), wanted)
+    windows = torch.tensor(ids[:needed], dtype=torch.int64)
+    tokens = windows.view(wanted.num_samples, wanted.sequence_length)
     _set_beginning(tokens, tokenizer)
     if vocab_size is not None and int(tokens.max()) >= vocab_size:
         raise FormatError(
@@ -111,15 +119,6 @@ def load_calibration(
     return CalibrationTokens(tokens, name, digest, wanted.seed, tuple(warnings))
 
 
-def _windows(ids: Tensor, wanted: Calibration) -> Tensor:
-    """[samples, length]: windows end to end, as many as are wanted, drawn by the seed."""
-    length = wanted.sequence_length
-    available = ids.shape[0] // length
-    generator = torch.Generator().manual_seed(wanted.seed)
-    chosen = torch.randperm(available, generator=generator)[: wanted.num_samples]
-    return ids[: available * length].view(available, length)[chosen].contiguous()
-
-
 def _set_beginning(tokens: Tensor, tokenizer: Any) -> None:
     beginning = getattr(tokenizer, "bos_token_id", None)
     added = tokenizer("a", verbose=False)["input_ids"]
@@ -127,19 +126,31 @@ def _set_beginning(tokens: Tensor, tokenizer: Any) -> None:
         tokens[:, 0] = beginning
 
 
-def _tokenize_rows(documents: Iterable[str], tokenizer: Any, needed: int) -> list[int]:
-    """Token ids of documents end to end, until there are enough; each ends as the model was taught
-    a text ends.
+def _tokenize(texts: Iterable[str], tokenizer: Any, needed: int, *, end: int | None) -> list[int]:
+    """Token ids of texts end to end, until there are enough.
+
+    end  follows each text, as the model was taught that a document ends; None for passages of one
     """
-    end = getattr(tokenizer, "eos_token_id", None)
     ids: list[int] = []
-    for text in documents:
+    for text in texts:
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if end is not None:
             ids.append(end)
         if len(ids) >= needed:
             break
     return ids
+
+
+def _passages(text: str, characters: int) -> list[str]:
+    """A text in pieces of at least so many characters, each ending with a line."""
+    passages = []
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + characters) + 1
+        stop = stop if stop > 0 else len(text)
+        passages.append(text[start:stop])
+        start = stop
+    return passages
 
 
 def _read_text(path: Path) -> str:
@@ -187,9 +198,9 @@ def _require_file(path: Path) -> None:
         )
 
 
-def _shuffled(rows: list[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
+def _shuffled(items: Sequence[T], seed: int) -> Iterator[T]:
     generator = torch.Generator().manual_seed(seed)
-    return (rows[int(i)] for i in torch.randperm(len(rows), generator=generator))
+    return (items[int(i)] for i in torch.randperm(len(items), generator=generator))
 
 
 def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:

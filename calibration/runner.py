@@ -63,7 +63,8 @@ class BlockRunner:
         self, skeleton: Skeleton, tokens: Tensor, chunk_tokens: int = CHUNK_TOKENS
     ) -> None:
         self._skeleton = skeleton
-        self._chunks = tokens.split(max(1, chunk_tokens // tokens.shape[1]))
+        size = max(1, chunk_tokens // tokens.shape[1])
+        self._chunks = [tokens[i : i + size] for i in range(0, tokens.shape[0], size)]
         self._wanted = 0
         self._hidden: Tensor | None = None
         # What each block returns beside the hidden state, where it returns a tuple.

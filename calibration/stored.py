@@ -8,7 +8,7 @@ instead of a whole model, so that a block can be read alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -81,8 +81,15 @@ class StoredModel:
         return entry.origins[0].tensor if entry is not None and entry.converter is None else None
 
     def require(self, parameters: Iterable[str]) -> None:
-        """Raise where the checkpoint lacks a parameter: a model must not run on random weights."""
-        missing = [name for name in parameters if name not in self._entries]
+        """Raise where the checkpoint lacks a parameter, or holds another shape: a model must not
+        run on random weights.
+        """
+        wanted = list(parameters)
+        for name in wanted:
+            tensor = self.sole_tensor(name)
+            if tensor is not None:
+                self._check_shape(name, self._checkpoint.tensors[tensor].shape)
+        missing = [name for name in wanted if name not in self._entries]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise FormatError(
@@ -132,7 +139,7 @@ class StoredModel:
             done.add(entry.target)
             for target, tensor in self._realize(entry, dtype).items():
                 if target in wanted:
-                    self._check_shape(target, tensor)
+                    self._check_shape(target, tensor.shape)
                     yield target, tensor
 
     def _realize(self, entry: Entry, dtype: torch.dtype) -> Mapping[str, Tensor]:
@@ -154,11 +161,12 @@ class StoredModel:
         tensor = self._checkpoint.tensor(name)
         return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
-    def _check_shape(self, name: str, tensor: Tensor) -> None:
-        if tensor.shape != self._shapes[name]:
+    def _check_shape(self, name: str, shape: Sequence[int]) -> None:
+        if tuple(shape) != tuple(self._shapes[name]):
             raise FormatError(
-                f"{name} has shape {list(tensor.shape)} in the checkpoint, config.json "
-                f"describes {list(self._shapes[name])}"
+                f"{name} has shape {list(shape)} in the checkpoint, config.json describes "
+                f"{list(self._shapes[name])}",
+                "config.json and the weights are not of the same model",
             )
 
 

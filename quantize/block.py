@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from qtool.quantize.smoothing import smooth
 from qtool.quantize.solution import Solution, relative_error
 from qtool.recipe import Awq, Gptq, Recipe, Rtn
 from qtool.scheme import QuantScheme
+
+FEW_TOKENS = "fewer tokens than inputs reached this expert, so the layer's other experts fill in"
+NO_TOKENS = "no calibration token reached it, so it was rounded to nearest"
 
 
 @dataclass(slots=True)
@@ -112,8 +116,10 @@ def _solve_gptq(
         prior = _expert_prior(stage, moments)
         for group in stage.groups:
             linears = [linear for site in group.sites for linear in at_site.get(site, [])]
-            seen, notes = _with_prior(moments[group.first], prior.get(group.first.parameter))
-            _solve_group(index, linears, planned, seen, notes, options, capture, result)
+            observed = moments[group.first]
+            seen, notes = _with_prior(observed, prior.get(group.first.parameter))
+            problem = _Problem(linears, planned, seen, observed.count, notes)
+            _solve_group(index, problem, options, capture, result)
     _solve_unseen(index, planned, capture, result)
 
 
@@ -142,10 +148,12 @@ def _solve_awq(
     result.changed.update(smoothed.changed)
     for group in groups:
         linears = [linear for site in group.sites for linear in at_site.get(site, [])]
-        seen, notes = _with_prior(moments[group.first], prior.get(group.first.parameter))
-        scales = smoothed.scales.get(group.first)
+        observed = moments[group.first]
+        seen, notes = _with_prior(observed, prior.get(group.first.parameter))
         notes += smoothed.notes.get(group.first, ())
-        _solve_group(index, linears, planned, seen, notes, options, capture, result, scales)
+        scales = smoothed.scales.get(group.first)
+        problem = _Problem(linears, planned, seen, observed.count, notes, scales)
+        _solve_group(index, problem, options, capture, result)
     _solve_unseen(index, planned, capture, result)
 
 
@@ -203,42 +211,49 @@ def _with_prior(seen: Moments, prior: Moments | None) -> tuple[Moments, tuple[st
         return seen, ()
     if prior.count == 0:
         return seen, ()
-    note = f"{seen.count} tokens reached this expert, the layer's other experts fill in"
-    return seen.blended(prior), (note,)
+    return seen.blended(prior), (FEW_TOKENS,)
+
+
+class _Problem(NamedTuple):
+    """Linears with one input, and what is known of it.
+
+    num_tokens  that reached these linears, before others were counted in
+    scales      [in] what the weights were multiplied by, None for nothing
+    """
+
+    linears: Sequence[Linear]
+    planned: Mapping[Linear, QuantScheme]
+    seen: Moments
+    num_tokens: int
+    notes: tuple[str, ...]
+    scales: Tensor | None = None
 
 
 def _solve_group(
     index: int,
-    linears: Sequence[Linear],
-    planned: Mapping[Linear, QuantScheme],
-    seen: Moments,
-    notes: tuple[str, ...],
+    problem: _Problem,
     options: Gptq | Awq,
     capture: BlockCapture,
     result: BlockResult,
-    scales: Tensor | None = None,
 ) -> None:
-    """Linears with one input are one stacked problem for each scheme."""
-    if seen.count == 0:
+    """One stacked solve for each scheme."""
+    if problem.seen.count == 0:
         return
     parameters = dict(capture.skeleton.block_parameters(index))
-    hessian = seen.hessian
-    unscaled = None
-    if scales is not None:
-        unscaled, hessian = hessian, hessian / torch.outer(scales, scales)
-    for scheme in dict.fromkeys(planned[linear] for linear in linears):
+    scales = problem.scales
+    unscaled = problem.seen.hessian
+    hessian = unscaled if scales is None else unscaled / torch.outer(scales, scales)
+    for scheme in dict.fromkeys(problem.planned[linear] for linear in problem.linears):
         started = time.monotonic()
-        members = [linear for linear in linears if planned[linear] == scheme]
+        members = [linear for linear in problem.linears if problem.planned[linear] == scheme]
         weights = [linear.matrix(parameters[linear.parameter]).contiguous() for linear in members]
         for linear, weight in zip(members, weights, strict=True):
             require_finite(weight, linear)
-        stacked = torch.cat(weights)
         if isinstance(options, Gptq):
-            solved = gptq.solve(stacked, hessian, scheme, options)
+            solved = gptq.solve(torch.cat(weights), hessian, scheme, options)
         else:
-            solved = awq.solve(stacked, hessian, scheme, options)
+            solved = awq.solve(torch.cat(weights), hessian, scheme, options)
         parts = split_rows(solved, [weight.shape[0] for weight in weights])
-        seconds = round((time.monotonic() - started) / len(members), 3)
         for linear, weight, part in zip(members, weights, parts, strict=True):
             result.weights[linear] = part
             # Plain rounding knows nothing of the scales: it is measured on the weight as it was.
@@ -249,12 +264,10 @@ def _solve_group(
                 scheme=str(scheme),
                 method="gptq" if isinstance(options, Gptq) else "awq",
                 error=relative_error(weight, part.dequantized, hessian),
-                rtn_error=relative_error(
-                    original, plain, hessian if unscaled is None else unscaled
-                ),
-                num_tokens=seen.count,
-                seconds=seconds,
-                notes=(*notes, *part.notes),
+                rtn_error=relative_error(original, plain, unscaled),
+                num_tokens=problem.num_tokens,
+                seconds=round((time.monotonic() - started) / len(members), 3),
+                notes=(*problem.notes, *part.notes),
             )
         put_weights(
             capture.skeleton,
@@ -273,8 +286,7 @@ def _solve_unseen(
             continue
         weight = linear.matrix(parameters[linear.parameter]).contiguous()
         require_finite(weight, linear)
-        note = "no calibration token reached it, so it was rounded to nearest"
-        solved = rtn.solve(weight, scheme, scale_search=True, notes=(note,))
+        solved = rtn.solve(weight, scheme, scale_search=True, notes=(NO_TOKENS,))
         result.weights[linear] = solved
         result.reports[linear] = LayerReport(
             module=linear.name,

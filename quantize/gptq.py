@@ -75,7 +75,7 @@ def solve(weight: Tensor, hessian: Tensor, scheme: QuantScheme, options: Gptq) -
     if options.refine_rounds:
         damped = _damped(hessian, factor.damping)
         codes, found = refine(weight, codes, found, scheme, damped, rounds=options.refine_rounds)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if factor.damping > options.damping:
         notes = (f"damping raised to {factor.damping:g}",)
     return rtn.keep_better_rows(weight, hessian, from_codes(codes, found, scheme, notes))

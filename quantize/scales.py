@@ -113,14 +113,13 @@ def _cost(
 ) -> Tensor:
     """[rows, groups] from groups [rows, groups, width]."""
     scales = grid.scales.unsqueeze(-1)
-    zeros: float | Tensor = float(scheme.midpoint)
-    if grid.zeros is not None:
-        zeros = grid.zeros.unsqueeze(-1)
-    low, high = -zeros, scheme.num_codes - 1 - zeros
-    steps = groups / scales
-    steps.round_()
+    steps = (groups / scales).round_()
     # In steps from zero rather than codes: one pass less over the weights.
-    steps = steps.clamp_(low, high) if isinstance(low, float) else steps.clamp(low, high)
+    if grid.zeros is None:
+        steps.clamp_(-scheme.midpoint, scheme.midpoint - 1)
+    else:
+        zeros = grid.zeros.unsqueeze(-1)
+        steps = steps.clamp(-zeros, scheme.num_codes - 1 - zeros)
     error = steps.mul_(scales).sub_(groups)
     if blocks is not None:
         return torch.einsum("rgw,gwv,rgv->rg", error, blocks, error)
