@@ -181,6 +181,8 @@ def _outcome_facts(outcome: Outcome | None) -> dict[str, Any]:
         "exact_layers": outcome.exact_layers,
         "rounded_layers": outcome.rounded_layers,
         "max_scale_error": outcome.max_scale_error,
+        "near_layers": outcome.near_layers,
+        "max_rms_error": outcome.max_rms_error,
         "notes": list(outcome.notes),
     }
 
@@ -196,6 +198,11 @@ def _closing_lines(facts: dict[str, Any], outcome: Outcome) -> str:
         lines.append(
             f"{outcome.rounded_layers} layers had scales rounded to the target's type, "
             f"by at most {outcome.max_scale_error:.2g} of a scale"
+        )
+    if outcome.near_layers:
+        lines.append(
+            f"{outcome.near_layers} layers keep codes and scales, and their minima are rounded: "
+            f"weights change by at most {outcome.max_rms_error:.2g} (relative RMS)"
         )
     left_dense = facts.get("left_dense", {})
     if left_dense:

@@ -4,7 +4,8 @@
 
     copy        already held as it will be
     cast        another floating type
-    repack      integer codes kept: symmetric int4 is Q4_0, symmetric int8 is Q8_0
+    repack      integer codes kept: symmetric int4 is Q4_0, symmetric int8 is Q8_0, and int4 with
+                zero points is Q4_1 but for the rounding of its minima
     quantize    rounded for the first time
     requantize  rounded again; the plan warns
     decode      a quantized weight written out in a floating type
@@ -31,8 +32,9 @@ from qtool.convert.gguf.blocks.codecs import can_write, quantize, slab_rows
 from qtool.convert.gguf.blocks.legacy import (
     half_scale_error,
     pack_q4_0,
+    pack_q4_1,
     pack_q8_0,
-    repack_refusal,
+    repack_type,
 )
 from qtool.convert.gguf.import_ import FLOAT_DTYPES, GgufWeights
 from qtool.convert.gguf.metadata import export_entries
@@ -56,7 +58,9 @@ from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
 How = Literal["copy", "cast", "repack", "quantize", "requantize", "decode"]
 
-REPACKED_TYPE = "Q4_0"
+# Types that keep integer codes: the first that a model has codes for is its file's type, where
+# none is asked for; DEFAULT_TYPE where it has none.
+PACKERS = {"Q4_0": pack_q4_0, "Q4_1": pack_q4_1, "Q8_0": pack_q8_0}
 DEFAULT_TYPE = "Q4_K_M"
 # A scale may move by half precision's rounding where repacking needs it; more is not repacking.
 MAX_SCALE_ERROR = 2.0**-10
@@ -128,6 +132,12 @@ class _Source(NamedTuple):
     def is_dense(self) -> bool:
         return self.held.is_plain
 
+    @property
+    def repacks_to(self) -> str | None:
+        """The type whose codes it has already, or None."""
+        scheme = self.held.scheme
+        return None if scheme is None else repack_type(scheme, self.held.shape[-1])
+
 
 def plan_export(
     reader: WeightReader,
@@ -138,16 +148,18 @@ def plan_export(
 ) -> ExportPlan:
     """Decide a whole GGUF file without reading weights.
 
-    type  a file type such as "Q4_K_M"; None keeps symmetric int4 as it is (Q4_0), and makes of
-          everything else Q4_K_M
+    type  a file type such as "Q4_K_M"; None keeps integer codes where a type has them (Q4_0, Q4_1,
+          Q8_0), and makes Q4_K_M of everything else
     pre   tokenizer.ggml.pre, where the tokenizer's is not recognized
     """
     architecture = find_architecture(reader.config)
     config = DecoderConfig.from_hf(reader.config)
     names = NameMap.of(architecture, config)
     sources = _sources(reader, names)
-    keep_codes = type is None and any(_repacks_to(source, "Q4_0") for source in sources)
-    file_type = _writable(type or (REPACKED_TYPE if keep_codes else DEFAULT_TYPE))
+    own = {source.repacks_to for source in sources}
+    kept = next((kept for kept in PACKERS if kept in own), None)
+    keep_codes = type is None and kept is not None
+    file_type = _writable(type or kept or DEFAULT_TYPE)
     shapes = {source.gguf: source.held.shape for source in sources}
     model = MixModel(
         architecture.gguf_name, config.num_layers, config.num_heads, config.num_kv_heads
@@ -165,7 +177,7 @@ def plan_export(
         if choice is None:  # norms and biases, which the converter writes as F32
             choice = TypeChoice("F32", "F32")
         else:
-            choice = _keep_codes(source, file_type, choice, left_dense_in_int4=keep_codes)
+            choice = _keep_codes(source, file_type, choice, keep_all=keep_codes)
         tensors.append(_plan_tensor(source, choice))
     entries = export_entries(
         reader, config, architecture, file_type, sum(_count(tensor) for tensor in tensors), pre
@@ -205,27 +217,19 @@ def _sources(reader: WeightReader, names: NameMap) -> list[_Source]:
     return sources
 
 
-def _repacks_to(source: _Source, type: str) -> bool:
-    """Whether a weight's integer codes are those of Q4_0 or Q8_0 already."""
-    scheme = source.held.scheme
-    if scheme is None or repack_refusal(scheme, source.held.shape[-1]) is not None:
-        return False
-    return type == f"Q{scheme.bits}_0"
-
-
 def _keep_codes(
-    source: _Source, file_type: str, choice: TypeChoice, *, left_dense_in_int4: bool
+    source: _Source, file_type: str, choice: TypeChoice, *, keep_all: bool
 ) -> TypeChoice:
     """Where the file type is that of the source's codes, keep them, whatever the mix says.
 
-    left_dense_in_int4  the type was not asked for but follows from an int4 model: codes of 8 bits
-                        stay too, and linears that were left in 16 bit get 8, not 4
+    keep_all  the type was not asked for but follows from the model's codes: other codes stay too,
+              and linears that were left in 16 bit get 8, not 4
     """
-    for type in ("Q4_0", "Q8_0"):
-        if _repacks_to(source, type) and (file_type == type or left_dense_in_int4):
-            return TypeChoice(type, type)
+    type = source.repacks_to
+    if type is not None and (file_type == type or keep_all):
+        return TypeChoice(type, type)
     in_block = source.gguf.startswith("blk.")
-    if left_dense_in_int4 and in_block and source.is_dense:
+    if keep_all and in_block and source.is_dense:
         fits = source.held.shape[-1] % TENSOR_TYPES["Q8_0"].block_size == 0
         return TypeChoice("Q8_0" if fits else "F16", "Q8_0")
     return choice
@@ -249,7 +253,7 @@ def _how(source: _Source, type: str) -> How:
         return "copy" if same else "cast"
     if source.held.kind == type:
         return "copy"
-    if _repacks_to(source, type):
+    if source.repacks_to == type:
         return "repack"
     return "requantize" if TENSOR_TYPES[type].is_quantized else "decode"
 
@@ -383,8 +387,7 @@ def _encode_rows(tensor: PlannedTensor, weight: Weight, rows: Tensor) -> Tensor:
     part = weight.rows(rows)
     if tensor.how == "repack":
         assert isinstance(part, QuantizedWeight), type(part)
-        pack = pack_q4_0 if tensor.info.type.name == "Q4_0" else pack_q8_0
-        return pack(part, max_scale_error=MAX_SCALE_ERROR)
+        return PACKERS[tensor.info.type.name](part, max_scale_error=MAX_SCALE_ERROR)
     if tensor.how == "copy":
         # a Q4_0 block weight comes out of a GGUF reader as codes: the same bytes again
         if isinstance(part, QuantizedWeight):

@@ -109,3 +109,18 @@ def test_an_output_that_is_taken_or_misnamed_is_refused(books_7m: Path, tmp_path
     with pytest.raises(UsageError, match="is the source itself"):
         convert_model(str(out), to="gguf", out=out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["books.gguf"]
+
+
+def test_awq_becomes_q4_1_and_its_change_is_measured(
+    packed_checkpoint: PackedCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = packed_checkpoint("awq", "int4-g128-asym")
+    out = tmp_path / "model.gguf"
+    main(["convert", str(folder), "--to", "gguf", "--out", str(out), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["type"], facts["near_layers"], facts["exact_layers"]) == ("Q4_1", 14, 0)
+    assert 0 < facts["max_rms_error"] < 4.5e-4
+    before, after = opened(folder), opened(out)
+    for module in before.modules():
+        meant, found = before.weight(module).dequantize(), after.weight(module).dequantize()
+        assert float((found - meant).norm() / meant.norm()) <= facts["max_rms_error"]

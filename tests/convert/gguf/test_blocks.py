@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qtool import grid
 from qtool.convert.gguf.blocks import codecs, legacy
 from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS, QUANTIZERS, find_codec, quantize
 from qtool.convert.gguf.blocks.lanes import lane_sum, round_away
@@ -281,3 +282,43 @@ def test_a_scale_that_half_precision_lacks_is_said_and_rounded_only_when_allowed
             pack_q4_0(
                 QuantizedWeight(weight.codes, scales, None, weight.scheme), max_scale_error=2**-10
             )
+
+
+@pytest.mark.parametrize(("in_bfloat16", "bound"), [(True, 2.6e-4), (False, 4.5e-4)])
+@pytest.mark.parametrize("group", [32, 128])
+def test_asymmetric_int4_is_q4_1_but_for_its_minima(
+    group: int, in_bfloat16: bool, bound: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scheme = QuantScheme(4, group, symmetric=False)
+    values = torch.randn(256, 512, generator=generator) * 0.02
+    fitted = grid.fit(values, scheme)
+    assert fitted.zeros is not None
+    scales, codes = fitted.scales, grid.codes(values, fitted, scheme)
+    if not in_bfloat16:
+        scales = (scales * (1 + 0.01 * torch.rand(scales.shape, generator=generator))).half()
+    weight = QuantizedWeight(codes, scales, fitted.zeros.to(torch.uint8), scheme)
+    meant = weight.dequantize()
+    found = BLOCK_CODECS["Q4_1"].dequantize(legacy.pack_q4_1(weight))
+    assert 0 < float((found - meant).norm() / meant.norm()) < bound
+    minima = (weight.zeros * scales.float()).repeat_interleave(group, 1)  # type: ignore[operator]
+    assert bool(((found - meant).abs() <= 2**-11 * minima.abs() + 1e-7).all())
+    whole = QuantizedWeight(codes, scales * 0 + 0.5, weight.zeros, scheme)
+    assert BLOCK_CODECS["Q4_1"].dequantize(legacy.pack_q4_1(whole)).equal(whole.dequantize())
+
+
+def test_a_minimum_beyond_half_precision_is_refused() -> None:
+    codes, zeros = torch.zeros(1, 32, dtype=torch.uint8), torch.full((1, 1), 15).to(torch.uint8)
+    scheme = QuantScheme(4, 32, symmetric=False)
+    weight = QuantizedWeight(codes, torch.full((1, 1), 8192.0), zeros, scheme)
+    with pytest.raises(FormatError, match="no minimum of 122880"):
+        legacy.pack_q4_1(weight)
+
+
+def test_q8_0_is_symmetric_int8_both_ways() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = quantize("Q8_0", torch.randn(4, 96, generator=generator))
+    blocks = BlockWeight(data, 96, BLOCK_CODECS["Q8_0"])
+    weight = legacy.unpack_q8_0(blocks)
+    assert weight.dequantize().equal(blocks.dequantize())
+    assert pack_q8_0(weight).equal(data)

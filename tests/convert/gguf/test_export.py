@@ -244,18 +244,32 @@ def test_linears_left_in_16_bit_in_an_int4_model_get_8_bits_not_4(
     assert (types["blk.0.ffn_up.weight"], types["blk.0.attn_q.weight"]) == ("Q4_0", "Q8_0")
 
 
-def test_symmetric_int8_is_kept_when_its_type_is_asked_for(
-    packed_checkpoint: PackedCheckpoint, tmp_path: Path
+@pytest.mark.parametrize("type", [None, "Q8_0"])
+def test_symmetric_int8_is_kept(
+    type: str | None, packed_checkpoint: PackedCheckpoint, tmp_path: Path
 ) -> None:
     source = opened(packed_checkpoint("compressed-tensors", "int8-row-sym"))
-    _, back = export(source, tmp_path / "model.gguf", "Q8_0")
+    plan, back = export(source, tmp_path / "model.gguf", type)
+    assert (plan.file_type, plan.warnings) == ("Q8_0", ())
     for module in source.modules():
         assert back.weight(module).dequantize().equal(source.weight(module).dequantize())
 
 
+def test_asymmetric_int4_is_kept_as_q4_1(
+    packed_checkpoint: PackedCheckpoint, tmp_path: Path
+) -> None:
+    source = opened(packed_checkpoint("awq", "int4-g64-asym"))
+    plan, back = export(source, tmp_path / "model.gguf")
+    assert (plan.file_type, plan.warnings) == ("Q4_1", ())
+    assert sum(tensor.how == "repack" for tensor in plan.tensors) == 14
+    for module in source.modules():
+        meant, found = source.weight(module).dequantize(), back.weight(module).dequantize()
+        assert float((found - meant).norm() / meant.norm()) < 4.5e-4
+
+
 @pytest.mark.parametrize(
     ("scheme", "type"),
-    [("int4-g32-asym", None), ("int4-g32-sym", "Q4_K_M"), ("int8-row-sym", None)],
+    [("int4-g32-asym", "Q4_K_M"), ("int4-g32-sym", "Q4_K_M"), ("int6-g32-sym", None)],
 )
 def test_rounding_a_second_time_warns(
     scheme: str, type: str | None, packed_checkpoint: PackedCheckpoint
