@@ -52,7 +52,7 @@ class TextUsed:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Greedy generation of one sequence, after a warm-up, prompt excluded."""
+    """Greedy generation of one sequence: by the median gap between one token and the next."""
 
     tokens_per_second: float
     num_tokens: int
@@ -199,10 +199,13 @@ def footnotes(report: EvaluationReport) -> list[str]:
     )
     speeds = [row.speed for row in report.rows if row.speed]
     if speeds:
+        dtypes = sorted({speed.dtype for speed in speeds})
+        counts = sorted({speed.num_tokens for speed in speeds})
         lines.append(
-            f"tokens/s: greedy generation of one sequence, {speeds[0].num_tokens} tokens after a "
-            f"warm-up, {', '.join(sorted({speed.dtype for speed in speeds}))}, "
-            f"{speeds[0].device}, {speeds[0].threads} thread{'s' * (speeds[0].threads > 1)}."
+            f"tokens/s: greedy generation of one sequence, median over "
+            f"{' to '.join(str(count) for count in (counts[0], counts[-1])[: len(counts)])} tokens "
+            f"after a warm-up, {', '.join(dtypes)}, {speeds[0].device}, "
+            f"{speeds[0].threads} thread{'s' * (speeds[0].threads > 1)}."
         )
     return [*lines, *report.notes, *(note for row in report.rows for note in row.notes)]
 

@@ -1,8 +1,8 @@
 """Tokens per second of greedy generation, one sequence, as `qtool serve` would run the model.
 
-The prompt's share is taken out by timing the same prompt with one new token and with many: what
-remains is the time of the tokens between. Beside an accuracy report this says what the size buys;
-for a benchmark under load use a load generator.
+What is timed is the gap between one token and the next, so the prompt has no share in it, and the
+median gap is what counts: something else that runs on the machine for a moment does not. Beside an
+accuracy report this says what the size buys; for a benchmark under load use a load generator.
 """
 
 from __future__ import annotations
@@ -10,37 +10,48 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import pairwise
+from statistics import median
 
 import torch
 
 from qtool.checkpoint import Source
+from qtool.errors import QtoolError
 from qtool.progress import bar
 from qtool.runtime.config import Device
-from qtool.runtime.engine.sequence import SamplingParams
+from qtool.runtime.engine.engine import Engine
+from qtool.runtime.engine.sequence import GenerationRequest, SamplingParams
 from qtool.runtime.evaluate.report import Speed
 from qtool.runtime.llm import LLM
 
 PROMPT = "It was a cold evening in November, and the fire in the library had burned low when"
+WARM_UP_TOKENS = 8
 NUM_TOKENS = 64
-RUNS = 2
+# A large model on a small machine gives fewer tokens than that, not a longer wait.
+MAX_SECONDS = 5.0
 
 
 def measure_speed(source: Source, name: str, *, device: Device = "auto") -> Speed:
-    """Load the model as the server would, warm it up, and time it; the better of two runs."""
+    """Load the model as the server would, warm it up, and time it."""
     with closing(LLM(str(source.path), device=device)) as llm, bar(f"timing {name}"):
         context = llm.info.max_model_len
         prompt = llm.get_tokenizer().encode(PROMPT)[: max(1, context // 4)]
-        num_tokens = min(NUM_TOKENS, context - len(prompt) - 1)
-        _seconds(llm, prompt, 8)
-        best = min(
-            _seconds(llm, prompt, num_tokens + 1) - _seconds(llm, prompt, 1) for _ in range(RUNS)
-        )
+        _gaps(llm.engine, prompt, WARM_UP_TOKENS)
+        gaps = _gaps(llm.engine, prompt, min(NUM_TOKENS, context - len(prompt) - 1))
         info = llm.info
-    return Speed(num_tokens / best, num_tokens, info.dtype, info.device, torch.get_num_threads())
+    return Speed(1 / median(gaps), len(gaps), info.dtype, info.device, torch.get_num_threads())
 
 
-def _seconds(llm: LLM, prompt: Sequence[int], num_tokens: int) -> float:
-    sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    started = time.perf_counter()
-    llm.generate([prompt], sampling, use_tqdm=False)
-    return time.perf_counter() - started
+def _gaps(engine: Engine, prompt: Sequence[int], num_gaps: int) -> list[float]:
+    """Seconds between the tokens of one answer."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=num_gaps + 1, ignore_eos=True)
+    engine.add(GenerationRequest("timing", tuple(prompt), sampling))
+    times: list[float] = []
+    while engine.has_work:
+        for output in engine.step():
+            if output.finish_reason == "error":
+                raise QtoolError(f"generation failed: {output.error}")
+            times.append(time.perf_counter())
+        if len(times) > 1 and times[-1] - times[0] > MAX_SECONDS:
+            engine.abort("timing")
+    return [after - before for before, after in pairwise(times)]
