@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qtool.calibration.activations import Activations
 from qtool.calibration.capture import BlockCapture, stages
-from qtool.calibration.linears import Linear, block_linears
+from qtool.calibration.linears import Linear, Site, block_linears
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton
 from qtool.errors import QtoolError
@@ -66,7 +66,7 @@ def _block_squares(
     linears = [item for item in block_linears(skeleton, index) if isinstance(item, Linear)]
     widths = {linear.site: linear.in_features for linear in linears}
     groups = capture.trace(widths)
-    squares = {}
+    squares: dict[Site, InputSquares] = {}
     for stage in stages(groups, sequential=False):
         for first, moments in capture.collect(stage, widths.__getitem__, set()).items():
             if not moments.is_finite:

@@ -17,6 +17,7 @@ from qtool.errors import QtoolError, closest
 COMMANDS: dict[str, tuple[str, str]] = {
     "quantize": ("qtool.quantize.command:quantize", "Quantize a model to int4 or int8."),
     "convert": ("qtool.convert.command:convert", "Convert between GGUF, Marlin, GPTQ, AWQ, ..."),
+    "imatrix": ("qtool.convert.imatrix_command:imatrix", "Measure input importance, for GGUF."),
     "eval": (
         "qtool.runtime.evaluate.command:evaluate",
         "Perplexity and KL divergence, as a report.",

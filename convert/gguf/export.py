@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,6 +36,7 @@ from qtool.convert.gguf.blocks.legacy import (
     pack_q8_0,
     repack_type,
 )
+from qtool.convert.gguf.imatrix import ImportanceMatrix
 from qtool.convert.gguf.import_ import FLOAT_DTYPES, GgufWeights
 from qtool.convert.gguf.metadata import export_entries
 from qtool.convert.gguf.mix import (
@@ -58,6 +59,11 @@ from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
 How = Literal["copy", "cast", "repack", "quantize", "requantize", "decode"]
 
+# What an importance matrix can help. Rows of the embedding are looked up, not multiplied: a value
+# that a matrix has for it is ignored, as by llama-quantize.
+_ROUNDED = ("quantize", "requantize")
+_EMBEDDING = "token_embd.weight"
+
 # Types that keep integer codes: the first that a model has codes for is its file's type, where
 # none is asked for; DEFAULT_TYPE where it has none.
 PACKERS = {"Q4_0": pack_q4_0, "Q4_1": pack_q4_1, "Q8_0": pack_q8_0}
@@ -73,6 +79,7 @@ class PlannedTensor:
     source  its Hugging Face name, None for one that is computed from the config
     held    what the source holds
     wanted  the type it would have if its rows were whole blocks of that type
+    importance  [columns] float32, mean squared input of each column, where that is known
     """
 
     info: TensorInfo
@@ -80,6 +87,7 @@ class PlannedTensor:
     held: Held
     how: How
     wanted: str
+    importance: Tensor | None = field(default=None, compare=False)
 
     @property
     def reason(self) -> str | None:
@@ -145,12 +153,15 @@ def plan_export(
     *,
     pre: str | None = None,
     overrides: MixOverrides | None = None,
+    importance: ImportanceMatrix | None = None,
 ) -> ExportPlan:
     """Decide a whole GGUF file without reading weights.
 
     type  a file type such as "Q4_K_M"; None keeps integer codes where a type has them (Q4_0, Q4_1,
           Q8_0), and makes Q4_K_M of everything else
     pre   tokenizer.ggml.pre, where the tokenizer's is not recognized
+    overrides   types that were fixed by hand
+    importance  decides some types and, for each weight that it knows, how it is rounded
     """
     architecture = find_architecture(reader.config)
     config = DecoderConfig.from_hf(reader.config)
@@ -162,10 +173,14 @@ def plan_export(
     file_type = _writable(type or kept or DEFAULT_TYPE)
     shapes = {source.gguf: source.held.shape for source in sources}
     model = MixModel(
-        architecture.gguf_name, config.num_layers, config.num_heads, config.num_kv_heads
+        architecture.gguf_name,
+        config.num_layers,
+        config.num_heads,
+        config.num_kv_heads,
+        has_importance=importance is not None,
     )
     choices = choose_types(file_type, shapes, model, overrides)
-    require_importance(file_type, choices)
+    require_importance(file_type, choices, () if importance is None else importance.entries)
     by_name = {source.gguf: source for source in sources}
     tensors = []
     for name in file_order([*by_name, ROPE_FREQUENCIES]):
@@ -178,12 +193,13 @@ def plan_export(
             choice = TypeChoice("F32", "F32")
         else:
             choice = _keep_codes(source, file_type, choice, keep_all=keep_codes)
-        tensors.append(_plan_tensor(source, choice))
-    entries = export_entries(
-        reader, config, architecture, file_type, sum(_count(tensor) for tensor in tensors), pre
-    )
+        tensors.append(_plan_tensor(source, choice, importance))
+    num_weights = sum(_count(tensor) for tensor in tensors)
+    entries = export_entries(reader, config, architecture, file_type, num_weights, pre, importance)
     layout = GgufLayout.of(entries, [tensor.info for tensor in tensors])
     warnings = _warnings(tensors, config)
+    if importance is not None:
+        warnings += _importance_warnings(tensors, importance)
     return ExportPlan(reader, file_type, tuple(tensors), layout, warnings)
 
 
@@ -235,14 +251,20 @@ def _keep_codes(
     return choice
 
 
-def _plan_tensor(source: _Source, choice: TypeChoice) -> PlannedTensor:
+def _plan_tensor(
+    source: _Source, choice: TypeChoice, importance: ImportanceMatrix | None
+) -> PlannedTensor:
     if not can_write(choice.type):
         raise QtoolError(
             f"{source.gguf} would have the type {choice.type}, which cannot be written",
             "choose another --type",
         )
     info = TensorInfo(source.gguf, source.held.shape, TENSOR_TYPES[choice.type])
-    return PlannedTensor(info, source.hf, source.held, _how(source, choice.type), choice.wanted)
+    how = _how(source, choice.type)
+    known = None
+    if importance is not None and how in _ROUNDED and source.gguf != _EMBEDDING:
+        known = importance.vector(source.gguf, source.held.shape[-1])
+    return PlannedTensor(info, source.hf, source.held, how, choice.wanted, known)
 
 
 def _how(source: _Source, type: str) -> How:
@@ -287,6 +309,18 @@ def _warnings(tensors: list[PlannedTensor], config: DecoderConfig) -> tuple[str,
             "beyond it the file attends to more than the model did"
         )
     return tuple(warnings)
+
+
+def _importance_warnings(
+    tensors: list[PlannedTensor], importance: ImportanceMatrix
+) -> tuple[str, ...]:
+    rounded = [t.info.name for t in tensors if t.how in _ROUNDED and t.info.name != _EMBEDDING]
+    missing = [name for name in rounded if name not in importance.entries]
+    if not missing:
+        return ()
+    if len(missing) == len(rounded):
+        return ("the importance matrix knows none of this model's weights",)
+    return (f"the importance matrix has nothing on {', '.join(missing)}: rounded without",)
 
 
 def write_gguf(
@@ -411,4 +445,4 @@ def _encode(tensor: PlannedTensor, values: Tensor) -> Tensor:
         raise QtoolError(f"{tensor.info.name} has NaN or infinite values in the source")
     if not type.is_quantized:
         return rows.to(FLOAT_DTYPES[type.name]).view(torch.uint8)
-    return quantize(type.name, rows)
+    return quantize(type.name, rows, tensor.importance)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from qtool.arch import Architecture, DecoderConfig
 from qtool.convert.formats import WeightReader
 from qtool.convert.gguf.container import KeyValue
+from qtool.convert.gguf.imatrix import ImportanceMatrix
 from qtool.convert.gguf.import_ import GgufWeights
 from qtool.convert.gguf.mix import DEFAULT_TYPES
 from qtool.convert.gguf.names import extra_hparams, hparams
@@ -24,6 +25,8 @@ from qtool.convert.gguf.vocab_write import tokenizer_metadata
 
 _FILE_TYPE = "general.file_type"
 _VERSION = "general.quantization_version"
+# llama-quantize passes texts on in a field of this size
+_MAX_OVERRIDE_BYTES = 127
 
 
 def export_entries(
@@ -33,12 +36,16 @@ def export_entries(
     file_type: str,
     num_weights: int,
     pre: str | None,
+    importance: ImportanceMatrix | None = None,
 ) -> list[KeyValue]:
     """All metadata of the file to be written."""
     kind = KeyValue(_FILE_TYPE, FILE_TYPES[file_type], ValueType.UINT32)
     version = KeyValue(_VERSION, QUANTIZATION_VERSION, ValueType.UINT32)
+    origin = [] if importance is None else _importance_entries(importance)
     if isinstance(reader, GgufWeights):
-        return [*_kept(reader), version, kind]
+        replaced = {entry.key for entry in origin}
+        kept = [entry for entry in _kept(reader) if entry.key not in replaced]
+        return [*kept, version, kind, *origin]
     head = [
         KeyValue("general.architecture", architecture.gguf_name, ValueType.STRING),
         KeyValue("general.type", "model", ValueType.STRING),
@@ -49,8 +56,25 @@ def export_entries(
     extra = extra_hparams(config, architecture.gguf_name)
     tokenizer = tokenizer_metadata(reader.source.path, reader.config, pre)
     if TENSOR_TYPES[DEFAULT_TYPES[file_type]].is_quantized:
-        return [*head, *settings, *extra, *tokenizer, version, kind]
+        return [*head, *settings, *extra, *tokenizer, version, kind, *origin]
     return [*head, *settings, kind, *extra, version, *tokenizer]
+
+
+def _importance_entries(importance: ImportanceMatrix) -> list[KeyValue]:
+    """Which importance matrix a file was made with, as llama-quantize notes it."""
+    entries = []
+    texts = {"file": importance.file, "dataset": next(iter(importance.datasets), None)}
+    for key, text in texts.items():
+        if text is not None:
+            cut = text.encode("utf-8", "surrogateescape")[:_MAX_OVERRIDE_BYTES]
+            value = cut.decode("utf-8", "surrogateescape")
+            entries.append(KeyValue(f"quantize.imatrix.{key}", value, ValueType.STRING))
+    count = len(importance.entries)
+    entries.append(KeyValue("quantize.imatrix.entries_count", count, ValueType.UINT32))
+    if importance.chunk_count > 0:
+        chunks = importance.chunk_count
+        entries.append(KeyValue("quantize.imatrix.chunks_count", chunks, ValueType.UINT32))
+    return entries
 
 
 def _kept(reader: GgufWeights) -> list[KeyValue]:

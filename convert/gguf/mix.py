@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -382,14 +382,19 @@ def _fit(wanted: str, columns: int) -> str:
     return replacement if columns % TENSOR_TYPES[replacement].block_size == 0 else "F16"
 
 
-def require_importance(file_type: str, choices: Mapping[str, TypeChoice]) -> None:
-    """Refuse, for a model without an importance matrix, types that are useless without one."""
+def require_importance(
+    file_type: str, choices: Mapping[str, TypeChoice], known: Container[str] = ()
+) -> None:
+    """Refuse types that are useless without an importance matrix.
+
+    known  tensors that have importance
+    """
     for name, choice in choices.items():
-        if name in ("token_embd.weight", "output.weight"):
+        if name in ("token_embd.weight", "output.weight") or name in known:
             continue
         if choice.type in _NEED_IMPORTANCE or (file_type == "Q2_K_S" and choice.type == "Q2_K"):
             raise QtoolError(
                 f"{file_type} gives {name} the type {choice.type}, which is useless without an "
                 "importance matrix",
-                "choose a type of 3 bits or more, such as Q3_K_M",
+                "give one with --imatrix, or choose a type of 3 bits or more, such as Q3_K_M",
             )

@@ -14,7 +14,9 @@ import torch
 
 from qtool.checkpoint import Source
 from qtool.convert.formats import open_weights
+from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.export import plan_export, write_gguf
+from qtool.convert.gguf.imatrix import Importance, ImportanceMatrix
 from qtool.convert.gguf.types import FILE_TYPES
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -93,3 +95,46 @@ def test_llama_cpp_computes_the_logits_of_transformers(
     found = torch.from_numpy(llama.scores[:64])
     # its key-value cache is half precision
     assert torch.allclose(found, expected, atol=3e-3)
+
+
+@pytest.mark.parametrize("type", ["Q4_K_M", "Q3_K_M", "Q2_K", "Q2_K_S", "Q4_0", "Q5_1", "IQ4_XS"])
+def test_llama_quantize_makes_the_same_file_with_an_importance_matrix(
+    type: str, books_7m: Path, tmp_path: Path
+) -> None:
+    half_way = written(books_7m, tmp_path / "bf16.gguf", "BF16")
+    generator = torch.Generator().manual_seed(0)
+    entries = {
+        name: Importance(
+            torch.rand(1, tensor.shape[-1], generator=generator).pow(3), torch.tensor([7.0])
+        )
+        for name, tensor in GgufFile.open(half_way).tensors.items()
+        if name.startswith("blk.") and len(tensor.shape) == 2
+    }
+    matrix = ImportanceMatrix(entries, ("some text",), 3, 16, "some.imatrix")
+    ours = tmp_path / "ours.gguf"
+    reader = open_weights(Source(books_7m.name, books_7m))
+    write_gguf(plan_export(reader, type, importance=matrix), ours)
+
+    vectors = {name: entry.mean[0].contiguous() for name, entry in entries.items()}
+    given = (llama_cpp.llama_model_imatrix_data * (len(vectors) + 1))()
+    for item, (name, vector) in zip(given, vectors.items(), strict=False):
+        item.name, item.size = name.encode(), vector.numel()
+        item.data = ctypes.cast(vector.data_ptr(), ctypes.POINTER(ctypes.c_float))
+    notes = {"file": b"some.imatrix", "dataset": b"some text", "entries_count": len(vectors)}
+    overrides = (llama_cpp.llama_model_kv_override * (len(notes) + 2))()
+    pairs = {**notes, "chunks_count": 3}.items()
+    for override, (key, value) in zip(overrides, pairs, strict=False):
+        override.key = f"quantize.imatrix.{key}".encode()
+        if isinstance(value, bytes):
+            override.tag, override.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value
+        else:
+            override.tag, override.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = FILE_TYPES[type], 1
+    parameters.imatrix, parameters.kv_overrides = given, overrides
+    theirs = tmp_path / "theirs.gguf"
+    status = llama_cpp.llama_model_quantize(
+        str(half_way).encode(), str(theirs).encode(), ctypes.byref(parameters)
+    )
+    assert status == 0
+    assert ours.read_bytes() == theirs.read_bytes()
