@@ -115,8 +115,8 @@ def run_demo(folder: Path, out: Path, *, show_answer: bool) -> tuple[EvaluationR
 @contextmanager
 def one_thread() -> Iterator[None]:
     """The bundled model's matrices are so small that a second thread mostly waits for the first,
-    and on a busy machine both wait for a core: 73 s with one thread, 450 s with two, measured on
-    two cores with other work on them.
+    and on a busy machine both wait for a core: with ten other jobs on two cores the demo took 146 s
+    with one thread and 457 s with two (AMD EPYC, 2026-11).
     """
     import torch
 

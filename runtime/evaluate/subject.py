@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from qtool.artifact import MANIFEST_NAME, Manifest
 from qtool.builtin import PREFIX
-from qtool.checkpoint import Source, resolve
+from qtool.checkpoint import Checkpoint, Source, resolve
 from qtool.convert.formats import WeightReader, open_weights
 from qtool.errors import QtoolError
 from qtool.runtime.evaluate.perplexity import PAPERS_WINDOW
@@ -117,12 +117,21 @@ def _origin(manifest: Manifest) -> _Origin:
 
 
 def resolve_here(model: str, revision: str | None) -> Source | None:
-    """A model that a manifest names, if it is on this machine: nothing is downloaded unasked."""
-    if model.startswith(PREFIX) or Path(model).expanduser().exists():
-        try:
+    """A model that a manifest names, if all of it is on this machine: nothing is downloaded
+    unasked.
+    """
+    try:
+        if model.startswith(PREFIX) or Path(model).expanduser().exists():
             return resolve(model, revision)
-        except QtoolError:
-            return None
+        source = _in_hub_cache(model, revision)
+        if source is not None:
+            Checkpoint.open(source.path)  # a cache may hold a config alone
+        return source
+    except QtoolError:
+        return None
+
+
+def _in_hub_cache(model: str, revision: str | None) -> Source | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

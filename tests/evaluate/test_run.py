@@ -94,6 +94,22 @@ def test_a_source_that_is_not_here_is_said_and_not_fetched(artifact: Path) -> No
     assert "nobody/no-such-model-here, which is not on this machine" in report.notes[0]
 
 
+def test_a_source_in_the_hub_cache_is_used_if_its_weights_are_there(
+    artifact: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / commit
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    write_manifest(artifact, Manifest("compressed-tensors", "someone/tiny", commit))
+    snapshot.mkdir(parents=True)
+    shutil.copy(original / "config.json", snapshot)
+    assert evaluate(str(artifact), max_tokens=1024, speed=False).reference is None
+    shutil.copytree(original, snapshot, dirs_exist_ok=True)
+    report = evaluate(str(artifact), max_tokens=1024, speed=False)
+    assert report.reference is not None
+    assert (report.reference.name, report.reference.model) == ("tiny", "someone/tiny")
+
+
 def test_a_model_without_a_manifest_is_evaluated_alone(original: Path) -> None:
     report = evaluate(str(original), max_tokens=1024, speed=False)
     assert report.reference is None
