@@ -101,13 +101,14 @@ def measure(
 
     import torch
 
-    from qtool.arch import DecoderConfig, find_architecture
+    from qtool.arch import find_family
     from qtool.calibration.dataset import load_calibration, load_tokenizer
     from qtool.calibration.importance import input_squares
     from qtool.calibration.skeleton import Skeleton
     from qtool.checkpoint import Checkpoint
     from qtool.convert.gguf.imatrix import Importance, ImportanceMatrix
     from qtool.convert.gguf.names import NameMap
+    from qtool.convert.gguf.sizes import Sizes
     from qtool.errors import UnsupportedModel
 
     if source.is_gguf:
@@ -115,8 +116,8 @@ def measure(
             f"{source.name} is a GGUF file", "give the Hugging Face model that it was made from"
         )
     checkpoint = Checkpoint.open(source.path)
-    architecture = find_architecture(checkpoint.config)
-    names = NameMap.of(architecture, DecoderConfig.from_hf(checkpoint.config))
+    architecture = find_family(checkpoint.config)
+    names = NameMap.of(architecture, Sizes.of(checkpoint.config))
     skeleton = Skeleton.build(checkpoint, trust_remote_code=trust_remote_code)
     length = _within_context(skeleton, wanted.sequence_length)
     notes: list[str] = []

@@ -3,7 +3,10 @@
 A family is data: which tensors play which role and under what name (Hugging Face, GGUF), which of
 them carry biases or per-head norms, which linears share an input, and where AWQ may move scale
 from a layer into the one before it. GGUF naming, AWQ folding and the native decoder all read this
-table; adding a family is adding a row and its tiny-checkpoint test.
+table; adding a family is adding a row and its tiny-checkpoint test. Rows that the native decoder
+does not run are there for GGUF (convert/gguf/families.py has their settings).
+
+In names {i} is the block and {e} the expert: a checkpoint has a matrix an expert, GGUF stacks them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,13 @@ Role = Literal[
     "embed", "norm", "head",
     "attn_norm", "q", "k", "v", "o", "q_norm", "k_norm",
     "mlp_norm", "gate", "up", "down",
+    # fused projections, norms after a layer, learned positions
+    "qkv", "gate_up", "attn_post_norm", "mlp_post_norm", "positions",
+    # experts: the router, its bias, the stacks, the expert that every token goes through
+    "router", "router_bias", "experts_gate", "experts_up", "experts_down",
+    "shared_gate", "shared_up", "shared_down", "shared_router",
+    # latent attention: q and kv go through a narrow layer with a norm
+    "q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b",
 ]  # fmt: skip
 
 
@@ -53,9 +63,15 @@ class Architecture:
     smoothing: tuple[Smoothing, ...]
     # Linears with one input: runtimes fuse them, so they share a scheme.
     fused: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("gate", "up"))
+    # Whether the native decoder runs it.
+    native: bool = True
+    # Norms multiply by this plus their weight, which is what GGUF stores.
+    norm_offset: float = 0.0
+    # Linears that a checkpoint stores as [in, out] (Conv1D).
+    transposed: tuple[Role, ...] = ()
 
-    def hf_name(self, role: Role, block: int | None = None) -> str:
-        return _numbered(self.tensors[role].hf, block)
+    def hf_name(self, role: Role, block: int | None = None, expert: int | None = None) -> str:
+        return _numbered(self.tensors[role].hf, block, expert)
 
     def gguf_tensor(self, role: Role, block: int | None = None) -> str:
         return _numbered(self.tensors[role].gguf, block)
@@ -65,10 +81,11 @@ class Architecture:
         return tuple(role for role, name in self.tensors.items() if "{i}" in name.hf)
 
 
-def _numbered(template: str, block: int | None) -> str:
-    if ("{i}" in template) != (block is not None):
-        raise ValueError(f"{template} and block {block} do not go together")
-    return template.format(i=block)
+def _numbered(template: str, block: int | None, expert: int | None = None) -> str:
+    for mark, number in (("{i}", block), ("{e}", expert)):
+        if (mark in template) != (number is not None):
+            raise ValueError(f"{template} and {mark} {number} do not go together")
+    return template.format(i=block, e=expert)
 
 
 _LLAMA_TENSORS: dict[Role, TensorName] = {
@@ -97,6 +114,135 @@ _LLAMA_SMOOTHING = (
 )
 
 
+def _in_blocks(names: Mapping[Role, tuple[str, str]]) -> dict[Role, TensorName]:
+    return {
+        role: TensorName(f"model.layers.{{i}}.{hf}", f"blk.{{i}}.{gguf}")
+        for role, (hf, gguf) in names.items()
+    }
+
+
+def _without(tensors: Mapping[Role, TensorName], *roles: Role) -> dict[Role, TensorName]:
+    return {role: name for role, name in tensors.items() if role not in roles}
+
+
+_NORMS_AFTER = _in_blocks(
+    {
+        "attn_post_norm": ("post_attention_layernorm", "post_attention_norm"),
+        "mlp_post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
+    }
+)
+_GEMMA2_TENSORS = (
+    _LLAMA_TENSORS
+    | _NORMS_AFTER
+    | _in_blocks({"mlp_norm": ("pre_feedforward_layernorm", "ffn_norm")})
+)
+_PHI3_TENSORS = _without(_LLAMA_TENSORS, "q", "k", "v", "gate", "up") | _in_blocks(
+    {
+        "qkv": ("self_attn.qkv_proj", "attn_qkv"),
+        "gate_up": ("mlp.gate_up_proj", "ffn_up"),
+    }
+)
+_PHI2_TENSORS = (
+    _without(_LLAMA_TENSORS, "mlp_norm", "gate")
+    | {"norm": TensorName("model.final_layernorm", "output_norm")}
+    | _in_blocks(
+        {
+            "o": ("self_attn.dense", "attn_output"),
+            "up": ("mlp.fc1", "ffn_up"),
+            "down": ("mlp.fc2", "ffn_down"),
+        }
+    )
+)
+_STARCODER2_TENSORS = _without(_LLAMA_TENSORS, "gate") | _in_blocks(
+    {"up": ("mlp.c_fc", "ffn_up"), "down": ("mlp.c_proj", "ffn_down")}
+)
+_GPT2_TENSORS: dict[Role, TensorName] = {
+    "embed": TensorName("transformer.wte", "token_embd"),
+    "positions": TensorName("transformer.wpe", "position_embd"),
+    "norm": TensorName("transformer.ln_f", "output_norm"),
+    "head": TensorName("lm_head", "output"),
+    "attn_norm": TensorName("transformer.h.{i}.ln_1", "blk.{i}.attn_norm"),
+    "qkv": TensorName("transformer.h.{i}.attn.c_attn", "blk.{i}.attn_qkv"),
+    "o": TensorName("transformer.h.{i}.attn.c_proj", "blk.{i}.attn_output"),
+    "mlp_norm": TensorName("transformer.h.{i}.ln_2", "blk.{i}.ffn_norm"),
+    "up": TensorName("transformer.h.{i}.mlp.c_fc", "blk.{i}.ffn_up"),
+    "down": TensorName("transformer.h.{i}.mlp.c_proj", "blk.{i}.ffn_down"),
+}
+_MIXTRAL_TENSORS = _without(_LLAMA_TENSORS, "gate", "up", "down") | _in_blocks(
+    {
+        "router": ("block_sparse_moe.gate", "ffn_gate_inp"),
+        "experts_gate": ("block_sparse_moe.experts.{e}.w1", "ffn_gate_exps"),
+        "experts_up": ("block_sparse_moe.experts.{e}.w3", "ffn_up_exps"),
+        "experts_down": ("block_sparse_moe.experts.{e}.w2", "ffn_down_exps"),
+    }
+)
+_EXPERTS = _in_blocks(
+    {
+        "router": ("mlp.gate", "ffn_gate_inp"),
+        "experts_gate": ("mlp.experts.{e}.gate_proj", "ffn_gate_exps"),
+        "experts_up": ("mlp.experts.{e}.up_proj", "ffn_up_exps"),
+        "experts_down": ("mlp.experts.{e}.down_proj", "ffn_down_exps"),
+    }
+)
+_QWEN3_MOE_TENSORS = _without(_LLAMA_TENSORS, "gate", "up", "down") | _QK_NORMS | _EXPERTS
+_QWEN2_MOE_TENSORS = (
+    _without(_LLAMA_TENSORS, "gate", "up", "down")
+    | _EXPERTS
+    | _in_blocks(
+        {
+            "shared_gate": ("mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
+            "shared_up": ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
+            "shared_down": ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
+            "shared_router": ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
+        }
+    )
+)
+# The first blocks have gate, up and down, the others experts; q is there without q_a and q_b. GGUF
+# has kv_b as two stacks by head, attn_k_b (transposed) and attn_v_b.
+_DEEPSEEK_TENSORS = (
+    _without(_LLAMA_TENSORS, "k", "v")
+    | _EXPERTS
+    | _in_blocks(
+        {
+            "router_bias": ("mlp.gate.e_score_correction_bias", "exp_probs_b.bias"),
+            "shared_gate": ("mlp.shared_experts.gate_proj", "ffn_gate_shexp"),
+            "shared_up": ("mlp.shared_experts.up_proj", "ffn_up_shexp"),
+            "shared_down": ("mlp.shared_experts.down_proj", "ffn_down_shexp"),
+            "q_a": ("self_attn.q_a_proj", "attn_q_a"),
+            "q_a_norm": ("self_attn.q_a_layernorm", "attn_q_a_norm"),
+            "q_b": ("self_attn.q_b_proj", "attn_q_b"),
+            "kv_a": ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
+            "kv_a_norm": ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
+            "kv_b": ("self_attn.kv_b_proj", "attn_kv_b"),
+        }
+    )
+)
+
+
+def _for_gguf(
+    model_type: str,
+    gguf_name: str,
+    tensors: Mapping[Role, TensorName],
+    *,
+    interleaved: bool = False,
+    norm_offset: float = 0.0,
+    transposed: tuple[Role, ...] = (),
+) -> Architecture:
+    """A row that the native decoder does not run."""
+    return Architecture(
+        model_type=model_type,
+        gguf_name=gguf_name,
+        tensors=tensors,
+        qkv_bias=False,
+        qk_norm="q_norm" in tensors,
+        rope_interleaved_in_gguf=interleaved,
+        smoothing=(),
+        native=False,
+        norm_offset=norm_offset,
+        transposed=transposed,
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
     for row in (
@@ -106,21 +252,55 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             "qwen3", "qwen3", _LLAMA_TENSORS | _QK_NORMS, False, True, False, _LLAMA_SMOOTHING
         ),
+        _for_gguf("gemma", "gemma", _LLAMA_TENSORS, norm_offset=1.0),
+        _for_gguf("gemma2", "gemma2", _GEMMA2_TENSORS, norm_offset=1.0),
+        _for_gguf("gemma3_text", "gemma3", _GEMMA2_TENSORS | _QK_NORMS, norm_offset=1.0),
+        _for_gguf("phi3", "phi3", _PHI3_TENSORS),
+        _for_gguf("phi", "phi2", _PHI2_TENSORS),
+        _for_gguf("gpt2", "gpt2", _GPT2_TENSORS, transposed=("qkv", "o", "up", "down")),
+        _for_gguf("smollm3", "smollm3", _LLAMA_TENSORS, interleaved=True),
+        _for_gguf(
+            "olmo2",
+            "olmo2",
+            _without(_LLAMA_TENSORS, "attn_norm", "mlp_norm") | _QK_NORMS | _NORMS_AFTER,
+        ),
+        _for_gguf("starcoder2", "starcoder2", _STARCODER2_TENSORS),
+        _for_gguf("granite", "granite", _LLAMA_TENSORS, interleaved=True),
+        _for_gguf("mixtral", "llama", _MIXTRAL_TENSORS, interleaved=True),
+        _for_gguf("qwen2_moe", "qwen2moe", _QWEN2_MOE_TENSORS),
+        _for_gguf("qwen3_moe", "qwen3moe", _QWEN3_MOE_TENSORS),
+        _for_gguf("deepseek_v2", "deepseek2", _without(_DEEPSEEK_TENSORS, "router_bias")),
+        _for_gguf("deepseek_v3", "deepseek2", _DEEPSEEK_TENSORS),
     )
 }
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The table's row for a config.json; raises UnsupportedModel with the list where there is
-    none.
+    """The row of a family that the native decoder runs; raises UnsupportedModel with the list of
+    them.
     """
+    native = {name: row for name, row in ARCHITECTURES.items() if row.native}
+    return _find(config, native, "is not one that the native decoder runs")
+
+
+def find_family(config: Mapping[str, Any]) -> Architecture:
+    """The table's row for a config.json, native or not; raises UnsupportedModel with the list."""
+    return _find(config, ARCHITECTURES, "is not in the table of families")
+
+
+def _find(
+    config: Mapping[str, Any], rows: Mapping[str, Architecture], problem: str
+) -> Architecture:
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
-    guess = closest(str(model_type), ARCHITECTURES)
-    families = ", ".join(sorted(ARCHITECTURES))
+    if isinstance(model_type, str) and model_type in rows:
+        return rows[model_type]
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        problem += f" (it is multimodal: its text part is {inner.get('model_type')!r})"
+    guess = closest(str(model_type), rows)
+    families = ", ".join(sorted(rows))
     raise UnsupportedModel(
-        f"model family {model_type!r} is not in the table of families",
+        f"model family {model_type!r} {problem}",
         f"known: {families}" + (f"; did you mean {guess}?" if guess else ""),
     )
 

@@ -19,15 +19,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qtool.arch import DecoderConfig, find_architecture
+from qtool.arch import find_family
 from qtool.convert.formats import Held, WeightReader
+from qtool.convert.gguf.arrange import Arranged, arrange, matrices, vector
 from qtool.convert.gguf.blocks.codecs import can_write, quantize, slab_rows
 from qtool.convert.gguf.blocks.legacy import (
     half_scale_error,
@@ -49,11 +50,13 @@ from qtool.convert.gguf.mix import (
     find_file_type,
     require_importance,
 )
-from qtool.convert.gguf.names import ROPE_FREQUENCIES, NameMap, rope_divisors
+from qtool.convert.gguf.names import NameMap
 from qtool.convert.gguf.parallel import run_in_order
+from qtool.convert.gguf.ropes import DERIVED_TENSORS, derived_tensors
+from qtool.convert.gguf.sizes import Sizes
 from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
-from qtool.errors import FormatError, QtoolError, UnknownName
+from qtool.errors import QtoolError, UnknownName
 from qtool.progress import bar
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
@@ -76,10 +79,12 @@ MAX_SCALE_ERROR = 2.0**-10
 class PlannedTensor:
     """One tensor of the file.
 
-    source  its Hugging Face name, None for one that is computed from the config
+    source  its Hugging Face name, None for one that is computed from the config; the first expert's
+            of a stack
     held    what the source holds
     wanted  the type it would have if its rows were whole blocks of that type
-    importance  [columns] float32, mean squared input of each column, where that is known
+    importance  [matrices * columns] float32, mean squared input of each column, where that is known
+    arranged    how it is made of the source's tensors
     """
 
     info: TensorInfo
@@ -88,6 +93,7 @@ class PlannedTensor:
     how: How
     wanted: str
     importance: Tensor | None = field(default=None, compare=False)
+    arranged: Arranged | None = None
 
     @property
     def reason(self) -> str | None:
@@ -130,11 +136,14 @@ class ExportPlan:
 
 
 class _Source(NamedTuple):
-    """A tensor of the model under both names."""
+    """A tensor of the model under GGUF's name."""
 
-    hf: str
     gguf: str
-    held: Held
+    arranged: Arranged
+
+    @property
+    def held(self) -> Held:
+        return self.arranged.held
 
     @property
     def is_dense(self) -> bool:
@@ -163,10 +172,10 @@ def plan_export(
     overrides   types that were fixed by hand
     importance  decides some types and, for each weight that it knows, how it is rounded
     """
-    architecture = find_architecture(reader.config)
-    config = DecoderConfig.from_hf(reader.config)
+    architecture = find_family(reader.config)
+    config = Sizes.of(reader.config)
     names = NameMap.of(architecture, config)
-    sources = _sources(reader, names)
+    sources = [_Source(name, tensor) for name, tensor in arrange(reader, names).items()]
     own = {source.repacks_to for source in sources}
     kept = next((kept for kept in PACKERS if kept in own), None)
     keep_codes = type is None and kept is not None
@@ -177,15 +186,19 @@ def plan_export(
         config.num_layers,
         config.num_heads,
         config.num_kv_heads,
+        num_experts=config.num_experts,
         has_importance=importance is not None,
     )
     choices = choose_types(file_type, shapes, model, overrides)
     require_importance(file_type, choices, () if importance is None else importance.entries)
     by_name = {source.gguf: source for source in sources}
     tensors = []
-    for name in file_order([*by_name, ROPE_FREQUENCIES]):
-        if name == ROPE_FREQUENCIES:
-            tensors += _rope_tensor(reader, config)
+    derived = _derived(reader, config)
+    for name in file_order([*by_name, *derived]):
+        if name in derived:
+            shape = tuple(derived[name].shape)
+            info = TensorInfo(name, shape, TENSOR_TYPES["F32"])
+            tensors.append(PlannedTensor(info, None, Held(shape, "float32"), "copy", "F32"))
             continue
         source = by_name[name]
         choice = choices.get(name)
@@ -195,7 +208,7 @@ def plan_export(
             choice = _keep_codes(source, file_type, choice, keep_all=keep_codes)
         tensors.append(_plan_tensor(source, choice, importance))
     num_weights = sum(_count(tensor) for tensor in tensors)
-    entries = export_entries(reader, config, architecture, file_type, num_weights, pre, importance)
+    entries = export_entries(reader, architecture, file_type, num_weights, pre, importance)
     layout = GgufLayout.of(entries, [tensor.info for tensor in tensors])
     warnings = _warnings(tensors, config)
     if importance is not None:
@@ -211,26 +224,6 @@ def _writable(name: str) -> str:
     if file_type not in known:
         raise UnknownName("GGUF type that can be written", name, known)
     return file_type
-
-
-def _sources(reader: WeightReader, names: NameMap) -> list[_Source]:
-    sources = []
-    packed = {f"{module}.weight": module for module in reader.modules()}
-    for hf in (*packed, *reader.tensor_names()):
-        gguf = names.to_gguf(hf)
-        if gguf is None or (gguf == "output.weight" and names.config.tie_word_embeddings):
-            continue
-        held = reader.describe(packed.get(hf, hf))
-        if held.shape != names.shape(hf):
-            raise FormatError(
-                f"{hf} has shape {list(held.shape)}, config.json says {list(names.shape(hf))}"
-            )
-        sources.append(_Source(hf, gguf, held))
-    present = {source.hf for source in sources}
-    missing = [name for name in names.required() if name not in present]
-    if missing:
-        raise FormatError(f"{reader.source.name} has no tensor {missing[0]}")
-    return sources
 
 
 def _keep_codes(
@@ -263,8 +256,10 @@ def _plan_tensor(
     how = _how(source, choice.type)
     known = None
     if importance is not None and how in _ROUNDED and source.gguf != _EMBEDDING:
-        known = importance.vector(source.gguf, source.held.shape[-1])
-    return PlannedTensor(info, source.hf, source.held, how, choice.wanted, known)
+        shape = source.held.shape
+        known = importance.vector(source.gguf, shape[-1] * (shape[0] if len(shape) == 3 else 1))
+    arranged = source.arranged
+    return PlannedTensor(info, arranged.parts[0], source.held, how, choice.wanted, known, arranged)
 
 
 def _how(source: _Source, type: str) -> How:
@@ -272,7 +267,7 @@ def _how(source: _Source, type: str) -> How:
         if TENSOR_TYPES[type].is_quantized:
             return "quantize"
         same = source.held.kind == str(FLOAT_DTYPES[type]).removeprefix("torch.")
-        return "copy" if same else "cast"
+        return "copy" if same and not source.arranged.offset else "cast"
     if source.held.kind == type:
         return "copy"
     if source.repacks_to == type:
@@ -280,19 +275,21 @@ def _how(source: _Source, type: str) -> How:
     return "requantize" if TENSOR_TYPES[type].is_quantized else "decode"
 
 
-def _rope_tensor(reader: WeightReader, config: DecoderConfig) -> list[PlannedTensor]:
-    if rope_divisors(config.rope, config.head_dim) is None:
-        return []
-    shape = (config.head_dim // 2,)
-    info = TensorInfo(ROPE_FREQUENCIES, shape, TENSOR_TYPES["F32"])
-    return [PlannedTensor(info, None, Held(shape, "float32"), "copy", "F32")]
+def _derived(reader: WeightReader, config: Sizes) -> dict[str, Tensor]:
+    """Tensors that follow from config.json; a GGUF source's own, where it has them."""
+    if isinstance(reader, GgufWeights):
+        present = [name for name in DERIVED_TENSORS if name in reader.file.tensors]
+        return {
+            name: reader.file.data(name).clone().view(torch.float32).view(-1) for name in present
+        }
+    return derived_tensors(reader.config, config.head_dim)
 
 
 def _count(tensor: PlannedTensor) -> int:
     return tensor.info.rows * tensor.info.shape[-1]
 
 
-def _warnings(tensors: list[PlannedTensor], config: DecoderConfig) -> tuple[str, ...]:
+def _warnings(tensors: list[PlannedTensor], config: Sizes) -> tuple[str, ...]:
     warnings = []
     again = [tensor for tensor in tensors if tensor.how == "requantize"]
     if again:
@@ -303,9 +300,9 @@ def _warnings(tensors: list[PlannedTensor], config: DecoderConfig) -> tuple[str,
         )
     reasons = Counter((t.reason, t.info.type.name) for t in tensors if t.reason is not None)
     warnings += [f"{count} tensors are {type}: {why}" for (why, type), count in reasons.items()]
-    if config.sliding_window is not None:
+    if config.lost_window is not None:
         warnings.append(
-            f"GGUF's llama architecture has no sliding window ({config.sliding_window} here): "
+            f"GGUF's architecture has no sliding window ({config.lost_window} here): "
             "beyond it the file attends to more than the model did"
         )
     return tuple(warnings)
@@ -355,8 +352,7 @@ def _stream(
     notes: list[str],
     progress: Callable[[int], None],
 ) -> None:
-    architecture = find_architecture(plan.reader.config)
-    names = NameMap.of(architecture, DecoderConfig.from_hf(plan.reader.config))
+    names = NameMap.of(find_family(plan.reader.config), Sizes.of(plan.reader.config))
 
     def jobs() -> Iterator[Callable[[], _Slab]]:
         for tensor in plan.tensors:
@@ -371,47 +367,54 @@ def _jobs(
     tensor: PlannedTensor, reader: WeightReader, names: NameMap, notes: list[str]
 ) -> Iterator[Callable[[], _Slab]]:
     """The work on one tensor, a slab of rows at a time; its source is read when this begins."""
-    info = tensor.info
-    if tensor.source is None or len(info.shape) == 1:
-        values = _vector(tensor, reader, names)
-        yield lambda: _Slab(info, _encode(tensor, values))
+    if tensor.arranged is None:
+        values = _derived(reader, names.config)[tensor.info.name]
+        yield lambda: _Slab(tensor.info, _encode(tensor, values))
         return
-    module = tensor.source.rpartition(".")[0]
-    weight = reader.weight(module)
-    if tensor.how == "repack":
-        assert isinstance(weight, QuantizedWeight), type(weight)
-        error = half_scale_error(weight)
-        if error > MAX_SCALE_ERROR:
-            raise QtoolError(
-                f"{module}: half precision changes its scales by {error:.2g} of them, "
-                f"so {info.type.name} cannot hold it",
-                "choose a --type that quantizes again, such as Q4_K_M",
-            )
-        if error > 0:
-            notes.append(f"{module}: scales rounded to half precision, by up to {error:.2g} of one")
-    order = names.row_order(module)
-    height = slab_rows(info.shape[-1])
-    for begin in range(0, info.rows, height):
-        end = min(begin + height, info.rows)
+    arranged = tensor.arranged
+    if arranged.is_vector:
+        values = vector(arranged, reader, names)
+        yield lambda: _Slab(tensor.info, _encode(tensor, values))
+        return
+    columns = tensor.info.shape[-1]
+    for number, weight in enumerate(matrices(arranged, reader, names)):
+        known = tensor.importance
+        if known is not None and known.numel() > columns:
+            known = known[number * columns : (number + 1) * columns]
+        module = arranged.parts[min(number, len(arranged.parts) - 1)].rpartition(".")[0]
+        if tensor.how == "repack":
+            assert isinstance(weight, QuantizedWeight), type(weight)
+            notes += _repack_notes(module, weight, tensor.info.type.name)
+        order = names.row_order(module)
+        yield from _slabs(replace(tensor, importance=known), weight, order)
+
+
+def _repack_notes(module: str, weight: QuantizedWeight, type: str) -> list[str]:
+    error = half_scale_error(weight)
+    if error > MAX_SCALE_ERROR:
+        raise QtoolError(
+            f"{module}: half precision changes its scales by {error:.2g} of them, "
+            f"so {type} cannot hold it",
+            "choose a --type that quantizes again, such as Q4_K_M",
+        )
+    if error == 0:
+        return []
+    return [f"{module}: scales rounded to half precision, by up to {error:.2g} of one"]
+
+
+def _slabs(
+    tensor: PlannedTensor, weight: Weight, order: Tensor | None
+) -> Iterator[Callable[[], _Slab]]:
+    num_rows = weight.shape[0]
+    height = slab_rows(tensor.info.shape[-1])
+    for begin in range(0, num_rows, height):
+        end = min(begin + height, num_rows)
         rows = torch.arange(begin, end) if order is None else order[begin:end]
 
         def job(rows: Tensor = rows) -> _Slab:
-            return _Slab(info, _encode_rows(tensor, weight, rows))
+            return _Slab(tensor.info, _encode_rows(tensor, weight, rows))
 
         yield job
-
-
-def _vector(tensor: PlannedTensor, reader: WeightReader, names: NameMap) -> Tensor:
-    """A one-dimensional tensor's values, in GGUF's order."""
-    if tensor.source is None:
-        if isinstance(reader, GgufWeights) and ROPE_FREQUENCIES in reader.file.tensors:
-            return reader.file.data(ROPE_FREQUENCIES).clone().view(torch.float32).view(-1)
-        divisors = rope_divisors(names.config.rope, names.config.head_dim)
-        assert divisors is not None
-        return divisors
-    values = reader.tensor(tensor.source)
-    order = names.row_order(tensor.source.rpartition(".")[0])
-    return values if order is None else values[order]
 
 
 def _encode_rows(tensor: PlannedTensor, weight: Weight, rows: Tensor) -> Tensor:

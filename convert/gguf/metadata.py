@@ -7,13 +7,13 @@ file_type out and appends them; so does this for quantized types.
 
 from __future__ import annotations
 
-from qtool.arch import Architecture, DecoderConfig
+from qtool.arch import Architecture
 from qtool.convert.formats import WeightReader
 from qtool.convert.gguf.container import KeyValue
+from qtool.convert.gguf.families import settings_entries
 from qtool.convert.gguf.imatrix import ImportanceMatrix
 from qtool.convert.gguf.import_ import GgufWeights
 from qtool.convert.gguf.mix import DEFAULT_TYPES
-from qtool.convert.gguf.names import extra_hparams, hparams
 from qtool.convert.gguf.types import (
     ALIGNMENT_KEY,
     FILE_TYPES,
@@ -31,7 +31,6 @@ _MAX_OVERRIDE_BYTES = 127
 
 def export_entries(
     reader: WeightReader,
-    config: DecoderConfig,
     architecture: Architecture,
     file_type: str,
     num_weights: int,
@@ -52,8 +51,7 @@ def export_entries(
         KeyValue("general.name", reader.source.short_name, ValueType.STRING),
         KeyValue("general.size_label", size_label(num_weights), ValueType.STRING),
     ]
-    settings = hparams(config, reader.config, architecture.gguf_name)
-    extra = extra_hparams(config, architecture.gguf_name)
+    settings, extra = settings_entries(reader.config)
     tokenizer = tokenizer_metadata(reader.source.path, reader.config, pre)
     if TENSOR_TYPES[DEFAULT_TYPES[file_type]].is_quantized:
         return [*head, *settings, *extra, *tokenizer, version, kind, *origin]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.arch import ARCHITECTURES, DecoderConfig, Rope, find_architecture
+from qtool.arch import ARCHITECTURES, DecoderConfig, Rope, find_architecture, find_family
 from qtool.errors import FormatError, UnsupportedModel
 
 
@@ -97,9 +97,28 @@ def test_an_unknown_family_lists_the_known_ones() -> None:
     assert "llama, mistral, qwen2, qwen3" in error.value.hint
 
 
+def test_a_family_that_is_only_converted_is_not_run() -> None:
+    gemma = {"model_type": "gemma2"}
+    assert find_family(gemma).gguf_name == "gemma2"
+    with pytest.raises(UnsupportedModel, match="'gemma2' is not one that the native decoder runs"):
+        find_architecture(gemma)
+    with pytest.raises(UnsupportedModel, match="not one that the native decoder runs"):
+        DecoderConfig.from_hf(config(model_type="phi3"))
+
+
+def test_a_multimodal_model_is_said_to_be_one() -> None:
+    with pytest.raises(
+        UnsupportedModel, match="multimodal: its text part is 'gemma3_text'"
+    ) as error:
+        find_family({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
+    assert "gemma3_text" in str(error.value.hint)
+
+
 def test_every_row_names_its_roles() -> None:
     for architecture in ARCHITECTURES.values():
-        assert architecture.hf_name("q", 3) == "model.layers.3.self_attn.q_proj"
-        assert architecture.gguf_tensor("down", 0) == "blk.0.ffn_down"
+        assert architecture.gguf_tensor("embed") == "token_embd"
+        assert architecture.gguf_tensor("o", 3) == "blk.3.attn_output"
+        assert len(set(architecture.tensors.values())) == len(architecture.tensors)
         used = {role for s in architecture.smoothing for role in (s.source, *s.targets)}
+        used |= {*architecture.transposed}
         assert used <= set(architecture.tensors)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import gguf
 import pytest
 import torch
 
-from qtool.arch import ARCHITECTURES, DecoderConfig, Rope
+from qtool.arch import ARCHITECTURES, Rope
+from qtool.convert.gguf.families import settings_entries
 from qtool.convert.gguf.names import (
     NameMap,
-    Settings,
     deinterleave_rows,
-    extra_hparams,
-    hparams,
     interleave_rows,
     inverse_order,
-    rope_divisors,
-    rope_from_divisors,
 )
+from qtool.convert.gguf.reading import Settings
+from qtool.convert.gguf.ropes import rope_divisors, rope_from_divisors
+from qtool.convert.gguf.sizes import Sizes
 from qtool.errors import FormatError, UnsupportedModel
 
 RAW = {
@@ -37,22 +39,68 @@ RAW = {
 
 def names(model_type: str) -> NameMap:
     raw = RAW | {"model_type": model_type}
-    return NameMap.of(ARCHITECTURES[model_type], DecoderConfig.from_hf(raw))
+    return NameMap.of(ARCHITECTURES[model_type], Sizes.of(raw))
+
+
+SPARSE = {
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+LATENT = {
+    "n_routed_experts": 3,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+MORE: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen2_moe": SPARSE,
+    "qwen3_moe": SPARSE,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+}
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_names_are_those_of_the_gguf_package(model_type: str) -> None:
-    found = names(model_type)
+    raw = RAW | {"model_type": model_type} | MORE.get(model_type, {})
+    found = NameMap.of(ARCHITECTURES[model_type], Sizes.of(raw))
     number = next(
         key
         for key, value in gguf.MODEL_ARCH_NAMES.items()
         if value == ARCHITECTURES[model_type].gguf_name
     )
     reference = gguf.get_tensor_name_map(number, 2)
+    assert len(found.required()) > 10
     for name in found.required():
-        assert found.to_gguf(name) == reference.get_name(name, (".weight", ".bias"))
-        assert found.to_hf(found.to_gguf(name) or "") == name
+        stacked = re.sub(r"experts\.\d+\.", "experts.", name)  # as the converter merges them
+        stacked = stacked.replace("e_score_correction_bias", "e_score_correction.bias")
+        gguf_name = found.to_gguf(name) or ""
+        assert gguf_name == reference.get_name(stacked, (".weight", ".bias")), name
+        assert name in found.all_hf(gguf_name)
+
+
+def test_biases_have_their_modules_names() -> None:
+    found = names("llama")
     assert found.to_gguf("model.layers.1.self_attn.q_proj.bias") == "blk.1.attn_q.bias"
+
+
+def test_experts_are_in_the_order_of_their_numbers() -> None:
+    raw = RAW | {"model_type": "qwen3_moe"} | SPARSE | {"num_experts": 12}
+    found = NameMap.of(ARCHITECTURES["qwen3_moe"], Sizes.of(raw))
+    names = found.all_hf("blk.1.ffn_up_exps.weight")
+    assert names == [f"model.layers.1.mlp.experts.{e}.up_proj.weight" for e in range(12)]
 
 
 def test_a_tensor_without_a_place_is_named_and_derived_ones_are_left_out() -> None:
@@ -94,9 +142,8 @@ def test_only_q_and_k_of_the_llama_architecture_are_reordered() -> None:
 
 def test_settings_are_in_the_converters_order() -> None:
     raw = RAW | {"head_dim": 16, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
-    config = DecoderConfig.from_hf(raw)
-    written = hparams(config, raw, "llama") + extra_hparams(config, "llama")
-    assert [(entry.key.removeprefix("llama."), entry.value) for entry in written] == [
+    before, after = settings_entries(raw)
+    assert [(entry.key.removeprefix("llama."), entry.value) for entry in before] == [
         ("block_count", 2),
         ("context_length", 128),
         ("embedding_length", 64),
@@ -109,12 +156,14 @@ def test_settings_are_in_the_converters_order() -> None:
         ("attention.layer_norm_rms_epsilon", 1e-5),
         ("attention.key_length", 16),
         ("attention.value_length", 16),
+    ]
+    assert [(entry.key.removeprefix("llama."), entry.value) for entry in after] == [
         ("vocab_size", 512),
         ("rope.dimension_count", 16),
     ]
-    plain = DecoderConfig.from_hf(RAW)
-    assert not [e for e in hparams(plain, RAW, "qwen2") if "key_length" in e.key]
-    assert extra_hparams(plain, "qwen2") == []
+    before, after = settings_entries(RAW | {"model_type": "qwen2"})
+    assert not [entry for entry in before if "key_length" in entry.key]
+    assert after == []
 
 
 LLAMA_31 = Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
