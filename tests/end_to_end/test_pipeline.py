@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from qtool.artifact import Manifest
+from qtool.builtin import evaluation_text
+from qtool.checkpoint import resolve
 from qtool.runtime.evaluate.run import evaluate
+from qtool.runtime.evaluate.scorer import TransformersScorer, open_scorer
 from qtool.runtime.server.process import running_server
 
 QtoolRun = Callable[..., Any]
@@ -58,6 +61,14 @@ def test_the_artifact_says_where_it_came_from_and_is_compared_with_it(
     assert report.reference is not None
     assert report.reference.model == manifest.source
     assert report.models[0].layers == manifest.layers
+
+
+def test_transformers_loads_the_artifact_with_the_runtime_s_logits(small_int4: Path) -> None:
+    source = resolve(str(small_int4))
+    own = open_scorer(source, "runtime", dtype="float32", device="cpu")
+    theirs = TransformersScorer.load(source, "transformers", dtype="float32", device="cpu")
+    tokens = own.tokenize(evaluation_text().read_text(encoding="utf-8")[:3000]).ids[:512]
+    assert (own.logits(tokens[None]) - theirs.logits(tokens[None])).abs().max() < 1e-4
 
 
 def test_the_artifact_is_served_and_answers_a_plain_curl(
