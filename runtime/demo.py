@@ -52,7 +52,7 @@ def demo(out: Path, as_json: bool) -> None:
 
     \b
     Example:
-      qtool demo --out /tmp/qtool-demo
+      qtool demo --out ./demo
     """
     from qtool.checkpoint import OutputFolder, write_json
 
