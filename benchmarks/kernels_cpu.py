@@ -34,9 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.kernels.cpu import attention, native_linear, torch_ops
-from qtool.kernels.cpu.native import Missing, Native, load, plan_spans
+from qtool.kernels.cpu.native import Native, load, plan_spans
 from qtool.kernels.cpu.native_blocks import BlockParts, bind
 from qtool.kernels.reference import Span
+from qtool.native_build import Missing
 from qtool.scheme import QuantScheme
 from qtool.weights import DenseWeight, QuantizedWeight, Weight
 

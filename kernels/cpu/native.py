@@ -13,15 +13,14 @@ import functools
 from collections.abc import Sequence
 from ctypes import c_bool, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qtool.kernels.cpu import build
-from qtool.kernels.cpu.build import Unavailable
+from qtool.kernels.cpu.build import FLAGS, INSTRUCTION_SETS, SOURCES
 from qtool.kernels.reference import Span
-from qtool.settings import Settings, settings
+from qtool.native_build import Missing, NativeLibrary, open_library
+from qtool.settings import settings
 
 # Numbers of ElementType in csrc/interface.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -64,6 +63,7 @@ _PROTOTYPES = {
     "qtool_blocks_scratch": (c_int64, (c_void_p, c_int64)),
     "qtool_blocks": (c_bool, (*(c_void_p,) * 6, c_int64, c_void_p, c_int32)),
 }
+KERNELS = NativeLibrary("kernels", "the CPU kernels", SOURCES, FLAGS, INSTRUCTION_SETS, _PROTOTYPES)
 
 
 class _Spans(ctypes.Structure):
@@ -113,13 +113,6 @@ def plan_spans(spans: Sequence[Span], *, block_size: int, window: int | None) ->
     record = _Spans(*(part.data_ptr() for part in tensors), len(spans), block_size, window or 0)
     tokens = sum(span.num_queries for span in spans)
     return SpanTable(tensors, record, tokens, (max(block_ids) + 1) * block_size - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """The compiled kernels are not there, and why."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -300,28 +293,8 @@ def supports_head_dim(head_dim: int) -> bool:
 @functools.cache
 def load(isa: str | None = None) -> Native | Missing:
     """The library for an instruction set, or for the best this CPU has; built on first use."""
-    return open_library(settings(), isa)
-
-
-def open_library(
-    chosen: Settings, isa: str | None = None, sources: Path = build.SOURCES
-) -> Native | Missing:
-    if not chosen.native:
-        return Missing("is switched off by QTOOL_NATIVE")
-    try:
-        flags = build.cpu_flags()
-        wanted = (
-            build.choose_instruction_set(flags)
-            if isa is None
-            else build.find_instruction_set(isa, flags)
-        )
-        library = build.load_library(wanted, chosen.cache_dir, sources)
-        for name, (result, arguments) in _PROTOTYPES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (Unavailable, AttributeError) as error:
-        return Missing(f"is not available: {error}")
-    return Native(library, wanted.name)
+    opened = open_library(KERNELS, settings(), isa)
+    return opened if isinstance(opened, Missing) else Native(opened.functions, opened.isa)
 
 
 def _kind(first: Tensor, *others: Tensor | None) -> int:

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtool.kernels.cpu.native import ELEMENT_TYPES, Missing, Native, load
+from qtool.kernels.cpu.native import ELEMENT_TYPES, Native, load
+from qtool.native_build import Missing
 from qtool.settings import settings
 from qtool.weights import QuantizedWeight, Weight
 

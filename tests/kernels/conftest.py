@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qtool.kernels.cpu.build import INSTRUCTION_SETS
-from qtool.kernels.cpu.native import Missing, Native, load
+from qtool.kernels.cpu.native import Native, load
+from qtool.native_build import Missing
 
 ISAS = tuple(isa.name for isa in INSTRUCTION_SETS)
 
