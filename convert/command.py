@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from qtool.convert.gguf_options import (
+    GgufOptions,
+    gguf_options,
+    plan_gguf,
+    show_tensors,
+    tensor_facts,
+)
+
 if TYPE_CHECKING:
     from qtool.convert.gguf.export import ExportPlan
     from qtool.convert.plan import ConversionPlan
@@ -17,6 +25,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   qtool convert Qwen/Qwen3-0.6B --to gguf --type Q4_K_M   # one step, no intermediate file
+  qtool convert Qwen/Qwen3-0.6B --to gguf --type Q3_K_M --imatrix qwen3.imatrix.gguf
   qtool convert ./Qwen3-0.6B-int4 --to gguf               # int4 codes kept: Q4_0
   qtool convert ./Qwen3-0.6B-int4 --to marlin             # tiles as the CUDA kernel takes them
   qtool convert ./Qwen3-0.6B-int4 --to gptq --out ./gptq  # for stacks that read GPTQ
@@ -47,6 +56,7 @@ Examples:
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@gguf_options
 def convert(
     model: str,
     target: str,
@@ -55,6 +65,7 @@ def convert(
     force: bool,
     dry_run: bool,
     as_json: bool,
+    **gguf: Any,
 ) -> None:
     """Convert MODEL to another format.
 
@@ -64,17 +75,19 @@ def convert(
     """
     from qtool.checkpoint import resolve
     from qtool.convert.formats import open_weights
-    from qtool.convert.gguf.export import plan_export
     from qtool.convert.plan import GGUF_TARGET, check_target, plan_conversion
     from qtool.convert.run import default_gguf_out, default_out, write_checkpoint, write_gguf_file
 
     check_target(target)
+    options = GgufOptions.of(target, gguf)
     source = resolve(model)
     reader = open_weights(source)
     if target == GGUF_TARGET:
-        export = plan_export(reader, type_)
+        export = plan_gguf(reader, type_, options)
         facts = {"source": source.name, **_show_export(export, source.name)}
         if dry_run:
+            facts["tensor_plan"] = tensor_facts(export, options)
+            show_tensors(facts["tensor_plan"])
             return _finish(facts, None, as_json)
         gguf_out = out or default_gguf_out(source, export.file_type)
         return _finish(facts, write_gguf_file(export, gguf_out, force=force), as_json)

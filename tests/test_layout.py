@@ -41,6 +41,7 @@ LAYER_OF_PREFIX = {
     "qtool.verify_command": "top",
     "qtool.convert": "codecs",
     "qtool.convert.command": "top",
+    "qtool.convert.gguf_options": "top",
     "qtool.convert.imatrix_command": "top",
     "qtool.convert.run": "top",
     "qtool.convert.search": "top",

@@ -66,6 +66,7 @@ How = Literal["copy", "cast", "repack", "quantize", "requantize", "decode"]
 # that a matrix has for it is ignored, as by llama-quantize.
 _ROUNDED = ("quantize", "requantize")
 _EMBEDDING = "token_embd.weight"
+_FLOAT_TYPES = {str(dtype).removeprefix("torch."): name for name, dtype in FLOAT_DTYPES.items()}
 
 # Types that keep integer codes: the first that a model has codes for is its file's type, where
 # none is asked for; DEFAULT_TYPE where it has none.
@@ -202,7 +203,10 @@ def plan_export(
             continue
         source = by_name[name]
         choice = choices.get(name)
-        if choice is None:  # norms and biases, which the converter writes as F32
+        if choice is None and name == "output.weight":  # left alone, as asked for
+            kind = _FLOAT_TYPES.get(source.held.kind, "F16")
+            choice = TypeChoice(kind, kind)
+        elif choice is None:  # norms and biases, which the converter writes as F32
             choice = TypeChoice("F32", "F32")
         else:
             choice = _keep_codes(source, file_type, choice, keep_all=keep_codes)

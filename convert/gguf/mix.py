@@ -341,14 +341,39 @@ def choose_types(
             wanted = default
         if wanted is None:
             wanted = _by_rules(file_type, kind, place, shapes[name])
-        choices[name] = TypeChoice(_fit(wanted, shapes[name][-1]), wanted)
+        choices[name] = TypeChoice(fitting_type(wanted, shapes[name][-1]), wanted)
     return choices
+
+
+def explain(
+    file_type: str, name: str, choice: TypeChoice, overrides: MixOverrides, *, tied: bool
+) -> str:
+    """Why a tensor that is to be quantized gets its type, in a few words."""
+    default = DEFAULT_TYPES[file_type]
+    if _fixed(name, overrides, tied=tied) is not None:
+        return "asked for by kind"
+    pattern = next((p for p, _ in overrides.by_pattern if re.search(p, name)), None)
+    if pattern is not None and TENSOR_TYPES[default].is_quantized:
+        why = f"asked for by {pattern}"
+    elif overrides.pure:
+        why = f"{file_type}, pure"
+    elif choice.wanted == default:
+        why = f"default of {file_type}"
+    else:
+        why = f"{file_type}'s rule for {category(name, tied=tied)}"
+    return f"{why}; {choice.wanted} does not fit its rows" if choice.fell_back else why
 
 
 def _fixed(name: str, overrides: MixOverrides, *, tied: bool) -> str | None:
     if name == "token_embd.weight":
         return overrides.embedding or (overrides.output if tied else None)
     return overrides.output if name == "output.weight" else None
+
+
+def fixed_by_hand(name: str, overrides: MixOverrides, *, tied: bool) -> bool:
+    """Whether the user named this tensor's type."""
+    fixed = _fixed(name, overrides, tied=tied)
+    return fixed is not None or _by_pattern(name, overrides) is not None
 
 
 def _by_pattern(name: str, overrides: MixOverrides) -> str | None:
@@ -374,7 +399,7 @@ def _by_rules(file_type: str, kind: Category, place: Place, shape: tuple[int, ..
     return wanted
 
 
-def _fit(wanted: str, columns: int) -> str:
+def fitting_type(wanted: str, columns: int) -> str:
     """`wanted`, or what replaces it where `columns` are not whole blocks of it."""
     if columns % TENSOR_TYPES[wanted].block_size == 0:
         return wanted
