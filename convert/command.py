@@ -16,6 +16,7 @@ from qtool.convert.gguf_options import (
     show_tensors,
     tensor_facts,
 )
+from qtool.errors import UsageError
 
 if TYPE_CHECKING:
     from qtool.convert.gguf.export import ExportPlan
@@ -29,15 +30,15 @@ Examples:
   qtool convert ./Qwen3-0.6B-int4 --to gguf               # int4 codes kept: Q4_0
   qtool convert ./Qwen3-0.6B-int4 --to marlin             # tiles as the CUDA kernel takes them
   qtool convert ./Qwen3-0.6B-int4 --to gptq --out ./gptq  # for stacks that read GPTQ
-  qtool convert ./Qwen3-0.6B-int4 --to hf --type bf16     # dequantized, loads anywhere"""
+  qtool convert ./Qwen3-0.6B-int4 --to hf --type bf16     # dequantized, loads anywhere
+  qtool convert --list                                    # every pair, and how close it comes"""
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option(
     "--to",
     "target",
-    required=True,
     metavar="FORMAT",
     help="gguf, marlin, gptq, awq, compressed-tensors or hf.",
 )
@@ -53,15 +54,23 @@ Examples:
     metavar="PATH",
     help="Where to write. Default: ./<model>-<format or type>.",
 )
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Round a second time what FORMAT cannot hold as it is, in place of leaving it in 16 bit.",
+)
+@click.option("--list", "list_", is_flag=True, help="Print what can become what, and how closely.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @gguf_options
 def convert(
-    model: str,
-    target: str,
+    model: str | None,
+    target: str | None,
     type_: str | None,
     out: Path | None,
+    requantize: bool,
+    list_: bool,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -70,15 +79,24 @@ def convert(
     """Convert MODEL to another format.
 
     Integer formats carry the same codes and scales from one to the other: nothing is quantized
-    again, and what a format cannot hold stays in 16 bit and is named. MODEL is a folder, a .gguf
-    file, a Hub id, or builtin:books-7m.
+    again unless --requantize asks for it, and what a format cannot hold stays in 16 bit and is
+    named. MODEL is a folder, a .gguf file, a Hub id, or builtin:books-7m.
     """
+    if list_:
+        return _list_conversions(as_json)
+    if model is None or target is None:
+        missing = "MODEL" if model is None else "--to FORMAT"
+        raise UsageError(
+            f"qtool convert needs {missing}", "qtool convert --list shows what can become what"
+        )
     from qtool.checkpoint import resolve
+    from qtool.convert.fidelity import GGUF_TARGET
     from qtool.convert.formats import open_weights
-    from qtool.convert.plan import GGUF_TARGET, check_target, plan_conversion
+    from qtool.convert.plan import check_requantize, check_target, plan_conversion
     from qtool.convert.run import default_gguf_out, default_out, write_checkpoint, write_gguf_file
 
     check_target(target)
+    check_requantize(target, requantize)
     options = GgufOptions.of(target, gguf)
     source = resolve(model)
     reader = open_weights(source)
@@ -91,12 +109,18 @@ def convert(
             return _finish(facts, None, as_json)
         gguf_out = out or default_gguf_out(source, export.file_type)
         return _finish(facts, write_gguf_file(export, gguf_out, force=force), as_json)
-    plan = plan_conversion(reader, target=target, type=type_)
+    plan = plan_conversion(reader, target=target, type=type_, requantize=requantize)
     facts = {"source": source.name, **_show_plan(plan, source.name)}
     if dry_run:
         return _finish(facts, None, as_json)
     out = out or default_out(source, target)
     return _finish(facts, write_checkpoint(reader, plan, out, force=force), as_json)
+
+
+def _list_conversions(as_json: bool) -> None:
+    from qtool.convert import matrix
+
+    click.echo(json.dumps(matrix.as_facts(), indent=2) if as_json else matrix.as_text())
 
 
 # How each action of a plan reads.
@@ -127,7 +151,14 @@ def _show_plan(plan: ConversionPlan, source: str) -> dict[str, Any]:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         _say(f"stays dense, {reason}: {', '.join(names)}")
-    return {"target": plan.target, "tensors": _counts(rows), "left_dense": plan.left_dense}
+    for warning in plan.warnings:
+        _say(f"warning: {warning}")
+    return {
+        "target": plan.target,
+        "tensors": _counts(rows),
+        "left_dense": plan.left_dense,
+        "warnings": list(plan.warnings),
+    }
 
 
 def _show_export(plan: ExportPlan, source: str) -> dict[str, Any]:
@@ -196,6 +227,8 @@ def _outcome_facts(outcome: Outcome | None) -> dict[str, Any]:
         "max_scale_error": outcome.max_scale_error,
         "near_layers": outcome.near_layers,
         "max_rms_error": outcome.max_rms_error,
+        "again_layers": outcome.again_layers,
+        "max_again_error": outcome.max_again_error,
         "notes": list(outcome.notes),
     }
 
@@ -216,6 +249,11 @@ def _closing_lines(facts: dict[str, Any], outcome: Outcome) -> str:
         lines.append(
             f"{outcome.near_layers} layers keep codes and scales, and their minima are rounded: "
             f"weights change by at most {outcome.max_rms_error:.2g} (relative RMS)"
+        )
+    if outcome.again_layers:
+        lines.append(
+            f"{outcome.again_layers} layers were rounded a second time: "
+            f"weights change by at most {outcome.max_again_error:.2g} (relative RMS)"
         )
     left_dense = facts.get("left_dense", {})
     if left_dense:

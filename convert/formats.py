@@ -92,6 +92,8 @@ FORMATS: dict[str, Format] = {
 }
 
 
+# Ends the kind of a linear whose groups take inputs out of order.
+ACT_ORDER = "act-order"
 PLAIN_KINDS = ("bfloat16", "float16", "float32", "float64", "int64", "int32", "int16", "bool")
 
 
@@ -103,11 +105,13 @@ class Held:
     kind    "bfloat16", "int4-g128-sym", "fp8-128x128" or a GGUF type such as "Q4_K"
     scheme  for integer-packed linears; None for plain tensors, floats, GGUF blocks and act-order
             groups
+    scales  the number type that its scales are stored in, where it has scales of their own
     """
 
     shape: tuple[int, ...]
     kind: str
     scheme: QuantScheme | None = None
+    scales: str | None = None
 
     @property
     def is_plain(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint import Checkpoint, Source, TensorInfo, read_json
-from qtool.convert.formats import PLAIN_KINDS, Held
+from qtool.convert.formats import ACT_ORDER, PLAIN_KINDS, Held
 from qtool.convert.layer import (
     FloatSpec,
     LayerSpec,
@@ -38,6 +38,8 @@ GPTQ_CONFIG_NAME = "quantize_config.json"
 SMALL_BYTES = 1 << 16
 # A suffix may have dots of its own, "weight.quant_state.bitsandbytes__nf4".
 MAX_SUFFIX_PARTS = 3
+# Where the scales of integer codes are.
+SCALE_SUFFIXES = ("weight_scale", "scales", "s", "SCB")
 
 
 class PackedLinear(NamedTuple):
@@ -47,6 +49,7 @@ class PackedLinear(NamedTuple):
     spec: LayerSpec | FloatSpec
     shape: tuple[int, int]
     scheme: QuantScheme | FloatScheme
+    scales: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +104,17 @@ class CheckpointWeights:
             info = self.checkpoint.tensors.get(name)
             if info is None:
                 raise self._missing(name)
-            return Held(info.shape, str(info.dtype).removeprefix("torch."))
+            return Held(info.shape, _name(info.dtype))
         if isinstance(found.spec, FloatSpec) or isinstance(found.scheme, FloatScheme):
             return Held(found.shape, str(found.scheme))
         if self._act_order(name, found.layout, found.spec) is not None:
-            return Held(found.shape, f"{found.scheme} act-order")
+            return Held(found.shape, f"{found.scheme} {ACT_ORDER}")
         scheme, layout = found.scheme, found.layout
         if layout.zeros_of is not None:
             tensors = self._tensors(layout, name, skip=layout.suffixes[:1])
             zeros = layout.zeros_of(tensors, found.spec)
             scheme = dataclasses.replace(scheme, symmetric=zeros is None)
-        return Held(found.shape, str(scheme), scheme)
+        return Held(found.shape, str(scheme), scheme, found.scales)
 
     def weight(self, module: str) -> Weight:
         found = self.packed.get(module)
@@ -222,13 +225,18 @@ def _checked(checkpoint: Checkpoint, packed: Packed) -> PackedLinear:
             tensors[suffix] = torch.empty(info.shape, dtype=info.dtype, device="meta")
     shape = layout.shape_of(tensors, spec)
     scheme = spec.scheme if layout.scheme_of is None else layout.scheme_of(tensors, spec)
-    return PackedLinear(layout, spec, shape, scheme)
+    scales = next((tensors[name].dtype for name in SCALE_SUFFIXES if name in tensors), None)
+    return PackedLinear(layout, spec, shape, scheme, None if scales is None else _name(scales))
 
 
 def _require_no_lost_scales(checkpoint: Checkpoint, packed: Mapping[str, PackedLinear]) -> None:
     """A weight of 8-bit codes with nothing that scales it would be read as if it were values."""
     for name, info in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
-        kind = str(info.dtype).removeprefix("torch.")
+        kind = _name(info.dtype)
         if suffix == "weight" and module not in packed and kind not in PLAIN_KINDS:
             raise FormatError(f"{info.file.name}: {name} is {kind} and has no scales")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,27 +1,26 @@
 """What a conversion will do, settled from headers before any weight is read.
 
-A linear goes into a packed format without requantizing or not at all: integer codes, scales and
-zeros are carried over as they are. What a format cannot hold (a shape Marlin has no tiles for, an
-asymmetric layer in GPTQ, GGUF's K-quants anywhere but in GGUF) becomes a dense tensor and is named
-with its reason. Nothing here quantizes; that is `qtool quantize`.
+A linear goes into a packed format with its codes or not at all, as fidelity.py has it: integer
+codes, scales and zeros are carried over as they are. What a format cannot hold (a shape Marlin has
+no tiles for, an asymmetric layer in GPTQ, GGUF's K-quants anywhere but in GGUF) becomes a dense
+tensor and is named with its reason, or, where `--requantize` asks for it, is rounded again and
+warned of. Nothing here quantizes for the first time; that is `qtool quantize`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from qtool.arch import ARCHITECTURES
+from qtool.convert.fidelity import DENSE_TARGET, GGUF_TARGET, TARGETS, carry, integer_scheme
 from qtool.convert.formats import FORMATS, Held, WeightReader
+from qtool.convert.requantize import choose_schemes
 from qtool.errors import QtoolError, UnknownName, UsageError
 from qtool.scheme import QuantScheme
-
-DENSE_TARGET = "hf"
-GGUF_TARGET = "gguf"
-TARGETS = (GGUF_TARGET, "marlin", "gptq", "awq", "compressed-tensors", DENSE_TARGET)
 
 # --type of a dense checkpoint, under every name in use.
 DTYPES: dict[str, torch.dtype] = {
@@ -36,17 +35,18 @@ DTYPES: dict[str, torch.dtype] = {
 }
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
 
-Action = Literal["repack", "dequantize", "cast", "copy"]
+Action = Literal["repack", "requantize", "dequantize", "cast", "copy"]
+PACKING = ("repack", "requantize")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What becomes of one linear or tensor.
 
-    name    a module for "repack" and "dequantize", a tensor's full name else
+    name    a module for "repack", "requantize" and "dequantize", a tensor's full name else
     held    what the source has
     writes  what the output will have: a scheme or a dtype
-    reason  why a packed linear is not carried over packed, or None
+    reason  why a packed linear is not carried over with its codes, or None
     nbytes  what it will take in the output, about
     """
 
@@ -67,6 +67,7 @@ class ConversionPlan:
     dtype: torch.dtype
     steps: tuple[Step, ...]
     quantization_config: dict[str, Any] | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +79,9 @@ class ConversionPlan:
         return {
             step.name: step.reason
             for step in self.steps
-            if step.reason is not None and not _is_embedding(step.name)
+            if step.action == "dequantize"
+            and step.reason is not None
+            and not _is_embedding(step.name)
         }
 
 
@@ -87,13 +90,21 @@ def check_target(target: str) -> None:
         raise UnknownName("conversion target", target, TARGETS)
 
 
-def plan_conversion(reader: WeightReader, *, target: str, type: str | None) -> ConversionPlan:
-    """The plan for a checkpoint target ("hf" or a name in FORMATS)."""
+def plan_conversion(
+    reader: WeightReader, *, target: str, type: str | None, requantize: bool = False
+) -> ConversionPlan:
+    """The plan for a checkpoint target ("hf" or a name in FORMATS).
+
+    requantize  round again what cannot keep its codes, where that takes less than a dense tensor
+    """
     check_target(target)
     if target == GGUF_TARGET:
         raise ValueError("a GGUF file is planned by convert/gguf/export.py")
+    check_requantize(target, requantize)
     dtype = _dtype(reader.config, target, type)
     steps = [_packed_step(reader, module, target, dtype) for module in reader.modules()]
+    if requantize:
+        steps = _requantized(reader, steps, target)
     steps += [_tensor_step(reader, name, target, dtype) for name in _kept_tensors(reader)]
     if target == DENSE_TARGET:
         return ConversionPlan(target, dtype, tuple(steps), None)
@@ -101,7 +112,15 @@ def plan_conversion(reader: WeightReader, *, target: str, type: str | None) -> C
     packed = {step.name: step.scheme for step in steps if step.scheme is not None}
     dense = [name for step in steps if (name := _dense_linear(step)) is not None]
     config = FORMATS[target].quantization_config(packed, dense)
-    return ConversionPlan(target, dtype, tuple(steps), config)
+    return ConversionPlan(target, dtype, tuple(steps), config, _warnings(steps))
+
+
+def check_requantize(target: str, requantize: bool) -> None:
+    if requantize and target in (DENSE_TARGET, GGUF_TARGET):
+        raise UsageError(
+            f"--requantize does not go with --to {target}",
+            "it is for formats of integer codes; a GGUF --type such as Q4_K_M rounds by itself",
+        )
 
 
 def _dtype(config: Mapping[str, Any], target: str, type: str | None) -> torch.dtype:
@@ -123,27 +142,69 @@ def _packed_step(reader: WeightReader, module: str, target: str, dtype: torch.dt
     held = reader.describe(module)
     out_features, in_features = held.shape
     dense_bytes = out_features * in_features * dtype.itemsize
-    scheme = held.scheme
-    reason = None if target == DENSE_TARGET else _refusal(reader, module, held, target)
+    scheme = integer_scheme(held)
+    reason = None if target == DENSE_TARGET else _refusal(reader, module, held, target, dtype)
     if reason is None and scheme is not None and target != DENSE_TARGET:
-        nbytes = int(scheme.bits_per_weight(in_features) * out_features * in_features / 8)
-        return Step(module, held, "repack", str(scheme), nbytes, scheme)
+        return Step(module, held, "repack", str(scheme), _packed_bytes(held, scheme), scheme)
     return Step(module, held, "dequantize", _name(dtype), dense_bytes, None, reason)
 
 
-def _refusal(reader: WeightReader, module: str, held: Held, target: str) -> str | None:
-    """Why a packed linear is not carried over packed, or None.
+def _packed_bytes(held: Held, scheme: QuantScheme) -> int:
+    out_features, in_features = held.shape
+    return int(scheme.bits_per_weight(in_features) * out_features * in_features / 8)
 
-    GGUF packs embeddings and the head as well, and a head that is packed in GPTQ or AWQ comes out
-    of some loaders at random.
+
+def _refusal(
+    reader: WeightReader, module: str, held: Held, target: str, dtype: torch.dtype
+) -> str | None:
+    """Why a packed linear is not carried over with its codes, or None."""
+    if not _may_be_packed(reader, module, target):
+        return f"{target} packs the linears inside the blocks only"
+    found = carry(held, target, dtype)
+    return found.why if found.level == "requantizes" else None
+
+
+def _may_be_packed(reader: WeightReader, module: str, target: str) -> bool:
+    """GGUF packs embeddings and the head as well, and a head that is packed in GPTQ or AWQ comes
+    out of some loaders at random.
     """
     blocks_only = reader.format == GGUF_TARGET or target in ("gptq", "awq")
-    if blocks_only and not _is_in_block(module):
-        return f"{target} packs the linears inside the blocks only"
-    if held.scheme is None:
-        return f"{target} cannot hold {held.kind} without requantizing"
-    out_features, in_features = held.shape
-    return FORMATS[target].refuses(held.scheme, out_features, in_features)
+    return _is_in_block(module) or not blocks_only
+
+
+def _requantized(reader: WeightReader, steps: list[Step], target: str) -> list[Step]:
+    """The steps again, with linears that would become dense rounded a second time instead."""
+    pending = {
+        step.name: step.held
+        for step in steps
+        if step.action == "dequantize" and _may_be_packed(reader, step.name, target)
+    }
+    kept = [step.scheme for step in steps if step.scheme is not None]
+    schemes = choose_schemes(pending, kept, FORMATS[target])
+    return [
+        replace(
+            step,
+            action="requantize",
+            writes=str(schemes[step.name]),
+            nbytes=_packed_bytes(step.held, schemes[step.name]),
+            scheme=schemes[step.name],
+        )
+        if step.name in schemes
+        else step
+        for step in steps
+    ]
+
+
+def _warnings(steps: list[Step]) -> tuple[str, ...]:
+    again = [step for step in steps if step.action == "requantize"]
+    if not again:
+        return ()
+    kinds = ", ".join(sorted({step.held.kind for step in again}))
+    schemes = ", ".join(sorted({step.writes for step in again}))
+    return (
+        f"{len(again)} linears are quantized already ({kinds}) and are rounded a second time, to "
+        f"{schemes}, without calibration: `qtool quantize` on the original model loses less",
+    )
 
 
 def _is_in_block(module: str) -> bool:
@@ -176,7 +237,7 @@ def _tensor_step(reader: WeightReader, name: str, target: str, dtype: torch.dtyp
 
 def _dense_linear(step: Step) -> str | None:
     """The module of a step that leaves a linear dense, for the loader's list of exceptions."""
-    if step.action == "repack" or len(step.held.shape) != 2:
+    if step.action in PACKING or len(step.held.shape) != 2:
         return None
     module = step.name if step.action == "dequantize" else step.name.removesuffix(".weight")
     is_weight = step.action == "dequantize" or step.name.endswith(".weight")
@@ -188,7 +249,7 @@ def _is_embedding(module: str) -> bool:
 
 
 def _require_something_packed(reader: WeightReader, target: str, steps: list[Step]) -> None:
-    if any(step.action == "repack" for step in steps):
+    if any(step.action in PACKING for step in steps):
         return
     name = reader.source.name
     if not reader.modules():
@@ -201,7 +262,7 @@ def _require_something_packed(reader: WeightReader, target: str, steps: list[Ste
     step = next((s for s in refused if _is_in_block(s.name)), refused[0])
     raise QtoolError(
         f"no linear of {name} can be carried over to {target}: {step.name}: {step.reason}",
-        "convert it with --to hf, and quantize the result for this format",
+        "add --requantize to round its weights a second time, or quantize the original model",
     )
 
 

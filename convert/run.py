@@ -3,29 +3,41 @@
 Memory is a layer and an output shard. The output is built in a hidden sibling folder, opened again
 as any reader would open it, and every weight compared with the source's; only then does it take its
 name. Codes and zeros must be equal. Scales may have been rounded where the target's type is
-narrower (fp16 to bfloat16), by no more than that type's rounding, and by how much is reported.
+narrower (fp16 to bfloat16), by no more than that type's rounding, and by how much is reported. What
+was rounded a second time must read back as it was rounded, and how far that is from the source is
+reported too.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qtool.artifact import MANIFEST_NAME, Manifest, write_manifest
 from qtool.checkpoint import OutputFolder, ShardWriter, Source, copy_side_files, resolve, write_json
+from qtool.convert.fidelity import DENSE_TARGET, GGUF_TARGET
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
+from qtool.convert.gguf.blocks.legacy import unpack_q8_0
 from qtool.convert.gguf.export import ExportPlan, PlannedTensor, plan_export, write_gguf
 from qtool.convert.gguf.import_ import GgufWeights
 from qtool.convert.gguf.vocab import tokenizer_from_gguf
 from qtool.convert.huggingface import GPTQ_CONFIG_NAME
-from qtool.convert.plan import DENSE_TARGET, GGUF_TARGET, ConversionPlan, Step, plan_conversion
+from qtool.convert.plan import (
+    PACKING,
+    ConversionPlan,
+    Step,
+    check_requantize,
+    plan_conversion,
+)
 from qtool.errors import OutputExists, QtoolError, UsageError, VerificationFailed
 from qtool.progress import track
-from qtool.weights import QuantizedWeight
+from qtool.quantize import rtn
+from qtool.weights import BlockWeight, QuantizedWeight
 
 # bfloat16 rounds a scale by 2**-9 at most; beyond twice that it is no rounding.
 MAX_SCALE_ERROR = 2.0**-8
@@ -46,6 +58,8 @@ class Outcome:
     notes            what only the data could tell, a line each
     near_layers      packed layers whose codes and scales are kept and whose minima are rounded
     max_rms_error    the largest change among those, in the root mean square, relative to a layer's
+    again_layers     packed layers whose weights were rounded a second time
+    max_again_error  the largest change among those, likewise
     """
 
     out: Path
@@ -56,6 +70,8 @@ class Outcome:
     notes: tuple[str, ...] = ()
     near_layers: int = 0
     max_rms_error: float = 0.0
+    again_layers: int = 0
+    max_again_error: float = 0.0
 
 
 def convert_model(
@@ -65,23 +81,26 @@ def convert_model(
     type: str | None = None,
     out: Path | str | None = None,
     force: bool = False,
+    requantize: bool = False,
 ) -> Path:
     """Convert a model; returns what was written, a folder or a .gguf file.
 
-    source  a folder, a .gguf file, a Hub id or builtin:NAME
-    to      gguf, marlin, gptq, awq, compressed-tensors or hf
-    type    a GGUF type (Q4_K_M, ...), or a dtype with hf
-    out     "<model>-<to>" in the current folder where None
+    source      a folder, a .gguf file, a Hub id or builtin:NAME
+    to          gguf, marlin, gptq, awq, compressed-tensors or hf
+    type        a GGUF type (Q4_K_M, ...), or a dtype with hf
+    out         "<model>-<to>" in the current folder where None
+    requantize  round a second time what the target cannot hold as it is
     """
     if isinstance(source, str):
         source = resolve(source)
     reader = open_weights(source)
     path = None if out is None else Path(out)
     if to == GGUF_TARGET:
+        check_requantize(to, requantize)
         export = plan_export(reader, type)
         path = path or default_gguf_out(source, export.file_type)
         return write_gguf_file(export, path, force=force).out
-    plan = plan_conversion(reader, target=to, type=type)
+    plan = plan_conversion(reader, target=to, type=type, requantize=requantize)
     return write_checkpoint(reader, plan, path or default_out(source, to), force=force).out
 
 
@@ -95,10 +114,11 @@ def write_checkpoint(
     """Write, read back, compare, name."""
     if out.resolve() == reader.source.path.resolve():
         raise UsageError(f"{out} is the source itself", "name another --out")
+    again: dict[str, _Again] = {}
     with OutputFolder(out, force=force, needed_bytes=plan.nbytes) as stage:
         shards = ShardWriter(stage.path)
         for step in track(plan.steps, f"writing {out.name}"):
-            for name, tensor in _tensors(reader, plan, step).items():
+            for name, tensor in _tensors(reader, plan, step, again).items():
                 _require_finite(name, tensor)
                 shards.add(name, tensor)
         shards.finish()
@@ -107,15 +127,28 @@ def write_checkpoint(
             # Where older readers of the format look.
             write_json(stage.path / GPTQ_CONFIG_NAME, plan.quantization_config or {})
         _write_side_files(reader, stage.path)
-        outcome = _compare(reader, plan, stage.path, out)
+        outcome = _compare(reader, plan, stage.path, out, again)
         write_manifest(stage.path, _manifest(reader, plan, outcome))
     return outcome
 
 
-def _tensors(reader: WeightReader, plan: ConversionPlan, step: Step) -> dict[str, Tensor]:
-    """The tensors that a step puts in the output, by full name."""
-    if step.action == "repack":
-        packed = FORMATS[plan.target].pack(_integer_weight(reader, step), plan.dtype)
+class _Again(NamedTuple):
+    """A linear that was rounded a second time: what it decodes to, and how far from the source."""
+
+    digest: str
+    error: float
+
+
+def _tensors(
+    reader: WeightReader, plan: ConversionPlan, step: Step, again: dict[str, _Again]
+) -> dict[str, Tensor]:
+    """The tensors that a step puts in the output, by full name; notes in `again` what it rounds."""
+    if step.action in PACKING:
+        if step.action == "requantize":
+            weight, again[step.name] = _round_again(reader, step)
+        else:
+            weight = _integer_weight(reader, step)
+        packed = FORMATS[plan.target].pack(weight, plan.dtype)
         return {f"{step.name}.{suffix}": tensor for suffix, tensor in packed.items()}
     return {_dense_name(step): _dense_tensor(reader, plan, step)}
 
@@ -131,8 +164,24 @@ def _dense_tensor(reader: WeightReader, plan: ConversionPlan, step: Step) -> Ten
     return tensor.to(plan.dtype) if step.action == "cast" else tensor
 
 
+def _round_again(reader: WeightReader, step: Step) -> tuple[QuantizedWeight, _Again]:
+    """To nearest, on the grid that a search finds: the best there is without calibration."""
+    values = reader.weight(step.name).dequantize()
+    _require_finite(step.name, values)
+    assert step.scheme is not None, step
+    solved = rtn.solve(values, step.scheme, scale_search=True)
+    error = (solved.dequantized - values).norm() / values.norm().clamp(min=TINY)
+    return solved.weight, _Again(_digest(solved.dequantized), float(error))
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
 def _integer_weight(reader: WeightReader, step: Step) -> QuantizedWeight:
     weight = reader.weight(step.name)
+    if isinstance(weight, BlockWeight) and weight.codec.name == "Q8_0":
+        return unpack_q8_0(weight)
     assert isinstance(weight, QuantizedWeight), (step, type(weight))
     return weight
 
@@ -168,7 +217,13 @@ def _write_side_files(reader: WeightReader, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _compare(reader: WeightReader, plan: ConversionPlan, folder: Path, out: Path) -> Outcome:
+def _compare(
+    reader: WeightReader,
+    plan: ConversionPlan,
+    folder: Path,
+    out: Path,
+    again: dict[str, _Again],
+) -> Outcome:
     """Open what was written and compare every step with the source."""
     written = open_weights(Source(str(out), folder))
     errors = []
@@ -176,6 +231,9 @@ def _compare(reader: WeightReader, plan: ConversionPlan, folder: Path, out: Path
         if step.action == "repack":
             meant, found = _integer_weight(reader, step), _integer_weight(written, step)
             errors.append(_scale_error(step.name, meant, found))
+        elif step.action == "requantize":
+            if _digest(written.weight(step.name).dequantize()) != again[step.name].digest:
+                raise VerificationFailed(f"{step.name} reads back other than it was written")
         else:
             name = _dense_name(step)
             if not torch.equal(written.tensor(name), _dense_tensor(reader, plan, step)):
@@ -186,6 +244,8 @@ def _compare(reader: WeightReader, plan: ConversionPlan, folder: Path, out: Path
         rounded_layers=len(errors) - errors.count(0.0),
         max_scale_error=max(errors, default=0.0),
         nbytes=sum(file.stat().st_size for file in folder.iterdir()),
+        again_layers=len(again),
+        max_again_error=max((rounded.error for rounded in again.values()), default=0.0),
     )
 
 
@@ -219,6 +279,7 @@ def _manifest(reader: WeightReader, plan: ConversionPlan, outcome: Outcome) -> M
             f"scales of {outcome.rounded_layers} layers rounded to fit, "
             f"by at most {outcome.max_scale_error:.2g} of a scale",
         )
+    warnings += plan.warnings
     return Manifest(
         format="dense" if plan.target == DENSE_TARGET else plan.target,
         source=source.name,

@@ -344,10 +344,12 @@ def foreign_checkpoint(
     """`foreign_checkpoint("nf4")` -> a tiny llama as another tool would have written it."""
     root = tmp_path_factory.mktemp("foreign")
 
-    def make(kind: str, family: str = "llama") -> Path:
-        folder = root / f"{kind}-{family}"
+    def make(kind: str, family: str = "llama", **overrides: object) -> Path:
+        key = json.dumps([kind, family, overrides], sort_keys=True)
+        folder = root / f"{kind}-{abs(hash(key)):x}"
         if not folder.exists():
-            _write_foreign(tiny_checkpoint(family, dtype="bfloat16"), folder, kind)
+            source = tiny_checkpoint(family, dtype="bfloat16", **overrides)
+            _write_foreign(source, folder, kind)
         return folder
 
     return make

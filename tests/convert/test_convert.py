@@ -204,7 +204,7 @@ def test_act_order_layers_become_dense_with_the_reason(
     reader = opened(folder)
     plan = plan_conversion(reader, target="compressed-tensors", type=None)
     assert plan.left_dense == {
-        module: "compressed-tensors cannot hold int4-g64-sym act-order without requantizing"
+        module: "its groups are out of order (act-order), and compressed-tensors groups neighbours"
     }
     outcome = write_checkpoint(reader, plan, tmp_path / "out")
     assert outcome.exact_layers == 13
@@ -338,7 +338,7 @@ def test_a_dry_run_writes_nothing(
         (["--to", "marlin"], 1, "qtool quantize builtin:books-7m --recipe int4"),
         (["--to", "awq", "--type", "Q4_0"], 2, "--type Q4_0 does not go with --to awq"),
         (["--to", "hf", "--type", "fp61"], 2, "unknown type for --to hf 'fp61'"),
-        ([], 2, "Missing option '--to'"),
+        ([], 2, "needs --to FORMAT"),
     ],
 )
 def test_wrong_requests_are_answered_with_a_next_step(
@@ -363,3 +363,60 @@ def test_the_source_is_never_replaced_by_its_conversion(
         convert_model(str(folder), to="awq", out=folder, force=True)
     with pytest.raises(UnknownName, match="conversion target"):
         convert_model(str(folder), to="onnx")
+
+
+def act_order_model(folder: Path, out: Path) -> Path:
+    convert_model(str(folder), to="gptq", out=out)
+    tensors = load_file(out / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".g_idx")]:
+        tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+def test_act_order_is_refused_with_the_reason_and_rounded_again_when_asked(
+    packed_checkpoint: PackedCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = packed_checkpoint("gptq", "int4-g64-sym", num_hidden_layers=1, intermediate_size=256)
+    folder = act_order_model(source, tmp_path / "act-order")
+    arguments = ["convert", str(folder), "--to", "marlin", "--out", str(tmp_path / "marlin")]
+    main_fails(arguments, 1)
+    said = capsys.readouterr().err
+    assert "out of order (act-order), and marlin groups neighbours" in said
+    assert "add --requantize" in said
+
+    main([*arguments, "--requantize", "--json"])
+    captured = capsys.readouterr()
+    warning = "7 linears are quantized already (int4-g64-sym act-order) and are rounded a second"
+    assert f"warning: {warning}" in captured.err
+    facts = json.loads(captured.out)
+    assert (facts["again_layers"], facts["exact_layers"]) == (7, 0)
+    assert 0.01 < facts["max_again_error"] < 0.15
+    before, after = opened(folder), opened(tmp_path / "marlin")
+    for module in before.modules():
+        assert after.describe(module).kind == "int4-g128-sym"
+        meant, found = before.weight(module).dequantize(), after.weight(module).dequantize()
+        assert float((found - meant).norm() / meant.norm()) <= facts["max_again_error"] + 1e-6
+    assert any(warning in text for text in Manifest.load(tmp_path / "marlin").warnings)
+
+
+def test_what_fits_keeps_its_codes_when_the_rest_is_rounded_again(
+    tiny_checkpoint: Callable[..., Path], write_packed: WritePacked, tmp_path: Path
+) -> None:
+    def mixed(module: str) -> QuantScheme | None:
+        if "self_attn" in module:
+            return QuantScheme(6, 64)
+        return odd_shapes(module)
+
+    source = tiny_checkpoint("llama", dtype="bfloat16", num_hidden_layers=1, intermediate_size=256)
+    folder = write_packed(source, tmp_path / "mixed", "compressed-tensors", mixed)
+    reader = opened(folder)
+    plan = plan_conversion(reader, target="gptq", type=None, requantize=True)
+    actions = {step.name.split(".")[-1]: (step.action, step.writes) for step in plan.steps}
+    assert actions["up_proj"] == ("repack", "int4-g64-sym")
+    assert actions["q_proj"] == ("requantize", "int4-g64-sym")  # gptq files hold one scheme
+    plan = plan_conversion(reader, target="marlin", type=None, requantize=True)
+    actions = {step.name.split(".")[-1]: (step.action, step.writes) for step in plan.steps}
+    assert actions["q_proj"] == ("requantize", "int8-g128-sym")
+    with pytest.raises(UsageError, match="does not go with --to hf"):
+        plan_conversion(reader, target="hf", type=None, requantize=True)
