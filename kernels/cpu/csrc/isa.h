@@ -18,6 +18,12 @@
 
 #define QTOOL_INLINE inline __attribute__((always_inline))
 
+// With a token or two a linear waits for its weights, and unpacking 4-bit ones leaves the
+// hardware's own prefetch behind. Asking for them 8 KB ahead, up to kPrefetchRows tokens: from 18
+// to 25 and from 22 to 30 GB/s on one core of Zen 4 (4096 x 4096 and 9728 x 896, AVX-512). With
+// more tokens, or 8-bit codes, it only costs.
+constexpr int kPrefetchAhead = 8192;
+
 struct Bfloat16 {
   uint16_t bits;
 };

@@ -102,6 +102,7 @@ QTOOL_INLINE Ints multiply_small(Ints a, Ints b) { return _mm512_madd_epi16(a, b
 constexpr int kCodeBias8 = 0;
 // Accumulators: 8 rows x 2 vectors leave 16 registers for the rest.
 constexpr int kMaxRows = 8;
+constexpr int kPrefetchRows = 2;
 QTOOL_INLINE constexpr int vectors_at_once(int) { return 2; }
 
 // sum[row][v] += codes times activations over 32 inputs.
@@ -126,6 +127,8 @@ QTOOL_INLINE void add_strip4(Ints (&sum)[kRows][kVectors], const uint8_t* codes,
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const Ints bytes = _mm512_loadu_si512(codes + line * 128 + v * 64);
+      if constexpr (kRows <= kPrefetchRows)
+        _mm_prefetch(codes + line * 128 + v * 64 + kPrefetchAhead, _MM_HINT_T0);
       low[v] = _mm512_and_si512(bytes, low_bits);
       high[v] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_bits);
     }
