@@ -219,14 +219,18 @@ class LatentAttention:
     """The widths of latent attention. GGUF runs it as one kv head of kv_lora_rank + rope."""
 
     def write(self, config: Mapping[str, Any]) -> Iterator[tuple[str, Scalar]]:
-        latent, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+        names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        missing = next((name for name in names if not isinstance(config.get(name), int)), None)
+        if missing is not None:
+            raise FormatError(f"config.json: {missing} is {config.get(missing)!r}")
+        latent, rope, nope, value = (int(config[name]) for name in names)
         if config.get("q_lora_rank") is not None:
             yield "attention.q_lora_rank", int(config["q_lora_rank"])
-        yield "attention.kv_lora_rank", int(latent)
-        yield "attention.key_length", int(latent + rope)
-        yield "attention.value_length", int(latent)
-        yield "attention.key_length_mla", int(config["qk_nope_head_dim"] + rope)
-        yield "attention.value_length_mla", int(config["v_head_dim"])
+        yield "attention.kv_lora_rank", latent
+        yield "attention.key_length", latent + rope
+        yield "attention.value_length", latent
+        yield "attention.key_length_mla", nope + rope
+        yield "attention.value_length_mla", value
 
     def read(self, reading: Reading, config: dict[str, Any]) -> None:
         rope = reading.whole("rope.dimension_count")
@@ -263,7 +267,7 @@ class YarnScale:
     def write(self, config: Mapping[str, Any]) -> Iterator[tuple[str, Scalar]]:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         scale = rope.get("mscale_all_dim")
-        if scale is None:
+        if not isinstance(scale, int | float) or scale <= 0:
             return
         if rope.get("mscale", scale) != scale:
             raise UnsupportedModel(

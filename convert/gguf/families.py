@@ -412,6 +412,7 @@ def settings_entries(config: Mapping[str, Any]) -> tuple[list[KeyValue], list[Ke
     filled = family.filled(config)
     if "n_inner" in family.aliases.values() and filled.get("n_inner") is None:
         filled["n_inner"] = 4 * filled["n_embd"]
+    filled.setdefault("max_position_embeddings", 2048)
     family.check(filled)
     before, after = (
         [

@@ -264,6 +264,7 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         **read_settings(file, architecture),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
         "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
         "dtype": _dtype(file),
     }

@@ -45,13 +45,16 @@ def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> dict[
 
     layers  "full_attention" or "sliding_attention", where a model rotates them differently
     """
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise FormatError(f"config.json: the settings of rope are {given!r}, no object")
+    found = dict(given)
     if layers is not None and isinstance(found.get(layers), Mapping):
         found = dict(found[layers])
     kind = found.pop("type", None) if "rope_type" not in found else found["rope_type"]
-    found["rope_type"] = {None: "default", "su": "longrope"}.get(kind, kind)
+    found["rope_type"] = {None: "default", "su": "longrope"}.get(kind, str(kind))
     theta = found.get("rope_theta") or config.get("rope_theta") or 10000.0
-    found["rope_theta"] = float(theta)
+    found["rope_theta"] = _number({"rope_theta": theta}, "rope_theta")
     for key in ("partial_rotary_factor", "original_max_position_embeddings"):
         if key not in found and config.get(key) is not None:
             found[key] = config[key]
@@ -60,7 +63,8 @@ def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> dict[
 
 def rotated(config: Mapping[str, Any], head_dim: int) -> int:
     """How many of a head's channels are rotated."""
-    return int(head_dim * float(rope_settings(config).get("partial_rotary_factor", 1.0)))
+    settings = {"partial_rotary_factor": 1.0, **rope_settings(config)}
+    return int(head_dim * _number(settings, "partial_rotary_factor"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,9 @@ class RopeKeys:
             yield "rope.scaling.type", kind
             yield "rope.scaling.factor", _number(rope, "factor")
         if kind == "yarn":
-            original = rope.get("original_max_position_embeddings")
-            yield (
-                "rope.scaling.original_context_length",
-                int(original or config["max_position_embeddings"]),
-            )
+            lengths = {"original_max_position_embeddings": config["max_position_embeddings"]}
+            original = _number(lengths | rope, "original_max_position_embeddings")
+            yield "rope.scaling.original_context_length", int(original)
             for name, key in _YARN_KEYS.items():
                 if rope.get(name) is not None:
                     yield f"rope.scaling.{key}", _number(rope, name)
@@ -177,14 +179,19 @@ class LongRopeScale:
         rope = rope_settings(config)
         if rope["rope_type"] != "longrope":
             return
-        given = rope.get("attention_factor")
-        original = rope["original_max_position_embeddings"]
+        if rope.get("attention_factor") is not None:
+            yield "rope.scaling.attn_factor", _number(rope, "attention_factor")
+            return
+        original = _number(rope, "original_max_position_embeddings")
         scale = config["max_position_embeddings"] / original
-        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1.0 else 1.0
-        yield "rope.scaling.attn_factor", float(factor if given is None else given)
+        wider = scale > 1.0 and original > 1.0
+        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if wider else 1.0
+        yield "rope.scaling.attn_factor", factor
 
     def read(self, reading: Reading, config: dict[str, Any]) -> None:
-        """Follows from the lengths."""
+        if config["rope_parameters"]["rope_type"] == "longrope":
+            factor = reading.number("rope.scaling.attn_factor", 1.0)
+            config["rope_parameters"]["attention_factor"] = factor
 
 
 def derived_tensors(config: Mapping[str, Any], head_dim: int) -> dict[str, Tensor]:
@@ -200,22 +207,28 @@ def derived_tensors(config: Mapping[str, Any], head_dim: int) -> dict[str, Tenso
     tensors = {}
     for name, key in ((LONG_FACTORS, "long_factor"), (SHORT_FACTORS, "short_factor")):
         factors = settings.get(key)
-        if not isinstance(factors, list) or len(factors) != size:
+        numbers = isinstance(factors, list) and all(type(f) in (int, float) for f in factors)
+        if not numbers or len(factors) != size:
             raise FormatError(f"config.json: rope's {key} is not a list of {size} numbers")
         tensors[name] = torch.tensor(factors, dtype=torch.float32)
     return tensors
 
 
 def llama3_rope(settings: Mapping[str, Any]) -> Rope:
+    given = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        **settings,
+    }
     return Rope(
         theta=settings["rope_theta"],
         kind="llama3",
-        factor=float(settings.get("factor", 8.0)),
-        low_freq_factor=float(settings.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(settings.get("high_freq_factor", 4.0)),
-        original_max_position_embeddings=int(
-            settings.get("original_max_position_embeddings", 8192)
-        ),
+        factor=_number(given, "factor"),
+        low_freq_factor=_number(given, "low_freq_factor"),
+        high_freq_factor=_number(given, "high_freq_factor"),
+        original_max_position_embeddings=int(_number(given, "original_max_position_embeddings")),
     )
 
 
