@@ -207,8 +207,7 @@ def derived_tensors(config: Mapping[str, Any], head_dim: int) -> dict[str, Tenso
     tensors = {}
     for name, key in ((LONG_FACTORS, "long_factor"), (SHORT_FACTORS, "short_factor")):
         factors = settings.get(key)
-        numbers = isinstance(factors, list) and all(type(f) in (int, float) for f in factors)
-        if not numbers or len(factors) != size:
+        if not _are_numbers(factors, size):
             raise FormatError(f"config.json: rope's {key} is not a list of {size} numbers")
         tensors[name] = torch.tensor(factors, dtype=torch.float32)
     return tensors
@@ -230,6 +229,11 @@ def llama3_rope(settings: Mapping[str, Any]) -> Rope:
         high_freq_factor=_number(given, "high_freq_factor"),
         original_max_position_embeddings=int(_number(given, "original_max_position_embeddings")),
     )
+
+
+def _are_numbers(value: object, count: int) -> bool:
+    numbers = isinstance(value, list) and all(type(item) in (int, float) for item in value)
+    return numbers and isinstance(value, list) and len(value) == count
 
 
 def _number(rope: Mapping[str, Any], key: str) -> float:
