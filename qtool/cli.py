@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "serve": ("qtool.runtime.command:serve", "Serve a model with an OpenAI-compatible API."),
     "chat": ("qtool.runtime.command:chat", "Chat with a model in the terminal."),
+    "inspect": ("qtool.convert.inspect_command:inspect", "What a model file or folder holds."),
     "verify": ("qtool.verify_command:verify", "Check an artifact against its manifest."),
     "demo": ("qtool.runtime.demo:demo", "Run the whole product on the bundled model."),
 }
