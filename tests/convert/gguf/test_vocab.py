@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,34 @@ def test_known_patterns_are_spelt_as_in_published_tokenizers() -> None:
     assert LLAMA3 == LLAMA_3_AS_PUBLISHED
     assert PRE_TOKENIZERS["qwen2"].patterns == (QWEN2,)
     assert PRE_TOKENIZERS["olmo"].patterns == (GPT2,)
+
+
+def sequence(patterns: Sequence[str]) -> Metadata:
+    nodes = [split(pattern)["pretokenizers"] for pattern in patterns]
+    return {"type": "Sequence", "pretokenizers": [*(node[0] for node in nodes), nodes[0][1]]}
+
+
+@pytest.mark.parametrize("name", sorted({entry.name for entry in PRE_TOKENIZERS.values()}))
+def test_every_pre_tokenizer_is_found_by_its_patterns_and_tokenizes_alike(
+    name: str, byte_level: Callable[..., Path]
+) -> None:
+    entry = PRE_TOKENIZERS[name]
+
+    def edit(tokenizer: Metadata) -> None:
+        tokenizer["pre_tokenizer"] = sequence([p.replace(r"\n", "\n") for p in entry.patterns])
+        tokenizer["model"]["ignore_merges"] = entry.ignore_merges
+
+    folder = byte_level(edit)
+    metadata = written(folder, 4096)
+    assert metadata["tokenizer.ggml.pre"] == name
+    assert_same_tokens(folder, tokenizer_from_gguf(metadata))
+
+
+def test_the_letters_of_deepseeks_first_tokenizers_are_cased_ones() -> None:
+    pattern = re.compile(PRE_TOKENIZERS["deepseek-llm"].patterns[1])
+    letters = [chr(code) for code in range(0x110000) if pattern.fullmatch(chr(code))]
+    assert {unicodedata.category(letter) for letter in letters} == {"Lu", "Ll", "Lt"}
+    assert len(letters) > 1000
 
 
 @pytest.mark.parametrize("pattern", [LLAMA3, QWEN2])
