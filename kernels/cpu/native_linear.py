@@ -9,14 +9,15 @@ size, with any number of threads, on any of the instruction sets.
 
 Rounding activations is the user's choice (QTOOL_ACTIVATIONS); INT8_ACTIVATIONS_BY_DEFAULT is what
 happens without one, for bfloat16. float32 was chosen for exactness and is left alone. What the
-choice is about, on one busy core of Zen 4 that reads 27 GB/s, torch 2.13, groups of 128
+choice is about, on one core of a busy Zen 4 that read 20 to 27 GB/s meanwhile, torch 2.13, over the
+layers of Qwen2.5-0.5B and a 4096 x 4096 one, groups of 128, weights from memory
 (`benchmarks/kernels_cpu.py --threads 1`):
 
-                      1 token        4 tokens       16 tokens      64 tokens
-    native, int4      25-30 GB/s     348 GOP/s      336 GOP/s      341 GOP/s      9728 x 896
-    torch int4pack    10 GB/s        85 GOP/s       86 GOP/s       86 GOP/s
-    native, int8      25-30 GB/s     190 GOP/s      301 GOP/s      342 GOP/s
-    torch bfloat16    10-24 GB/s     33-80 GOP/s    85-160 GOP/s   75-200 GOP/s
+                      1 token         4 tokens         16 tokens        64 tokens
+    native, int4      16-23 GB/s      246-323 GOP/s    308-355 GOP/s    354-378 GOP/s
+    torch int4pack    9-10 GB/s       81-87 GOP/s      86-88 GOP/s      84-88 GOP/s
+    native, int8      18-31 GB/s      136-183 GOP/s    270-331 GOP/s    329-369 GOP/s
+    torch bfloat16    11-27 GB/s      45-92 GOP/s      88-166 GOP/s     99-204 GOP/s
 
 and what it costs, on the bundled model in int4 (rtn-int4, 64 windows of 256 tokens of its
 evaluation text): perplexity 46.582 with float32 activations, 46.581 with bfloat16, 46.584 with
