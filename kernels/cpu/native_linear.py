@@ -15,7 +15,7 @@ layers of Qwen2.5-0.5B and a 4096 x 4096 one, groups of 128, weights from memory
 
                       1 token         4 tokens         16 tokens        64 tokens
     native, int4      16-23 GB/s      246-323 GOP/s    308-355 GOP/s    354-378 GOP/s
-    torch int4pack    9-10 GB/s       81-87 GOP/s      86-88 GOP/s      84-88 GOP/s
+    torch int4pack    9-10 GB/s       81-87 GOP/s      86-88 GOP/s      58-88 GOP/s
     native, int8      18-31 GB/s      136-183 GOP/s    270-331 GOP/s    329-369 GOP/s
     torch bfloat16    11-27 GB/s      45-92 GOP/s      88-166 GOP/s     99-204 GOP/s
 
