@@ -61,7 +61,7 @@ class Setting:
         if self.kind == "flag":
             yield self.key, bool(value)
             return
-        if value < 0 or (value == 0 and self.kind == "whole"):
+        if not 0 <= value < 2.0**32 or (value == 0 and self.kind == "whole"):
             raise FormatError(f"config.json: {self.names[0]} is {value!r}, not positive")
         yield self.key, float(value) if self.kind == "number" else int(value)
 

@@ -51,8 +51,8 @@ def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> dict[
     found = dict(given)
     if layers is not None and isinstance(found.get(layers), Mapping):
         found = dict(found[layers])
-    kind = found.pop("type", None) if "rope_type" not in found else found["rope_type"]
-    found["rope_type"] = {None: "default", "su": "longrope"}.get(kind, str(kind))
+    kind = str(found["rope_type"] if "rope_type" in found else found.pop("type", "default"))
+    found["rope_type"] = {"None": "default", "su": "longrope"}.get(kind, kind)
     theta = found.get("rope_theta") or config.get("rope_theta") or 10000.0
     found["rope_theta"] = _number({"rope_theta": theta}, "rope_theta")
     for key in ("partial_rotary_factor", "original_max_position_embeddings"):
@@ -139,7 +139,7 @@ class SlidingRope:
         parameters = config.get("rope_parameters") or {}
         if isinstance(parameters.get("sliding_attention"), Mapping):
             local = parameters["sliding_attention"].get("rope_theta")
-        yield "rope.freq_base_swa", float(local or 10000.0)
+        yield "rope.freq_base_swa", _number({"rope_theta": local or 10000.0}, "rope_theta")
 
     def read(self, reading: Reading, config: dict[str, Any]) -> None:
         theta = reading.number("rope.freq_base_swa", 10000.0)
@@ -162,6 +162,8 @@ class RotatedChannels:
     def read(self, reading: Reading, config: dict[str, Any]) -> None:
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         found = reading.whole("rope.dimension_count", head_dim)
+        if head_dim < 1:
+            raise FormatError(f"{reading.where}: fewer channels than attention heads")
         if self.partial:
             config["rope_parameters"]["partial_rotary_factor"] = found / head_dim
         elif found != head_dim:
@@ -238,7 +240,8 @@ def _are_numbers(value: object, count: int) -> bool:
 
 def _number(rope: Mapping[str, Any], key: str) -> float:
     value = rope.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < 2.0**63:
         raise FormatError(f"config.json: rope's {key} is {value!r}, not a positive number")
     return float(value)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool.arch import ARCHITECTURES
+from qtool.arch import ARCHITECTURES, find_family
 from qtool.checkpoint import Source
 from qtool.convert.formats import WeightReader, open_weights
+from qtool.convert.gguf.container import KeyValue
 from qtool.convert.gguf.export import ExportPlan, plan_export, write_gguf
 from qtool.convert.gguf.families import FAMILIES, settings_entries
-from qtool.convert.gguf.import_ import GgufWeights
+from qtool.convert.gguf.import_ import GgufWeights, read_config
+from qtool.convert.gguf.names import NameMap
+from qtool.convert.gguf.ropes import derived_tensors
+from qtool.convert.gguf.sizes import Sizes
+from qtool.convert.gguf.types import ValueType
 from qtool.errors import FormatError, QtoolError, UnsupportedModel
 
 TinyCheckpoint = Callable[..., Path]
@@ -194,7 +202,10 @@ def exported(
 Exported = Callable[[str, str, str], tuple[WeightReader, ExportPlan, GgufWeights]]
 
 
-@pytest.mark.parametrize(("type", "dtype"), [("F16", "float16"), ("BF16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("type", "dtype"),
+    [("BF16", "bfloat16"), pytest.param("F16", "float16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_every_bit_comes_back(case: str, type: str, dtype: str, exported: Exported) -> None:
     source, _, back = exported(case, type, dtype)
@@ -375,3 +386,60 @@ def test_a_family_without_a_row_is_refused_with_the_list(tiny_checkpoint: TinyCh
     with pytest.raises(QtoolError, match="'falcon' is not in the table") as error:
         plan_export(opened(tiny_checkpoint("falcon")), "F16")
     assert "deepseek_v2, deepseek_v3, gemma, gemma2, gemma3_text" in str(error.value.hint)
+
+
+def test_the_native_decoder_refuses_what_it_does_not_run_by_name(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    from qtool.runtime.loading import load_model
+
+    source = opened(checkpoint("gemma2", tiny_checkpoint, "bfloat16"))
+    export(source, tmp_path / "gemma.gguf", "BF16")
+    with pytest.raises(UnsupportedModel, match="'gemma2' is not one that the native") as error:
+        load_model(str(tmp_path / "gemma.gguf"))
+    assert "llama, mistral, qwen2, qwen3" in str(error.value.hint)
+
+
+ODD: tuple[Any, ...] = (
+    *(0, -1, 1, 2, 3, 2**31, 2**40, "x", "", True, 1.5, math.nan, math.inf, 0.0, -2.0),
+    *([1, 2], [], {}, {"a": 1}, None, "linear", "yarn", "longrope"),
+)
+
+
+def changed(values: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    result = dict(values)
+    for _ in range(rng.randint(1, 3)):
+        key = rng.choice(list(result))
+        if isinstance(result[key], dict) and result[key] and rng.random() < 0.7:
+            result[key] = changed(result[key], rng)
+        else:
+            result[key] = rng.choice(ODD)
+    return result
+
+
+@pytest.mark.parametrize("case", ["gemma3", "phi3, long", "deepseek2", "qwen2_moe", "gpt2"])
+def test_settings_with_wrong_values_are_refused_or_taken(case: str, exported: Exported) -> None:
+    """Both ways: nothing but errors that name the thing."""
+    source, _, back = exported(case, "BF16", "bfloat16")
+    rng = random.Random(case)
+    taken = refused = 0
+    for _ in range(150):
+        config = changed(source.config, rng) | {"model_type": source.config["model_type"]}
+        try:
+            names = NameMap.of(find_family(config), Sizes.of(config))
+            settings_entries(config)
+            derived_tensors(config, names.config.head_dim)
+            taken += 1
+        except QtoolError:
+            refused += 1
+        entries = [entry for entry in back.file.entries if not entry.key.startswith("tokenizer.")]
+        metadata = changed({entry.key: entry.value for entry in entries[4:]}, rng)
+        odd = [KeyValue(key, value, ValueType.UINT32) for key, value in metadata.items()]
+        try:
+            config = read_config(replace(back.file, entries=(*entries[:4], *odd)))
+            NameMap.of(find_family(config), Sizes.of(config))
+            taken += 1
+        except QtoolError:
+            refused += 1
+    assert taken > 10
+    assert refused > 10
