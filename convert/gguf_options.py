@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qtool.convert.gguf.imatrix import ImportanceMatrix
     from qtool.convert.gguf.mix import MixOverrides
 
+SEARCHES = ("plain", "best")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = (
@@ -52,6 +53,22 @@ _OPTIONS = (
         metavar="X",
         help="With gguf: at most X bits a weight, spent where they remove most error.",
     ),
+    click.option(
+        "--search",
+        metavar="plain|best",
+        default="plain",
+        help="With gguf: best runs calibration data and chooses codes by the outputs' error.",
+    ),
+    click.option(
+        "--calibration",
+        metavar="DATA",
+        help="With --search best: a .txt, .jsonl or .parquet file, or a Hub dataset id.",
+    ),
+    click.option(
+        "--num-samples", type=click.IntRange(1), default=128, help="Calibration sequences."
+    ),
+    click.option("--sequence-length", type=click.IntRange(1), default=512, help="Tokens in each."),
+    click.option("--seed", type=int, default=0, help="Chooses the sequences."),
 )
 
 
@@ -73,6 +90,11 @@ class GgufOptions:
     pure: bool = False
     leave_output_tensor: bool = False
     target_bits: float | None = None
+    search: str = "plain"
+    calibration: str | None = None
+    num_samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
 
     @classmethod
     def of(cls, target: str, values: Mapping[str, Any]) -> GgufOptions:
@@ -87,6 +109,8 @@ class GgufOptions:
                 f"--target-bits {options.target_bits:g} "
                 + ("and --pure exclude each other" if options.pure else "is not between 0 and 32")
             )
+        if options.search not in SEARCHES:
+            raise UnknownName("search", options.search, SEARCHES)
         return options
 
     def overrides(self) -> MixOverrides:
@@ -132,7 +156,16 @@ def plan_gguf(reader: WeightReader, type: str | None, options: GgufOptions) -> E
     overrides = options.overrides()
     if options.target_bits is not None:
         type, overrides = _for_bits(reader, type, options.target_bits, overrides, importance)
-    return plan_export(reader, type, overrides=overrides, importance=importance)
+    plan = plan_export(reader, type, overrides=overrides, importance=importance)
+    if options.search == "plain":
+        return plan
+    from qtool.convert.search import BestSearch
+    from qtool.recipe import Calibration
+
+    wanted = Calibration(
+        options.calibration, options.num_samples, options.sequence_length, options.seed
+    )
+    return dataclasses.replace(plan, prepared=BestSearch(plan, wanted))
 
 
 def _for_bits(

@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -105,15 +106,29 @@ class PlannedTensor:
         return f"rows of {self.info.shape[-1]} are not whole blocks of {block} for {self.wanted}"
 
 
+class Prepared(Protocol):
+    """A maker of bytes that knows more than a tensor's values."""
+
+    def __call__(self, tensor: PlannedTensor) -> Tensor | None:
+        """Bytes, uint8 [rows, row_bytes], or None; called for each tensor in the file's order."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What came of it, when the file is written."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """A whole file, decided. `nbytes` is exact."""
+    """A whole file, decided. `nbytes` is exact.
+
+    prepared  makes some tensors' bytes, in place of what their `how` says
+    """
 
     reader: WeightReader
     file_type: str
     tensors: tuple[PlannedTensor, ...]
     layout: GgufLayout
     warnings: tuple[str, ...]
+    prepared: Prepared | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -342,6 +357,8 @@ def write_gguf(
         else:
             with bar(f"writing {out.name}", plan.nbytes) as shown:
                 _stream(plan, writer, notes, shown.advance)
+    if plan.prepared is not None:
+        notes += plan.prepared.notes()
     return tuple(notes)
 
 
@@ -360,7 +377,11 @@ def _stream(
 
     def jobs() -> Iterator[Callable[[], _Slab]]:
         for tensor in plan.tensors:
-            yield from _jobs(tensor, plan.reader, names, notes)
+            ready = None if plan.prepared is None else plan.prepared(tensor)
+            if ready is None:
+                yield from _jobs(tensor, plan.reader, names, notes)
+            else:
+                yield partial(_Slab, tensor.info, ready)
 
     for slab in run_in_order(jobs()):
         writer.write(slab.info, slab.data)
