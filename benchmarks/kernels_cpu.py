@@ -127,8 +127,12 @@ def measure_step(
 
 
 def random_weight(out_features: int, in_features: int, word: str | None) -> Weight:
-    if word is None:
-        return DenseWeight(torch.randn(out_features, in_features, dtype=torch.float32).to(BF16))
+    if word is not None:
+        return random_codes(out_features, in_features, word)
+    return DenseWeight(torch.randn(out_features, in_features).to(BF16))
+
+
+def random_codes(out_features: int, in_features: int, word: str) -> QuantizedWeight:
     scheme = QuantScheme.parse(word)
     groups = scheme.num_groups(in_features)
     codes = torch.randint(0, scheme.num_codes, (out_features, in_features), dtype=torch.uint8)
@@ -247,7 +251,7 @@ class NativeModel:
 
 
 def make_native_model(native: Native, batch: int, context: int) -> NativeModel:
-    weights = {name: random_weight(*shape, "int4-g128-sym") for name, shape in LINEARS.items()}
+    weights = {name: random_codes(*shape, "int4-g128-sym") for name, shape in LINEARS.items()}
     norm = torch.ones(HIDDEN, dtype=BF16)
     biases = torch.zeros(LINEARS["qkv"][0], dtype=BF16)
     spans = decode_spans(batch, context)
@@ -271,7 +275,7 @@ def make_native_model(native: Native, batch: int, context: int) -> NativeModel:
     slots = [span.block_ids[-1] * BLOCK_SIZE + (context - 1) % BLOCK_SIZE for span in spans]
     return NativeModel(
         blocks,
-        native_linear.pack_for(native, random_weight(VOCAB, HIDDEN, "int8-row-sym")),
+        native_linear.pack_for(native, random_codes(VOCAB, HIDDEN, "int8-row-sym")),
         norm,
         torch.randn(batch, HIDDEN).to(BF16),
         spans,
@@ -335,8 +339,7 @@ def torch_step(batch: int, context: int) -> Step:
     """The same step by the torch path: int4pack linears, a bfloat16 head."""
     layers: list[dict[str, torch_ops.Int4Packed]] = [{} for _ in range(LAYERS)]
     for name, shape in LINEARS.items():
-        weight = random_weight(*shape, "int4-g128-sym")
-        assert isinstance(weight, QuantizedWeight)
+        weight = random_codes(*shape, "int4-g128-sym")
         packed = torch_ops.int4_pack(weight, BF16, CPU)
         for layer in layers:
             layer[name] = packed._replace(words=packed.words.clone())
