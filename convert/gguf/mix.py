@@ -328,7 +328,8 @@ def choose_types(
         index, count = seen[kind], totals[kind]
         seen[kind] += 1
         if kind in ("up", "gate", "down"):
-            if model.num_experts > 1:  # several tensors a block: the name says which block
+            # Several tensors a block: the name says which block, but for types that count tensors.
+            if model.num_experts > 1 and file_type not in _IQ1_IQ2:
                 index = block_number(name)
             count = model.num_blocks
         place = Place(model, index, count)

@@ -240,8 +240,7 @@ def _are_numbers(value: object, count: int) -> bool:
 
 def _number(rope: Mapping[str, Any], key: str) -> float:
     value = rope.get(key)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < 2.0**63:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2.0**63:
         raise FormatError(f"config.json: rope's {key} is {value!r}, not a positive number")
     return float(value)
 

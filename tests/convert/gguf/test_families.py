@@ -17,16 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from qtool.arch import ARCHITECTURES, find_family
 from qtool.checkpoint import Source
-from qtool.convert.formats import WeightReader, open_weights
+from qtool.convert.formats import Held, WeightReader, open_weights
+from qtool.convert.gguf.arrange import arrange
 from qtool.convert.gguf.container import KeyValue
 from qtool.convert.gguf.export import ExportPlan, plan_export, write_gguf
 from qtool.convert.gguf.families import FAMILIES, settings_entries
 from qtool.convert.gguf.import_ import GgufWeights, read_config
+from qtool.convert.gguf.mix import MixModel, choose_types
 from qtool.convert.gguf.names import NameMap
 from qtool.convert.gguf.ropes import derived_tensors
 from qtool.convert.gguf.sizes import Sizes
 from qtool.convert.gguf.types import ValueType
 from qtool.errors import FormatError, QtoolError, UnsupportedModel
+from qtool.weights import Weight
 
 TinyCheckpoint = Callable[..., Path]
 
@@ -443,3 +446,97 @@ def test_settings_with_wrong_values_are_refused_or_taken(case: str, exported: Ex
             refused += 1
     assert taken > 10
     assert refused > 10
+
+
+class Headers:
+    """What a reader tells without reading: every tensor that a config gives a model."""
+
+    source = Source("headers", Path("headers"))
+    format = "dense"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.names = NameMap.of(find_family(config), Sizes.of(config))
+
+    def modules(self) -> list[str]:
+        return []
+
+    def tensor_names(self) -> list[str]:
+        return self.names.required()
+
+    def describe(self, name: str) -> Held:
+        return Held(self.names.stored_shape(name), "bfloat16")
+
+    def has(self, name: str) -> bool:
+        return name in self.names.required()
+
+    def weight(self, module: str) -> Weight:
+        raise AssertionError(module)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        raise AssertionError(name)
+
+
+LARGE: dict[str, dict[str, Any]] = {
+    "deepseek-v3.1": {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+    },
+    "gemma-3-4b-it": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+    },
+}
+
+
+@pytest.mark.parametrize("model", LARGE)
+def test_large_models_get_the_types_of_llama_cpps_snapshots(model: str, shared_data: Path) -> None:
+    reader = Headers(LARGE[model])
+    sizes = reader.names.config
+    arranged = arrange(reader, reader.names)
+    shapes = {name: tensor.held.shape for name, tensor in arranged.items()}
+    mix = MixModel(
+        reader.names.architecture.gguf_name,
+        sizes.num_layers,
+        sizes.num_heads,
+        sizes.num_kv_heads,
+        num_experts=sizes.num_experts,
+    )
+    text = (shared_data / "goldens" / "type-mix-snapshots" / f"{model}.schema").read_text()
+    default, file_type = "", ""
+    golden: dict[str, tuple[str, dict[str, str]]] = {}
+    for line in text.splitlines():
+        if line.startswith("["):
+            file_type, default = line[1:].split("] ")
+            golden[file_type] = (default.upper(), {})
+        elif line and not line.startswith("#"):
+            tensor, type = line.rsplit(" ", 1)
+            golden[file_type][1][tensor] = type.upper()
+    assert len(golden) > 30
+    for file_type, (default, exceptions) in golden.items():
+        found = choose_types(file_type, shapes, mix)
+        for tensor, choice in found.items():
+            expected = exceptions.get(tensor, default)
+            assert choice.type.upper() == expected, (file_type, tensor)
+        assert exceptions.keys() <= found.keys()
