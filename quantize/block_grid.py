@@ -3,7 +3,7 @@
     1. the type's own search, weighted by diag(H), gives every sub-block its scale and minimum, in
        the precision that the file has
     2. columns by falling diag(H), each rounded on its frozen grid, its error pushed into the
-       columns still to come (gptq.py)
+       columns still to come, as in gptq.py: in recursive halves, with one Cholesky
     3. code descent: with R = (W - Q) H the best change of one code, all others held, is
        R_j / (s H_jj) steps, rounded and clamped; it never raises the error (refine.py)
     4. rows are independent: each keeps what has the lowest error d H dᵀ, plain rounding included
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS, quantize
 from qtool.convert.gguf.grids import HIGHEST, read_grid, with_codes
-from qtool.quantize.gptq import damped_hessian, factorize, sweep
 
 DAMPING = 0.01
+_DAMPING_ATTEMPTS = 4
 DESCENT_ROUNDS = 3
 _BLOCK_COLUMNS = 64
+_LEAF_COLUMNS = 16
 
 
 class BlockSolution(NamedTuple):
@@ -94,20 +95,91 @@ def _search(
     type: str, weight: Tensor, hessian: Tensor, diagonal: Tensor, data: Tensor
 ) -> Tensor | None:
     order = torch.argsort(diagonal, descending=True, stable=True)
-    factor = factorize(hessian[order][:, order], DAMPING)
-    if factor is None:
+    found = factorize(hessian, order)
+    if found is None:
         return None
+    upper, damped = found
     grid = read_grid(type, data)
     unused = grid.scales == 0
     scales = torch.where(unused, 1.0, grid.scales)
     highest = torch.where(unused, 0.0, float(grid.highest))
     shifted = weight + grid.minima
-    codes = sweep(shifted, scales, torch.zeros_like(scales), highest, order, factor.upper)
-    damped = damped_hessian(hessian, factor.damping)
+    codes = sweep(shifted, scales, torch.zeros_like(scales), highest, order, upper)
     for _ in range(DESCENT_ROUNDS):
         if not descend(shifted, codes, scales, highest, damped):
             break
     return with_codes(type, data, codes.to(torch.uint8))
+
+
+def factorize(hessian: Tensor, order: Tensor) -> tuple[Tensor, Tensor] | None:
+    """U, upper triangular with UᵀU = H⁻¹ for the damped H in an order, its rows divided by their
+    diagonal; and the damped H as it came. None where no damping within reach makes it factor.
+
+    With J the reversal, JHJ = LLᵀ gives H = RRᵀ, R = JLJ, and U = R⁻¹.
+    """
+    diagonal = hessian.diagonal()
+    for attempt in range(_DAMPING_ATTEMPTS):
+        raised = diagonal + DAMPING * 10**attempt * diagonal.mean()
+        damped = hessian.clone()
+        damped.diagonal().copy_(torch.where(diagonal == 0, 1.0, raised))
+        ordered = damped[order][:, order]
+        for dtype in (torch.float32, torch.float64):
+            lower, info = torch.linalg.cholesky_ex(ordered.to(dtype).flip(0, 1))
+            if int(info) != 0:
+                continue
+            identity = torch.eye(lower.shape[0], dtype=dtype)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if bool(upper.isfinite().all()):
+                return (upper / upper.diagonal()[:, None]).to(torch.float32), damped
+    return None
+
+
+def sweep(
+    weight: Tensor, scales: Tensor, lowest: Tensor, highest: Tensor, order: Tensor, upper: Tensor
+) -> Tensor:
+    """Whole steps [out, in] float32 for a grid that is any scale and any range for each weight.
+
+    weight, scales, lowest, highest  [out, in] float32
+    order                            [in] int64, in which columns are taken
+    upper                            [in, in], of `factorize` with that order
+    """
+    left, step, low, high = (
+        values.t()[order].contiguous() for values in (weight, scales, lowest, highest)
+    )
+    state = _Sweep(left, step, low, high, upper, torch.empty_like(left), torch.empty_like(left))
+    _solve_columns(state, 0, weight.shape[1])
+    steps = torch.empty_like(state.steps)
+    steps[order] = state.steps
+    return steps.t().contiguous()
+
+
+class _Sweep(NamedTuple):
+    """All [in, out] in the order of solving but `upper` [in, in]."""
+
+    weight: Tensor
+    scales: Tensor
+    lowest: Tensor
+    highest: Tensor
+    upper: Tensor
+    errors: Tensor
+    steps: Tensor
+
+
+def _solve_columns(state: _Sweep, start: int, stop: int) -> None:
+    if stop - start > _LEAF_COLUMNS:
+        middle = (start + stop) // 2
+        _solve_columns(state, start, middle)
+        pushed = state.upper[start:middle, middle:stop].t() @ state.errors[start:middle]
+        state.weight[middle:stop] -= pushed
+        _solve_columns(state, middle, stop)
+        return
+    for j in range(start, stop):
+        column = state.weight[j]
+        steps = torch.round(column / state.scales[j])
+        steps = torch.clamp(steps, state.lowest[j], state.highest[j], out=state.steps[j])
+        error = torch.addcmul(column, steps, state.scales[j], value=-1, out=state.errors[j])
+        if j + 1 < stop:
+            state.weight[j + 1 : stop].addr_(state.upper[j, j + 1 : stop], error, alpha=-1)
 
 
 def descend(

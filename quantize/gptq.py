@@ -73,7 +73,7 @@ def solve(weight: Tensor, hessian: Tensor, scheme: QuantScheme, options: Gptq) -
         return rtn.solve(weight, scheme, scale_search=True, importance=diagonal, notes=(note,))
     codes = _sweep(weight, found, scheme, order, factor.upper)
     if options.refine_rounds:
-        damped = damped_hessian(hessian, factor.damping)
+        damped = _damped(hessian, factor.damping)
         codes, found = refine(weight, codes, found, scheme, damped, rounds=options.refine_rounds)
     notes: tuple[str, ...] = ()
     if factor.damping > options.damping:
@@ -85,7 +85,7 @@ def factorize(hessian: Tensor, damping: float) -> Factor | None:
     """U of the damped Hessian, or None where no damping within reach makes it factor."""
     for attempt in range(_DAMPING_ATTEMPTS):
         share = damping * 10**attempt
-        damped = damped_hessian(hessian, share)
+        damped = _damped(hessian, share)
         for dtype in (torch.float32, torch.float64):
             upper = _inverse_factor(damped.to(dtype))
             if upper is not None:
@@ -93,7 +93,7 @@ def factorize(hessian: Tensor, damping: float) -> Factor | None:
     return None
 
 
-def damped_hessian(hessian: Tensor, share: float) -> Tensor:
+def _damped(hessian: Tensor, share: float) -> Tensor:
     """H with its diagonal raised, and one in place of a dead column's zero."""
     diagonal = hessian.diagonal()
     raised = torch.where(diagonal == 0, 1.0, diagonal + share * diagonal.mean())
@@ -135,28 +135,6 @@ def _sweep(
     codes = torch.empty_like(state.steps, dtype=torch.uint8)
     codes[order] = (state.steps + zeros).to(torch.uint8)
     return codes.t().contiguous()
-
-
-def sweep(
-    weight: Tensor, scales: Tensor, lowest: Tensor, highest: Tensor, order: Tensor, upper: Tensor
-) -> Tensor:
-    """Whole steps [out, in] float32 for a grid that is any scale and any range for each weight.
-
-    weight, scales, lowest, highest  [out, in] float32
-    order                            [in] int64, in which columns are taken
-    upper                            [in, in], of the Hessian in that order (`factorize`)
-    """
-    ordered = [values.t()[order].contiguous() for values in (weight, scales, lowest, highest)]
-    state = _State(
-        *ordered,
-        upper=upper / upper.diagonal().unsqueeze(1),
-        errors=torch.empty_like(ordered[0]),
-        steps=torch.empty_like(ordered[0]),
-    )
-    _solve_columns(state, 0, weight.shape[1])
-    steps = torch.empty_like(state.steps)
-    steps[order] = state.steps
-    return steps.t().contiguous()
 
 
 class _State(NamedTuple):
