@@ -83,6 +83,13 @@ def quantize(
     The result is a model folder that Hugging Face loaders, vLLM and SGLang read. Embeddings and the
     output head stay as they are. Stopped runs go on where they were when the same command is given
     again.
+
+    \b
+    Examples:
+      qtool quantize Qwen/Qwen3-0.6B
+      qtool quantize ./my-model --recipe awq --format awq --out ./my-model-awq
+      qtool quantize builtin:books-7m --calibration mine.jsonl --num-samples 256
+      qtool quantize ./my-model --keep '*.down_proj' --dry-run
     """
     import json
     import time
