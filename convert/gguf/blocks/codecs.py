@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.convert.gguf.blocks import iq4, kquants, legacy
+from qtool.convert.gguf.blocks import iq4, kquants, legacy, ternary
 from qtool.convert.gguf.types import TENSOR_TYPES, TensorType
 from qtool.errors import FormatError, UnknownName
 from qtool.weights import BlockCodec
@@ -39,6 +39,9 @@ QUANTIZERS: dict[str, Quantizer] = {
     "Q6_K": kquants.quantize_q6_k,
     "IQ4_NL": iq4.quantize_iq4_nl,
     "IQ4_XS": iq4.quantize_iq4_xs,
+    "TQ1_0": ternary.quantize_tq1_0,
+    "TQ2_0": ternary.quantize_tq2_0,
+    "MXFP4": ternary.quantize_mxfp4,
 }
 
 

@@ -59,7 +59,7 @@ def test_llama_cpp_generates_from_quantized_files(
 
 QUANTIZED_TYPES = [
     *("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M"),
-    *("Q6_K", "IQ4_NL", "IQ4_XS"),
+    *("Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4_MOE"),
 ]
 
 
