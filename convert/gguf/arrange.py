@@ -58,7 +58,8 @@ def arrange(reader: WeightReader, names: NameMap) -> dict[str, Arranged]:
                 f"{hf} has shape {list(found[hf].shape)}, config.json says {list(expected)}"
             )
         groups.setdefault(gguf, []).append(hf)
-    missing = [name for name in names.required() if name not in found]
+    present = {names.full_name(name) for name in found}
+    missing = [name for name in names.required() if name not in present]
     if missing:
         raise FormatError(f"{reader.source.name} has no tensor {missing[0]}")
     arranged: dict[str, Arranged] = {}

@@ -91,6 +91,19 @@ class NameMap:
 
     def place(self, name: str) -> Place | None:
         """Where a Hugging Face tensor is; None where it is nowhere."""
+        return self._find(name) or self._find(f"{self._base}{name}")
+
+    def full_name(self, name: str) -> str:
+        """A tensor's name with the prefix that checkpoints of the bare model leave out: "h.0.ln_1"
+        is "transformer.h.0.ln_1".
+        """
+        return name if self._find(name) is not None else f"{self._base}{name}"
+
+    @property
+    def _base(self) -> str:
+        return self.architecture.hf_name("embed").partition(".")[0] + "."
+
+    def _find(self, name: str) -> Place | None:
         found = self._places.get(name)
         if found is not None and found.role in _WHOLE:
             return found
@@ -141,7 +154,7 @@ class NameMap:
         if not self.architecture.rope_interleaved_in_gguf:
             return None
         heads = {"q": self.config.num_heads, "k": self.config.num_kv_heads}
-        found = self._places.get(module)
+        found = self.place(f"{module}.weight")
         role = "" if found is None else found.role
         return interleave_rows(heads[role], self.config.head_dim) if role in heads else None
 

@@ -385,6 +385,20 @@ def test_experts_in_different_types_are_refused(
         plan_export(opened(folder), "F16")
 
 
+def test_a_checkpoint_without_the_models_prefix_gives_the_same_file(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(checkpoint("gpt2", tiny_checkpoint, "bfloat16"), folder)
+    export(opened(folder), tmp_path / "full.gguf", "BF16")
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert "h.0.attn.c_attn.weight" in bare
+    save_file(bare, folder / "model.safetensors")
+    export(opened(folder), tmp_path / "bare.gguf", "BF16")
+    assert (tmp_path / "bare.gguf").read_bytes() == (tmp_path / "full.gguf").read_bytes()
+
+
 def test_a_family_without_a_row_is_refused_with_the_list(tiny_checkpoint: TinyCheckpoint) -> None:
     with pytest.raises(QtoolError, match="'falcon' is not in the table") as error:
         plan_export(opened(tiny_checkpoint("falcon")), "F16")
