@@ -388,7 +388,7 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(
 
 
 def test_types_that_cannot_be_written_are_refused_with_those_that_can(books_7m: Path) -> None:
-    for type in ("IQ2_XXS", "MXFP4_MOE", "nonsense"):
+    for type in ("IQ2_XXS", "NVFP4", "nonsense"):
         with pytest.raises(UnknownName) as caught:
             plan_export(opened(books_7m), type)
         assert "Q4_K_M" in str(caught.value.hint)

@@ -160,6 +160,29 @@ def split(pattern: str) -> Metadata:
     }
 
 
+def test_a_tokenizer_like_gemmas_has_no_leading_space(sentencepiece: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gemma"
+    shutil.copytree(sentencepiece, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    space = {"String": " "}
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": space, "content": "\u2581"}
+    tokenizer["pre_tokenizer"] = {"type": "Split", "pattern": space, "invert": False}
+    tokenizer["pre_tokenizer"]["behavior"] = "MergedWithPrevious"
+    tokenizer["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    metadata = written(folder, 700)
+    assert metadata["tokenizer.ggml.model"] == "llama"
+    assert metadata["tokenizer.ggml.add_space_prefix"] is False
+    assert_same_tokens(folder, tokenizer_from_gguf(metadata))
+
+
 LLAMA_3_AS_PUBLISHED = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
