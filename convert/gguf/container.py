@@ -22,7 +22,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -78,7 +78,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A parsed file. `entries` keeps metadata with its types, in the file's order."""
+    """A parsed file. `entries` keeps metadata with its types, in the file's order.
+
+    elsewhere  the files of tensors that lie in other parts of the model (parts.py)
+    """
 
     path: Path
     version: int
@@ -86,6 +89,7 @@ class GgufFile:
     tensors: Mapping[str, TensorEntry]
     alignment: int
     _map: mmap.mmap
+    elsewhere: Mapping[str, GgufFile] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
@@ -101,6 +105,8 @@ class GgufFile:
         A view of the map, not a copy. The map is private (copy on write), so that torch may have a
         writable buffer and the file still cannot change.
         """
+        if name in self.elsewhere:
+            return self.elsewhere[name].data(name)
         entry = self.tensors[name]
         flat = torch.frombuffer(
             self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset

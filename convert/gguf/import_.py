@@ -22,6 +22,7 @@ from qtool.convert.gguf.blocks.legacy import BLOCK, unpack_q4_0
 from qtool.convert.gguf.container import GgufFile, TensorEntry, Value
 from qtool.convert.gguf.families import FAMILIES, find_gguf_architecture, read_settings
 from qtool.convert.gguf.names import NameMap, inverse_order
+from qtool.convert.gguf.parts import open_parts
 from qtool.convert.gguf.reading import Settings
 from qtool.convert.gguf.ropes import DERIVED_TENSORS
 from qtool.convert.gguf.sizes import STACKED, Sizes
@@ -60,7 +61,7 @@ class GgufWeights:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.file = GgufFile.open(source.path)
+        self.file = open_parts(source.path)
         self.metadata: dict[str, Value] = self.file.metadata
         self.config: dict[str, Any] = read_config(self.file)
         self._architecture = find_gguf_architecture(self.file)
@@ -230,12 +231,6 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     """config.json from metadata and tensor infos."""
     metadata = file.metadata
     settings = Settings(metadata, str(file.path))
-    parts = metadata.get("split.count", 1)
-    if parts != 1:
-        raise FormatError(
-            f"{file.path} is one of {parts} parts",
-            "join them first with llama.cpp's `gguf-split --merge`",
-        )
     architecture = find_gguf_architecture(file)
     prefix = architecture.gguf_name
     embedding = file.tensors.get("token_embd.weight")

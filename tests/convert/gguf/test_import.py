@@ -85,7 +85,7 @@ def test_an_unchanged_model_opens(rewrite: Rewrite) -> None:
         ({"llama.rope.scaling.type": "longrope"}, "'longrope' is not supported"),
         ({"llama.expert_count": 4}, "expert_count is 4, with 0 matrices"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "epsilon is nan"),
-        ({"split.count": 3}, "one of 3 parts"),
+        ({"split.count": 3}, "part 1 of 3"),
     ],
 )
 def test_metadata_that_lies_is_named(keys: dict[str, Any], message: str, rewrite: Rewrite) -> None:

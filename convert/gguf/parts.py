@@ -1,0 +1,69 @@
+"""Models in several files: opened from the first, the others found beside it.
+
+llama.cpp's gguf-split names them NAME-00001-of-00003.gguf, counted from 1. Each is a GGUF file with
+its own tensors; all carry split.no (from 0), split.count and split.tensors.count (of all), and the
+first alone carries the model's metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from qtool.convert.gguf.container import GgufFile, TensorEntry
+from qtool.errors import FormatError
+
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+
+def open_parts(path: Path) -> GgufFile:
+    """A model's file, or all its files as one, without the keys that number them."""
+    first = GgufFile.open(path)
+    number, count, num_tensors = _place(first)
+    if count <= 1:
+        return first
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match["count"]) != count or int(match["number"]) != number + 1:
+        raise FormatError(
+            f"{path} is part {number + 1} of {count}, and its name does not say so",
+            f"it needs the name that it was written with, ...-{number + 1:05}-of-{count:05}.gguf",
+        )
+    names = [f"{match['stem']}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]
+    if number != 0:
+        raise FormatError(f"{path} is part {number + 1} of {count}", f"name the first: {names[0]}")
+    tensors: dict[str, TensorEntry] = dict(first.tensors)
+    elsewhere: dict[str, GgufFile] = {}
+    for index, name in enumerate(names[1:], start=1):
+        beside = path.with_name(name)
+        if not beside.is_file():
+            raise FormatError(f"{path} is part 1 of {count}, and {name} is not beside it")
+        part = GgufFile.open(beside)
+        if _place(part) != (index, count, num_tensors):
+            raise FormatError(f"{beside} is no part {index + 1} of {count} of the model in {path}")
+        for tensor, entry in part.tensors.items():
+            if tensor in tensors:
+                raise FormatError(f"{beside}: the tensor {tensor!r} is in another part too")
+            tensors[tensor] = entry
+            elsewhere[tensor] = part
+    if len(tensors) != num_tensors:
+        raise FormatError(f"{path}: its parts have {len(tensors)} tensors, not {num_tensors}")
+    entries = tuple(entry for entry in first.entries if entry.key not in _KEYS)
+    return dataclasses.replace(first, entries=entries, tensors=tensors, elsewhere=elsewhere)
+
+
+def _place(file: GgufFile) -> tuple[int, int, int]:
+    """(split.no, split.count, split.tensors.count), of a whole model where the keys are missing."""
+    metadata = file.metadata
+    values = [metadata.get(key, default) for key, default in zip(_KEYS, (0, 1, 0), strict=True)]
+    for key, value in zip(_KEYS, values, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise FormatError(f"{file.path}: {key} is {value!r}, not a number")
+    number, count, num_tensors = values
+    assert isinstance(number, int)
+    assert isinstance(count, int)
+    assert isinstance(num_tensors, int)
+    if count > 1 and number >= count:
+        raise FormatError(f"{file.path}: split.no is {number} of {count}")
+    return number, count, num_tensors
