@@ -200,7 +200,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise FormatError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    # ValueError: no JSON, no UTF-8, or a number of more digits than Python converts.
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a JSON {type(value).__name__}, not an object")
@@ -232,7 +233,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path.name}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise FormatError(f"{path.name}: the header is not a JSON object")

@@ -182,10 +182,11 @@ class Float8Weight:
         rows, columns = self.scheme.block
         out_features, in_features = self.shape
         scales = self.scales.to(torch.float32)
+        # A block may claim to be larger than the weight.
         if columns is not None:
-            scales = scales.repeat_interleave(columns, 1)[:, :in_features]
+            scales = scales.repeat_interleave(min(columns, in_features), 1)[:, :in_features]
         if rows is not None:
-            scales = scales.repeat_interleave(rows, 0)[:out_features]
+            scales = scales.repeat_interleave(min(rows, out_features), 0)[:out_features]
         return (self.values.to(torch.float32) * scales).to(dtype)
 
     def rows(self, order: Tensor) -> Float8Weight:

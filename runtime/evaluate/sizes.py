@@ -17,6 +17,7 @@ from qtool.checkpoint import Checkpoint, Source
 from qtool.convert.formats import WeightReader
 from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.import_ import FLOAT_DTYPES
+from qtool.convert.huggingface import CheckpointWeights
 
 
 class ModelSize(NamedTuple):
@@ -53,11 +54,10 @@ def _tensor_bytes(reader: WeightReader, packed: Collection[str]) -> tuple[int, i
         entries = GgufFile.open(reader.source.path).tensors.values()
         sizes = [(entry.nbytes, entry.type.name not in FLOAT_DTYPES) for entry in entries]
     else:
-        tensors = Checkpoint.open(reader.source.path).tensors
-        sizes = [
-            (info.nbytes, name.rpartition(".")[0] in packed and not name.endswith(".bias"))
-            for name, info in tensors.items()
-        ]
+        assert isinstance(reader, CheckpointWeights), type(reader)
+        parts = {info.name for module in packed for info in reader.parts(module)}
+        tensors = reader.checkpoint.tensors
+        sizes = [(info.nbytes, name in parts) for name, info in tensors.items()]
     return sum(size for size, _ in sizes), sum(size for size, is_packed in sizes if is_packed)
 
 

@@ -18,6 +18,7 @@ from qtool.convert import bitsandbytes, float8
 from qtool.convert.formats import Held, WeightReader, open_weights
 from qtool.convert.layer import FloatSpec, LayerSpec
 from qtool.errors import FormatError, UnsupportedModel
+from qtool.runtime.loading import load_model
 from qtool.scheme import FloatScheme, QuantScheme
 from qtool.weights import CodebookWeight, DenseWeight, Float8Weight, QuantizedWeight
 
@@ -191,6 +192,28 @@ def test_a_whole_model_of_each_kind_is_read_and_near_its_original(
         some = torch.tensor([5, 0, 2])
         rows = weight.rows(some).dequantize()
         assert torch.equal(rows, weight.dequantize()[some])
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "nvfp4", "nf4-nested", "int8-asym"])
+def test_models_of_other_tools_are_served_with_the_weights_that_they_hold(
+    kind: str, foreign_checkpoint: Foreign, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = foreign_checkpoint(kind)
+    loaded = load_model(str(folder), dtype="float32")
+    stored = {(use.weight, use.kernel) for use in loaded.kernels if use.layer != "head"}
+    assert {weight for weight, _ in stored} == {(OF_COMPRESSED_TENSORS | OTHERS)[kind]}
+    twin = AutoModelForCausalLM.from_pretrained(
+        tiny_checkpoint("llama", dtype="bfloat16"), dtype=torch.float32
+    )
+    reader = opened(folder)
+    for module in reader.modules():
+        twin.get_submodule(module).weight.data = reader.weight(module).dequantize()
+    tokens = torch.arange(40).view(1, 40) * 7
+    with torch.no_grad():
+        expected = twin.eval()(tokens).logits
+    torch.testing.assert_close(loaded.logits(tokens), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_scales_of_activations_and_of_the_cache_are_not_carried(
