@@ -1,8 +1,9 @@
 """The table of block types: what reads each one, and what writes those that can be written.
 
-`quantize` cuts a matrix into slabs of rows that fit the processor's caches: rows are independent,
-so the result does not depend on it. Types that only import needs (the IQ1 to IQ3 codebooks, the
-ternary and the FP4 ones) are decoded by the `gguf` package, whose tables are long.
+Compiled code (native.py) does the work where a compiler was there to make it, torch elsewhere, to
+the same bytes. In torch a matrix is cut into slabs of rows that fit the processor's caches: rows
+are independent, so the result does not depend on it. Types that only import needs (the IQ1 to IQ3
+codebooks, the ternary and the FP4 ones) are decoded by the `gguf` package, whose tables are long.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.convert.gguf.blocks import iq4, kquants, legacy, ternary
+from qtool.convert.gguf.blocks import iq4, kquants, legacy, native, ternary
 from qtool.convert.gguf.types import TENSOR_TYPES, TensorType
-from qtool.errors import FormatError, UnknownName
+from qtool.errors import FormatError, QtoolError, UnknownName
 from qtool.weights import BlockCodec
 
 Quantizer = Callable[[Tensor, Tensor | None], Tensor]
@@ -42,6 +43,13 @@ QUANTIZERS: dict[str, Quantizer] = {
     "TQ1_0": ternary.quantize_tq1_0,
     "TQ2_0": ternary.quantize_tq2_0,
     "MXFP4": ternary.quantize_mxfp4,
+}
+# Where in a block its half-precision scales and minima lie.
+_HALVES: dict[str, tuple[int, ...]] = {
+    **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,)},
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+    **{"IQ4_NL": (0,), "IQ4_XS": (0,)},
+    **{"TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": ()},
 }
 
 
@@ -99,7 +107,12 @@ class Codec:
         return self.type.block_bytes
 
     def dequantize(self, data: Tensor) -> Tensor:
-        """[rows, row_bytes] uint8 -> [rows, columns] float32, in slabs as `quantize`."""
+        """[rows, row_bytes] uint8 -> [rows, columns] float32."""
+        values = native.dequantize(self.type, data)
+        return self.dequantize_by_torch(data) if values is None else values
+
+    def dequantize_by_torch(self, data: Tensor) -> Tensor:
+        """The same, in slabs as `quantize_by_torch`."""
         columns = data.shape[1] // self.block_bytes * self.block_size
         height = slab_rows(columns)
         if data.shape[0] <= height:
@@ -154,16 +167,50 @@ def quantize(name: str, rows: Tensor, importance: Tensor | None = None) -> Tenso
     rows        [rows, columns] float32, columns a multiple of the type's block
     importance  [columns] float32, mean squared input of each column, or None
     returns     [rows, row_bytes] uint8
+
+    Raises QtoolError where weights or importance are NaN or infinite, or a scale is too large.
     """
-    writer = _WRITERS.get(name)
-    if writer is None:
+    type = _writable(name, rows)
+    if name not in QUANTIZERS:
+        return _WRITERS[name](rows, None)
+    if importance is not None and not bool(importance.isfinite().all()):
+        raise QtoolError("the importance has NaN or infinite values")
+    done = native.quantize(type, rows, importance)
+    data, faults = done if done is not None else quantize_by_torch(name, rows, importance)
+    if faults & native.INPUT_NOT_FINITE:
+        raise QtoolError("the weights have NaN or infinite values")
+    if faults & native.SCALE_NOT_FINITE:
+        largest = float(rows.abs().max())
+        raise QtoolError(
+            f"weights of up to {largest:g} are too large for the half-precision scales of {name}",
+            "choose the type BF16 or F32",
+        )
+    return data
+
+
+def quantize_by_torch(
+    name: str, rows: Tensor, importance: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """What native.quantize does, in torch, of which it is the measure: blocks and faults."""
+    type = _writable(name, rows)
+    if not bool(rows.isfinite().all()):
+        return torch.zeros(rows.shape[0], 0, dtype=torch.uint8), native.INPUT_NOT_FINITE
+    height = slab_rows(rows.shape[1])
+    slabs = [
+        QUANTIZERS[name](rows[begin : begin + height], importance)
+        for begin in range(0, rows.shape[0], height)
+    ]
+    data = slabs[0] if len(slabs) == 1 else torch.cat(slabs)
+    blocks = data.view(-1, type.block_bytes)
+    # the high byte of a half; all bits of its exponent are set where it is infinite or NaN
+    finite = all(bool(((blocks[:, place + 1] & 0x7C) != 0x7C).all()) for place in _HALVES[name])
+    return data, 0 if finite else native.SCALE_NOT_FINITE
+
+
+def _writable(name: str, rows: Tensor) -> TensorType:
+    if name not in _WRITERS:
         raise UnknownName("GGUF type that can be written", name, _WRITERS)
     type = TENSOR_TYPES[name]
     assert rows.dtype == torch.float32, rows.dtype
     assert rows.shape[1] % type.block_size == 0, (name, rows.shape)
-    height = slab_rows(rows.shape[1])
-    slabs = [
-        writer(rows[begin : begin + height], importance)
-        for begin in range(0, rows.shape[0], height)
-    ]
-    return slabs[0] if len(slabs) == 1 else torch.cat(slabs)
+    return type

@@ -18,6 +18,7 @@ from qtool.convert.gguf.blocks.lanes import (
     constant,
     divide,
     exact_sqrt,
+    finite_inverse,
     from_half,
     half_bytes,
     lane_sum,
@@ -45,7 +46,7 @@ def quantize_iq4_nl(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """[rows, columns] float32 (importance: [columns]) -> [rows, bytes] uint8."""
     x = to_lanes(rows, 32)
     scales = _fit(x, _weights(rows, x, importance, 32))
-    codes = _nearest(divide(constant(1.0), scales) * x, _CODE_OF_HALVES)
+    codes = _nearest(finite_inverse(divide(constant(1.0), scales)) * x, _CODE_OF_HALVES)
     return torch.cat([half_bytes(scales), _pack(codes)], 1).view(rows.shape[0], -1)
 
 
@@ -53,10 +54,11 @@ def quantize_iq4_xs(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     x = to_lanes(rows, 32)
     scales = _fit(x, _weights(rows, x, importance, 256)).view(-1, 8)
     d = -signed_absmax(scales.t()) / constant(32.0)
-    steps = torch.round(divide(constant(1.0), d)[:, None] * scales).clamp_(-32, 31)
+    inverse = finite_inverse(divide(constant(1.0), d))[:, None]
+    steps = torch.round(inverse * scales).clamp_(-32, 31)
     # the grid of d as it is, not as half precision will store it: so the reference
-    inverse = divide(constant(1.0), d[:, None] * steps).reshape(-1)
-    codes = _nearest(inverse * x, _CODE_OF_HALVES)
+    grid = (d[:, None] * steps).reshape(-1)
+    codes = _nearest(finite_inverse(divide(constant(1.0), grid)) * x, _CODE_OF_HALVES)
     s = (steps + 32).to(torch.int32)
     high = sum(((s[:, i] >> 4) << 2 * i for i in range(8)), torch.zeros_like(s[:, 0]))
     low = s & 15

@@ -78,8 +78,9 @@ def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def finite_inverse(inverse: Tensor) -> Tensor:
     """An inverse scale, and 0 where it overflowed: there the reference's conversion of infinities
-    to integers gives code 0 throughout. Such scales are below 1e-36, and 0 in half precision."""
-    return inverse.masked_fill(inverse.isinf(), 0.0)
+    to integers gives code 0 throughout. Such scales are below 1e-36, and 0 in half precision.
+    NaN, the scale of weights whose squares overflow, becomes 0 too: no block keeps it."""
+    return torch.where(inverse.isfinite(), inverse, 0.0)
 
 
 def as_byte(codes: Tensor) -> Tensor:

@@ -83,6 +83,18 @@ inline int32_t quantize_matrix(const Matrix& matrix) {
   return faults;
 }
 
+// Of a super-block's scales the one of largest magnitude, the first of equals; never -0. NaN where
+// any is not finite, which then shows in what is stored.
+template <int kCount>
+QTOOL_INLINE float peak_of(const float* scales) {
+  float peak = 0.0f, nothing = 0.0f;
+  for (int j = 0; j < kCount; ++j) {
+    if (std::fabs(scales[j]) > std::fabs(peak)) peak = scales[j];
+    nothing += scales[j] * 0.0f;
+  }
+  return peak + nothing;
+}
+
 // qw * sqrt(sigma2 + x^2), the weights of a block by importance.
 template <int kCount>
 QTOOL_INLINE void weigh(float* to, const float* x, const float* importance, float sigma2) {

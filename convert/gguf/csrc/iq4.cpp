@@ -161,24 +161,18 @@ struct IQ4_XS {
   static constexpr int kHalves[] = {0};
 
   static void quantize(const Chunk& chunk) {
-    float scales[kLanes][8];
-    fit_chunk<kWidth>(chunk, scales[0]);
+    float all_scales[kLanes * 8];
+    fit_chunk<kWidth>(chunk, all_scales);
     for (int i = 0; i < chunk.count; ++i) {
       uint8_t* out = chunk.out + i * kBytes;
-      float peak = 0.0f, size = 0.0f;
-      for (int j = 0; j < 8; ++j) {
-        if (std::fabs(scales[i][j]) > size) {
-          size = std::fabs(scales[i][j]);
-          peak = scales[i][j];
-        }
-      }
-      const float d = -peak / 32.0f;
+      const float* scales = all_scales + i * 8;
+      const float d = -peak_of<8>(scales) / 32.0f;
       const float inverse = finite_inverse(d == 0.0f ? 0.0f : 1.0f / d);
       store_half(out, d);
       int high = 0;
       uint8_t low[8];
       for (int j = 0; j < 8; ++j) {
-        const float step = round_within(inverse * scales[i][j], -32.0f, 31.0f);
+        const float step = round_within(inverse * scales[j], -32.0f, 31.0f);
         // the grid of d as it is, not as half precision stores it: so the reference
         const float grid = d * step;
         store_codes(chunk.x + i * kWidth + j * kPart, grid == 0.0f ? 0.0f : 1.0f / grid,

@@ -11,24 +11,25 @@ namespace {
 
 constexpr int kSuper = 256;
 
-template <int kWidth>
-struct Parts {
-  static constexpr int kCount = kSuper / kWidth;
-  // One number for each sub-block of a chunk.
-  typedef float Table[kLanes][kCount];
-};
-
-// [super-block][sub-block] -> [sub-block] vectors over super-blocks, and back.
+// A number for each sub-block of a chunk, kCount for a super-block; and over super-blocks side by
+// side: to[sub-block][super-block].
 template <int kCount>
-void table_to_lanes(Floats* to, const float (*table)[kCount]) {
+void parts_to_lanes(Floats* to, const float* table) {
   for (int j = 0; j < kCount; ++j) {
-    for (int i = 0; i < kLanes; ++i) to[j][i] = table[i][j];
+    float column[kLanes];
+    for (int i = 0; i < kLanes; ++i) column[i] = table[i * kCount + j];
+    to[j] = load(column);
   }
 }
+// The way back, for codes: whole numbers, kept as bytes.
 template <int kCount>
-void lanes_to_table(float (*table)[kCount], const Floats* from) {
+void lanes_to_bytes(uint8_t* table, const Floats* from) {
   for (int j = 0; j < kCount; ++j) {
-    for (int i = 0; i < kLanes; ++i) table[i][j] = from[j][i];
+    float column[kLanes];
+    store(column, from[j]);
+    for (int i = 0; i < kLanes; ++i) {
+      table[i * kCount + j] = static_cast<uint8_t>(static_cast<int32_t>(column[i]));
+    }
   }
 }
 
@@ -42,10 +43,8 @@ void weigh_chunk(const Chunk& chunk, float factor, float* weights) {
   std::fill(weights + chunk.count * kSuper, weights + kLanes * kSuper, 0.0f);
 }
 
-template <int kWidth>
-int groups_of(const Chunk& chunk) {
-  return (chunk.count * Parts<kWidth>::kCount + kLanes - 1) / kLanes;
-}
+// Groups of kLanes sub-blocks in a chunk of so many for each super-block.
+int groups_of(const Chunk& chunk, int parts) { return (chunk.count * parts + kLanes - 1) / kLanes; }
 
 // 2 bits each: byte 32n+l holds 128n+l, +32, +64, +96, low first.
 void pack_crumbs(uint8_t* to, const uint8_t* codes) {
@@ -79,24 +78,29 @@ QTOOL_INLINE void round_symmetric(const float* x, float grid, float limit, uint8
   }
 }
 
-void pack_q2(uint8_t* out, float d, float dmin, const uint8_t* scales, const uint8_t* minima,
-             const uint8_t* codes) {
-  for (int j = 0; j < 16; ++j) out[j] = static_cast<uint8_t>(scales[j] | minima[j] << 4);
-  pack_crumbs(out + 16, codes);
-  store_half(out + 80, d);
-  store_half(out + 82, dmin);
+// Scales and minima go to the block and come back as they can be read: the same, but for the bytes
+// of negative scales, which spill into their neighbours.
+void store_parts_q2(uint8_t* out, uint8_t* scales, uint8_t* minima) {
+  for (int j = 0; j < 16; ++j) {
+    out[j] = static_cast<uint8_t>(scales[j] | minima[j] << 4);
+    scales[j] = out[j] & 15;
+    minima[j] = out[j] >> 4;
+  }
 }
-
-template <int kBits>
-void pack_q4_or_q5(uint8_t* out, float d, float dmin, const uint8_t* scales, const uint8_t* minima,
-                   const uint8_t* codes) {
-  store_half(out, d);
-  store_half(out + 2, dmin);
+void store_parts_q4(uint8_t* out, uint8_t* scales, uint8_t* minima) {
   for (int j = 0; j < 4; ++j) {
     out[4 + j] = static_cast<uint8_t>(scales[j] | (scales[j + 4] >> 4) << 6);
     out[8 + j] = static_cast<uint8_t>(minima[j] | (minima[j + 4] >> 4) << 6);
     out[12 + j] = static_cast<uint8_t>((scales[j + 4] & 15) | (minima[j + 4] & 15) << 4);
+    scales[j] = out[4 + j] & 63;
+    minima[j] = out[8 + j] & 63;
+    scales[j + 4] = static_cast<uint8_t>((out[12 + j] & 15) | (out[4 + j] >> 6) << 4);
+    minima[j + 4] = static_cast<uint8_t>(out[12 + j] >> 4 | (out[8 + j] >> 6) << 4);
   }
+}
+
+template <int kBits>
+void pack_q4_or_q5(uint8_t* out, const uint8_t* codes) {
   uint8_t* low = out + 16;
   if (kBits == 5) {
     for (int l = 0; l < 32; ++l) {
@@ -122,8 +126,8 @@ struct Affine {
   static constexpr int kBytes = kBits == 2 ? 84 : kBits == 4 ? 144 : 176;
   static constexpr int kHalves[] = {kBits == 2 ? 80 : 0, kBits == 2 ? 82 : 2};
   static constexpr float kLimit = (1 << kBits) - 1;
-  static constexpr float kScaleLimit = kBits == 2 ? 15 : 63;
-  typedef typename Parts<kPart>::Table Table;
+  static constexpr int kScaleLimit = kBits == 2 ? 15 : 63;
+  static constexpr int kAll = kLanes * kCount;
 
   static AffineFit fit_plain(const Floats* x) {
     Floats w[kPart];
@@ -139,28 +143,27 @@ struct Affine {
                                     kBits == 4 ? 20 : 15);
   }
 
-  // Scales of sub-blocks as parts of the largest.
+  // Scales of sub-blocks as parts of the largest. Codes are kept as bytes, negative ones too.
   static void fractions(const float* values, float* d, uint8_t* codes) {
     float largest = 0.0f;
     for (int j = 0; j < kCount; ++j) largest = values[j] > largest ? values[j] : largest;
     const float inverse = finite_inverse(largest == 0.0f ? 0.0f : kScaleLimit / largest);
     for (int j = 0; j < kCount; ++j) {
-      const float code = round_even(inverse * values[j]);
-      codes[j] = static_cast<uint8_t>(static_cast<int32_t>(code < kScaleLimit ? code : kScaleLimit));
+      codes[j] = static_cast<uint8_t>(static_cast<int32_t>(round_even(inverse * values[j])));
+      if (kBits != 2 && codes[j] > kScaleLimit) codes[j] = kScaleLimit;
     }
     *d = largest / kScaleLimit;
   }
 
   // The same by search, each sub-block weighted by its sum of importance.
-  static void weighted_fractions(const Table values, const Floats* sums, float* d,
-                                 uint8_t (*codes)[kCount]) {
+  static void weighted_fractions(const float* values, const Floats* sums, float* d,
+                                 uint8_t* codes) {
     Floats lanes[kCount], found[kCount];
-    table_to_lanes<kCount>(lanes, values);
+    parts_to_lanes<kCount>(lanes, values);
     store(d, fit_positive<kCount>(lanes, sums, kScaleLimit, found));
-    for (int j = 0; j < kCount; ++j) {
-      for (int i = 0; i < kLanes; ++i) {
-        codes[i][j] = static_cast<uint8_t>(static_cast<int32_t>(found[j][i]));
-      }
+    lanes_to_bytes<kCount>(codes, found);
+    if (kBits == 5) {  // the reference's Q4_K lets the byte of a negative scale spill
+      for (int i = 0; i < kAll; ++i) codes[i] = std::min<uint8_t>(codes[i], kScaleLimit);
     }
   }
 
@@ -168,8 +171,8 @@ struct Affine {
     const bool weighted = chunk.matrix.importance != nullptr;
     alignas(64) float weights[kLanes * kSuper];
     if (weighted) weigh_chunk(chunk, kBits == 2 ? 1.0f : 2.0f, weights);
-    alignas(64) Table scales = {}, minima = {}, inverses = {}, bases = {}, sums = {};
-    for (int group = 0; group < groups_of<kPart>(chunk); ++group) {
+    float scales[kAll] = {}, minima[kAll] = {}, inverses[kAll], bases[kAll], sums[kAll] = {};
+    for (int group = 0; group < groups_of(chunk, kCount); ++group) {
       Floats x[kPart], w[kPart];
       to_lanes<kPart>(x, chunk.x + group * kLanes * kPart);
       AffineFit fit;
@@ -179,39 +182,47 @@ struct Affine {
       } else {
         fit = fit_plain(x);
       }
-      store(&scales[0][0] + group * kLanes, fit.scale);
-      store(&minima[0][0] + group * kLanes, -fit.minimum);
-      store(&inverses[0][0] + group * kLanes, fit.inverse);
-      store(&bases[0][0] + group * kLanes, fit.base);
-      store(&sums[0][0] + group * kLanes, fit.weight_sum);
+      store(scales + group * kLanes, fit.scale);
+      store(minima + group * kLanes, -fit.minimum);
+      store(inverses + group * kLanes, fit.inverse);
+      store(bases + group * kLanes, fit.base);
+      store(sums + group * kLanes, fit.weight_sum);
     }
     float d[kLanes], dmin[kLanes];
-    uint8_t scale_codes[kLanes][kCount], minimum_codes[kLanes][kCount];
+    uint8_t scale_codes[kAll], minimum_codes[kAll];
     if (weighted) {
       Floats part_weights[kCount];
-      table_to_lanes<kCount>(part_weights, sums);
+      parts_to_lanes<kCount>(part_weights, sums);
       weighted_fractions(scales, part_weights, d, scale_codes);
       weighted_fractions(minima, part_weights, dmin, minimum_codes);
     } else {
       for (int i = 0; i < chunk.count; ++i) {
-        fractions(scales[i], d + i, scale_codes[i]);
-        fractions(minima[i], dmin + i, minimum_codes[i]);
+        fractions(scales + i * kCount, d + i, scale_codes + i * kCount);
+        fractions(minima + i * kCount, dmin + i, minimum_codes + i * kCount);
       }
     }
     for (int i = 0; i < chunk.count; ++i) {
       const float stored_d = from_half(to_half(d[i])), stored_dmin = from_half(to_half(dmin[i]));
+      uint8_t* out = chunk.out + i * kBytes;
+      store_half(out + kHalves[0], d[i]);
+      store_half(out + kHalves[1], dmin[i]);
+      if constexpr (kBits == 2) {
+        store_parts_q2(out, scale_codes + i * kCount, minimum_codes + i * kCount);
+      } else {
+        store_parts_q4(out, scale_codes + i * kCount, minimum_codes + i * kCount);
+      }
       alignas(64) uint8_t codes[kSuper];
       for (int j = 0; j < kCount; ++j) {
-        const float grid = stored_d * static_cast<float>(scale_codes[i][j]);
-        const float offset = stored_dmin * static_cast<float>(minimum_codes[i][j]);
-        round_affine<kPart>(chunk.x + i * kSuper + j * kPart, grid, offset, inverses[i][j],
-                            bases[i][j], kLimit, codes + j * kPart);
+        const int part = i * kCount + j;
+        const float grid = stored_d * static_cast<float>(scale_codes[part]);
+        const float offset = stored_dmin * static_cast<float>(minimum_codes[part]);
+        round_affine<kPart>(chunk.x + part * kPart, grid, offset, inverses[part], bases[part],
+                            kLimit, codes + j * kPart);
       }
-      uint8_t* out = chunk.out + i * kBytes;
-      if (kBits == 2) {
-        pack_q2(out, d[i], dmin[i], scale_codes[i], minimum_codes[i], codes);
+      if constexpr (kBits == 2) {
+        pack_crumbs(out + 16, codes);
       } else {
-        pack_q4_or_q5<kBits>(out, d[i], dmin[i], scale_codes[i], minimum_codes[i], codes);
+        pack_q4_or_q5<kBits>(out, codes);
       }
     }
   }
@@ -240,13 +251,7 @@ struct Q3_K {
 
   // Signed 6-bit scales, the largest -32; codes from 0.
   static void quantize_scales(const float* scales, float* d, uint8_t* codes) {
-    float peak = 0.0f, size = 0.0f;
-    for (int j = 0; j < 16; ++j) {
-      if (std::fabs(scales[j]) > size) {
-        size = std::fabs(scales[j]);
-        peak = scales[j];
-      }
-    }
+    const float peak = peak_of<16>(scales);
     *d = 0.0f;
     std::memset(codes, 0, 16);
     if (peak == 0.0f) return;
@@ -262,10 +267,10 @@ struct Q3_K {
     const bool weighted = chunk.matrix.importance != nullptr;
     alignas(64) float weights[kLanes * kSuper];
     if (weighted) weigh_chunk(chunk, 2.0f, weights);
-    alignas(64) Parts<16>::Table scales = {}, sums = {};
+    float scales[kLanes * 16] = {}, sums[kLanes * 16] = {};
     // Codes of the first fit, for sub-blocks whose grid becomes 0: [group][element][lane].
     Floats first_codes[16][16];
-    for (int group = 0; group < groups_of<16>(chunk); ++group) {
+    for (int group = 0; group < groups_of(chunk, 16); ++group) {
       Floats x[16], w[16];
       to_lanes<16>(x, chunk.x + group * kLanes * 16);
       Floats scale;
@@ -277,44 +282,48 @@ struct Q3_K {
           const Floats code = round_within(fit.inverse * x[k], -4.0f, 3.0f) + 4.0f;
           first_codes[group][k] = select(fit.empty, splat(0.0f), code);
         }
-        store(&sums[0][0] + group * kLanes, sum<16>(w));
+        store(sums + group * kLanes, sum<16>(w));
       } else {
         scale = fit_scale_by_descent<16>(x, 4.0f, first_codes[group]);
       }
-      store(&scales[0][0] + group * kLanes, scale);
+      store(scales + group * kLanes, scale);
     }
     float d[kLanes];
-    uint8_t scale_codes[kLanes][16];
+    uint8_t scale_codes[kLanes * 16];
     if (weighted) {
       Floats lanes[16], part_weights[16];
-      table_to_lanes<16>(lanes, scales);
-      table_to_lanes<16>(part_weights, sums);
+      parts_to_lanes<16>(lanes, scales);
+      parts_to_lanes<16>(part_weights, sums);
       const ScaleFit fit = fit_scale<16>(lanes, part_weights, 32.0f);
-      store(d, fit.scale);
+      Floats nothing = splat(0.0f);  // NaN where a scale is not finite: let it show
+      for (int j = 0; j < 16; ++j) nothing += lanes[j] * 0.0f;
+      store(d, select(nothing == splat(0.0f), fit.scale, nothing));
       for (int j = 0; j < 16; ++j) {
         const Floats code = round_within(fit.inverse * lanes[j], -32.0f, 31.0f) + 32.0f;
-        const Floats kept = select(fit.empty, splat(0.0f), code);
-        for (int i = 0; i < kLanes; ++i) scale_codes[i][j] = static_cast<uint8_t>(kept[i]);
+        lanes[j] = select(fit.empty, splat(0.0f), code);
       }
+      lanes_to_bytes<16>(scale_codes, lanes);
     } else {
-      for (int i = 0; i < chunk.count; ++i) quantize_scales(scales[i], d + i, scale_codes[i]);
+      for (int i = 0; i < chunk.count; ++i) {
+        quantize_scales(scales + i * 16, d + i, scale_codes + i * 16);
+      }
     }
     for (int i = 0; i < chunk.count; ++i) {
       const float stored_d = from_half(to_half(d[i]));
       alignas(64) uint8_t codes[kSuper];
       for (int j = 0; j < 16; ++j) {
-        const float grid = stored_d * (static_cast<float>(scale_codes[i][j]) - 32.0f);
+        const int part = i * 16 + j;
+        const float grid = stored_d * (static_cast<float>(scale_codes[part]) - 32.0f);
         if (grid != 0.0f) {
-          round_symmetric(chunk.x + i * kSuper + j * 16, grid, 4.0f, codes + j * 16);
+          round_symmetric(chunk.x + part * 16, grid, 4.0f, codes + j * 16);
           continue;
         }
-        const int part = i * 16 + j;
         for (int k = 0; k < 16; ++k) {
           const float code = first_codes[part / kLanes][k][part % kLanes];
           codes[j * 16 + k] = static_cast<uint8_t>(code);
         }
       }
-      pack(chunk.out + i * kBytes, d[i], scale_codes[i], codes);
+      pack(chunk.out + i * kBytes, d[i], scale_codes + i * 16, codes);
     }
   }
 };
@@ -339,14 +348,8 @@ struct Q6_K {
 
   static void quantize_one(const float* x, const float* scales, const float* inverses,
                            uint8_t* out) {
-    float peak = 0.0f, size = 0.0f;
-    for (int j = 0; j < 16; ++j) {
-      if (std::fabs(scales[j]) > size) {
-        size = std::fabs(scales[j]);
-        peak = scales[j];
-      }
-    }
-    if (size < kEmptyBelow) {  // the codes of small weights are cleared too
+    const float peak = peak_of<16>(scales);
+    if (std::fabs(peak) < kEmptyBelow) {  // the codes of small weights are cleared too
       std::memset(out, 0, kBytes);
       return;
     }
@@ -383,8 +386,8 @@ struct Q6_K {
       }
       std::fill(weights + chunk.count * kSuper, weights + kLanes * kSuper, 0.0f);
     }
-    alignas(64) Parts<16>::Table scales = {}, inverses = {};
-    for (int group = 0; group < groups_of<16>(chunk); ++group) {
+    float scales[kLanes * 16], inverses[kLanes * 16];
+    for (int group = 0; group < groups_of(chunk, 16); ++group) {
       Floats x[16], w[16];
       to_lanes<16>(x, chunk.x + group * kLanes * 16);
       if (weighted) {
@@ -393,11 +396,11 @@ struct Q6_K {
         for (int k = 0; k < 16; ++k) w[k] = x[k] * x[k];
       }
       const ScaleFit fit = fit_scale<16>(x, w, 32.0f);
-      store(&scales[0][0] + group * kLanes, fit.scale);
-      store(&inverses[0][0] + group * kLanes, select(fit.empty, splat(0.0f), fit.inverse));
+      store(scales + group * kLanes, fit.scale);
+      store(inverses + group * kLanes, select(fit.empty, splat(0.0f), fit.inverse));
     }
     for (int i = 0; i < chunk.count; ++i) {
-      quantize_one(chunk.x + i * kSuper, scales[i], inverses[i], chunk.out + i * kBytes);
+      quantize_one(chunk.x + i * kSuper, scales + i * 16, inverses + i * 16, chunk.out + i * kBytes);
     }
   }
 };

@@ -8,6 +8,9 @@
 
 #include "simd.h"
 
+// A search is long and used by several types: one copy of each, not one for each call.
+#define QTOOL_SEARCH __attribute__((noinline))
+
 namespace qtool {
 
 constexpr float kEmptyBelow = 1e-15f;  // GROUP_MAX_EPS
@@ -42,6 +45,11 @@ QTOOL_INLINE Floats finite_inverse(Floats inverse) {
 QTOOL_INLINE float finite_inverse(float inverse) {
   return std::fabs(inverse) < INFINITY ? inverse : 0.0f;
 }
+// Whole numbers modulo 256: what is left of a negative one in a byte.
+QTOOL_INLINE Floats as_byte(Floats v) {
+  const Floats turns = round_even(v * (1.0f / 256.0f) - 0.499f);  // v is whole: this is its floor
+  return select(v < splat(0.0f), v - 256.0f * turns, v);
+}
 QTOOL_INLINE Floats divide_or_zero(Floats a, Floats b) {
   return select(b == splat(0.0f), splat(0.0f), a / b);
 }
@@ -55,7 +63,7 @@ QTOOL_INLINE Floats sum(const Floats* x) {
 
 // make_qx_quants: codes -limit .. limit-1, 18 grids around the peak. w: weight of each element.
 template <int N>
-QTOOL_INLINE ScaleFit fit_scale(const Floats* x, const Floats* w, float limit) {
+QTOOL_SEARCH ScaleFit fit_scale(const Floats* x, const Floats* w, float limit) {
   const Floats peak = signed_peak<N>(x);
   const Ints empty = absolute(peak) < kEmptyBelow;
   const Floats safe_peak = select(empty, splat(1.0f), peak);
@@ -92,7 +100,7 @@ QTOOL_INLINE ScaleFit fit_scale(const Floats* x, const Floats* w, float limit) {
 // make_qkx2_quants and make_qkx3_quants: codes 0 .. limit over a range that includes 0. The
 // minimum of the best grid so far is where the next ones begin.
 template <int N, bool kAbsoluteError>
-QTOOL_INLINE AffineFit fit_affine(const Floats* x, const Floats* w, float limit, float first,
+QTOOL_SEARCH AffineFit fit_affine(const Floats* x, const Floats* w, float limit, float first,
                                   float step, int steps) {
   Floats least = x[0], highest = x[0];
   Floats sum_w = splat(0.0f), sum_x = splat(0.0f);
@@ -158,8 +166,8 @@ QTOOL_INLINE AffineFit fit_affine(const Floats* x, const Floats* w, float limit,
 }
 
 // Improve codes one element at a time, as make_q3_quants and make_qp_quants end; returns the
-// least-squares scales. kSigned: codes have the lower bound `lower`; otherwise none, and the
-// energy without the element must be positive.
+// least-squares scales. kSigned: codes have the lower bound `lower`; otherwise none, they are kept
+// as bytes, and the energy without the element must be positive.
 template <int N, bool kSigned>
 QTOOL_INLINE Floats descend(const Floats* x, const Floats* w, Floats* codes, float lower,
                             float upper) {
@@ -170,6 +178,7 @@ QTOOL_INLINE Floats descend(const Floats* x, const Floats* w, Floats* codes, flo
     wx[k] = w[k] * x[k];
     sum_lx += wx[k] * codes[k];
     sum_l2 += w[k] * codes[k] * codes[k];
+    if (!kSigned) codes[k] = as_byte(codes[k]);
   }
   Ints active = zero == zero;
   for (int pass = 0; pass < kDescentPasses && any(active); ++pass) {
@@ -189,7 +198,7 @@ QTOOL_INLINE Floats descend(const Floats* x, const Floats* w, Floats* codes, flo
       const Floats new_l2 = rest_l2 + w[k] * trial * trial;
       if (kSigned) accept &= new_l2 > zero;
       accept &= new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2;
-      codes[k] = select(accept, trial, code);
+      codes[k] = select(accept, kSigned ? trial : as_byte(trial), code);
       sum_lx = select(accept, new_lx, sum_lx);
       sum_l2 = select(accept, new_l2, sum_l2);
       changed |= accept;
@@ -201,7 +210,7 @@ QTOOL_INLINE Floats descend(const Floats* x, const Floats* w, Floats* codes, flo
 
 // make_q3_quants: codes -limit .. limit-1, returned from 0; scales.
 template <int N>
-QTOOL_INLINE Floats fit_scale_by_descent(const Floats* x, float limit, Floats* codes) {
+QTOOL_SEARCH Floats fit_scale_by_descent(const Floats* x, float limit, Floats* codes) {
   const Floats peak = signed_peak<N>(x), zero = splat(0.0f);
   const Ints empty = absolute(peak) < kEmptyBelow;
   const Floats inverse = splat(-limit) / select(empty, splat(1.0f), peak);
@@ -215,29 +224,32 @@ QTOOL_INLINE Floats fit_scale_by_descent(const Floats* x, float limit, Floats* c
   return select(empty, zero, scale);
 }
 
-// make_qp_quants: codes 0 .. limit of x that is not negative; scales.
+// make_qp_quants: codes 0 .. limit, scales. Codes of a negative x are kept as bytes: see
+// fit_positive in blocks/search.py.
 template <int N>
-QTOOL_INLINE Floats fit_positive(const Floats* x, const Floats* w, float limit, Floats* codes) {
+QTOOL_SEARCH Floats fit_positive(const Floats* x, const Floats* w, float limit, Floats* codes) {
   const Floats zero = splat(0.0f);
   Floats peak = zero;
   for (int k = 0; k < N; ++k) peak = maximum(x[k], peak);
   const Ints empty = peak < kEmptyBelow;
   const Floats safe_peak = select(empty, splat(1.0f), peak);
   Floats winner = splat(limit) / safe_peak;
-  const auto error_of = [&](Floats inverse, float most) {
+  const auto error_of = [&](Floats inverse) {
     const Floats scale = splat(1.0f) / inverse;
     Floats total = zero;
     for (int k = 0; k < N; ++k) {
-      const Floats difference = x[k] - scale * minimum(round_even(inverse * x[k]), splat(most));
+      const Floats difference = x[k] - scale * codes[k];
       total += w[k] * difference * difference;
     }
     return total;
   };
-  Floats best = error_of(winner, INFINITY);
+  for (int k = 0; k < N; ++k) codes[k] = as_byte(round_even(winner * x[k]));
+  Floats best = error_of(winner);
   for (int step = -4; step <= 4; ++step) {
     if (step == 0) continue;
     const Floats inverse = splat(0.1f * static_cast<float>(step) + limit) / safe_peak;
-    const Floats error = error_of(inverse, limit);
+    for (int k = 0; k < N; ++k) codes[k] = minimum(round_even(inverse * x[k]), splat(limit));
+    const Floats error = error_of(inverse);
     const Ints better = error < best;
     best = select(better, error, best);
     winner = select(better, inverse, winner);

@@ -125,13 +125,14 @@ QTOOL_INLINE float round_even(float x) {
 }
 QTOOL_INLINE float square_root(float x) { return std::sqrt(x); }
 
-// Rounded to the nearest whole number, ties to even, within low .. high.
+// Rounded to the nearest whole number, ties to even, within low .. high; NaN is low.
 QTOOL_INLINE Floats round_within(Floats v, float low, float high) {
   return minimum(maximum(round_even(v), splat(low)), splat(high));
 }
 QTOOL_INLINE float round_within(float x, float low, float high) {
   const float rounded = round_even(x);
-  return rounded < low ? low : rounded > high ? high : rounded;
+  const float raised = rounded > low ? rounded : low;
+  return raised < high ? raised : high;
 }
 
 // A square of kLanes by kLanes floats: to[k][lane] = from[lane * stride + k].
