@@ -162,7 +162,7 @@ def test_eight_bits_decode_as_bitsandbytes_decodes_them_but_for_one_rounding(
     parts = {n: golden[f"int8.{n}"] for n in ("weight", "SCB", "weight_format")}
     config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     reader = one_linear(tmp_path, parts, config)
-    assert reader.describe(UP) == Held((32, 48), "int8-row-sym", QuantScheme(8, None))
+    assert reader.describe(UP) == Held((32, 48), "int8-row-sym", QuantScheme(8, None), "float32")
     found = reader.weight(UP).dequantize()
     torch.testing.assert_close(found, decoded, rtol=2**-22, atol=0)
     assert torch.equal(found.half(), decoded.half())

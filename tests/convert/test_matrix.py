@@ -22,15 +22,20 @@ from qtool.errors import QtoolError
 Make = Callable[..., Path]
 SMALL = {"num_hidden_layers": 1, "intermediate_size": 256, "tie_word_embeddings": True}
 CELLS = [(source, target) for source in SOURCE_KINDS for target in TARGETS]
-# A few cells of each level; all the others are slow.
+# Some cells of each level and of each source; all the others are slow.
 QUICK = {
+    ("compressed-tensors", "int4", "hf"),
+    ("compressed-tensors", "int8, W8A8", "gguf"),
+    ("compressed-tensors", "FP8, MXFP8", "marlin"),
     ("compressed-tensors", "NVFP4, MXFP4", "gptq"),
     ("gptq", "act-order", "awq"),
+    ("gptq", "int4 asymmetric", "gptq"),
     ("awq", "int4", "gguf"),
     ("bitsandbytes", "int8", "compressed-tensors"),
     ("bitsandbytes", "NF4, FP4", "hf"),
     ("fp8", "FP8 in blocks", "gguf"),
     ("gguf", "Q8_0", "marlin"),
+    ("gguf", "all other types", "compressed-tensors"),
     ("dense", "16 or 32 bit", "awq"),
     ("dense", "16 or 32 bit", "gguf"),
 }
