@@ -2,7 +2,7 @@
 
 Texts are tokenized and laid end to end until there are enough tokens, and cut into windows of one
 length. Rows, or passages of a plain text, are taken in an order that the seed alone decides. The
-hash of the tokens is kept in the artifact, so that two runs can be known to have seen the same data.
+hash of the tokens is kept in the artifact: equal hashes mean that two runs saw the same data.
 
 Every window starts with the tokenizer's beginning-of-text token where it adds one by itself:
 models that were trained with it park attention there, and windows without it have other statistics.

@@ -6,8 +6,6 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from qtool.runtime.tokenizer import Tokenizer
-
 from qtool.errors import closest
 from qtool.runtime.engine.client import EngineClient
 from qtool.runtime.server.config import ServerConfig
@@ -15,6 +13,7 @@ from qtool.runtime.server.errors import ApiError
 from qtool.runtime.server.generation import TextEngine
 from qtool.runtime.server.limits import Admission
 from qtool.runtime.server.metrics import Metrics
+from qtool.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger("qtool.server")
 
