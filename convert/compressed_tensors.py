@@ -3,12 +3,13 @@
 A file of this family may hold linears in several of the library's formats, each group of modules
 by a scheme of its own, and leave others dense:
 
-    pack-quantized              integers of 2 to 8 bits in 32-bit words    pack_quantized.py
-    int-quantized               integers in bytes, W8A8                    int_quantized.py
-    float-quantized             8-bit floats                               float8.py
-    naive-quantized             either of these, by the group's type
-    mxfp8-quantized             8-bit floats, power-of-two scales          float8.py
-    nvfp4-, mxfp4-pack-quantized  4-bit floats                             float4.py
+    pack-quantized         integers of 2 to 8 bits in 32-bit words    pack_quantized.py
+    int-quantized          integers in bytes, W8A8                    int_quantized.py
+    float-quantized        8-bit floats                               float8.py
+    naive-quantized        either of these, by the group's type
+    mxfp8-quantized        8-bit floats, power-of-two scales          float8.py
+    nvfp4-pack-quantized   4-bit floats                               float4.py
+    mxfp4-pack-quantized   4-bit floats, power-of-two scales          float4.py
 
 Written is pack-quantized: the one format that transformers loads with a small pure-Python package,
 MoE and mixed widths included; asymmetric files need compressed-tensors before 0.18 there, or
@@ -37,8 +38,13 @@ from qtool.scheme import FloatScheme, QuantScheme
 
 # A packed linear has one of these; the first is pack-quantized's and the 4-bit floats'.
 MARKERS = ("weight_packed", "weight_scale")
-# Scales of the KV cache, which sit in attention modules and have no weight.
-CACHE_SUFFIXES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point")
+# Scales of the KV cache (older files have them as the output scales of k_proj and v_proj) and of
+# static activations: for runtimes that quantize those too.
+ACTIVATION_SUFFIXES = (
+    *("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point"),
+    *("output_scale", "output_zero_point"),
+    *("input_scale", "input_zero_point", "input_global_scale"),
+)
 
 
 def quantization_config(

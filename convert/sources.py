@@ -43,11 +43,11 @@ SOURCES: dict[str, SourceFormat] = {
         "compressed-tensors",
         compressed_tensors.MARKERS,
         compressed_tensors.read,
-        compressed_tensors.CACHE_SUFFIXES,
+        compressed_tensors.ACTIVATION_SUFFIXES,
     ),
     "gptq": SourceFormat("gptq", ("qweight",), gptq.read),
     "awq": SourceFormat("awq", ("qweight",), awq.read),
     "marlin": SourceFormat(marlin.QUANT_METHOD, ("B",), marlin.read),
-    "fp8": SourceFormat("fp8", float8.SCALES, float8.read, compressed_tensors.CACHE_SUFFIXES),
+    "fp8": SourceFormat("fp8", float8.SCALES, float8.read, compressed_tensors.ACTIVATION_SUFFIXES),
     "bitsandbytes": SourceFormat("bitsandbytes", bitsandbytes.MARKERS, bitsandbytes.read),
 }

@@ -221,7 +221,8 @@ def test_scales_of_activations_and_of_the_cache_are_not_carried(
 ) -> None:
     folder = foreign_checkpoint("fp8-tensor")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+    for name in ("self_attn.k_scale", "self_attn.v_proj.output_scale"):
+        tensors[f"model.layers.0.{name}"] = torch.ones(1)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     assert not [name for name in opened(tmp_path).tensor_names() if name.endswith("_scale")]
