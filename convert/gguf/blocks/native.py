@@ -50,7 +50,7 @@ QUANTIZERS = NativeLibrary(
 
 TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ4_NL", "IQ4_XS"),
+    *("IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4"),
 )
 # Bits of Fault in csrc/interface.h; 1 is for a type that is not one of these.
 INPUT_NOT_FINITE, SCALE_NOT_FINITE = 2, 4

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtool.convert.gguf.blocks.lanes import half_bytes, round_away
+from qtool.convert.gguf.blocks.lanes import finite_inverse, half_bytes, round_away
 
 SUPER = 256
 _MXFP4_BLOCK = 32
@@ -74,7 +74,7 @@ def _trits(rows: Tensor) -> tuple[Tensor, Tensor]:
     peak = x.abs().amax(1)
     empty = peak == 0
     inverse = torch.ones(()) / torch.where(empty, 1.0, peak)
-    inverse = torch.where(empty, 0.0, inverse)
+    inverse = finite_inverse(torch.where(empty, 0.0, inverse))
     return (round_away(x * inverse[:, None]) + 1).to(torch.int32), half_bytes(peak)
 
 

@@ -118,5 +118,6 @@ QTOOL_INLINE Floats sums_of_squares(const float* x) {
 int32_t quantize_legacy(int32_t type, const Matrix& matrix, float* row_sums);
 int32_t quantize_kquant(int32_t type, const Matrix& matrix);
 int32_t quantize_iq4(int32_t type, const Matrix& matrix);
+int32_t quantize_fixed(int32_t type, const Matrix& matrix);
 
 }  // namespace qtool

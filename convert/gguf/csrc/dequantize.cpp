@@ -176,6 +176,50 @@ struct IQ4_XS {
   }
 };
 
+// Trits of `stride` bytes: three times the fraction b / 256 has the first trit as its whole part.
+template <int kTrits>
+void unpack_trits(const uint8_t* in, int stride, uint8_t* trits) {
+  int power = 1;
+  for (int n = 0; n < kTrits; ++n, power *= 3) {
+    for (int i = 0; i < stride; ++i) {
+      trits[n * stride + i] = static_cast<uint8_t>(((in[i] * power) & 255) * 3 >> 8);
+    }
+  }
+}
+
+template <bool kDense>
+struct Ternary {
+  static constexpr int kWidth = 256, kBytes = kDense ? 54 : 66;
+
+  static void read(const uint8_t* in, float* out) {
+    const float d = load_half(in + kBytes - 2);
+    uint8_t trits[256];
+    if (kDense) {
+      unpack_trits<5>(in, 32, trits);
+      unpack_trits<5>(in + 32, 16, trits + 160);
+      unpack_trits<4>(in + 48, 4, trits + 240);
+    } else {
+      unpack_crumbs(in, trits);
+    }
+    for (int i = 0; i < 256; ++i) out[i] = d * static_cast<float>(trits[i] - 1);
+  }
+};
+
+struct MXFP4 {
+  static constexpr int kWidth = 32, kBytes = 17;
+  static constexpr int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+  static void read(const uint8_t* in, float* out) {
+    const uint32_t bits = in[0] < 2 ? 0x200000u << in[0] : (in[0] - 1u) << 23;
+    float scale;  // 2^(e - 128); the two smallest are subnormal
+    std::memcpy(&scale, &bits, sizeof scale);
+    for (int i = 0; i < 16; ++i) {
+      out[i] = scale * static_cast<float>(kDoubled[in[1 + i] & 15]);
+      out[i + 16] = scale * static_cast<float>(kDoubled[in[1 + i] >> 4]);
+    }
+  }
+};
+
 template <class Reader>
 int32_t read_all(const uint8_t* blocks, float* weights, int64_t count, int32_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -205,6 +249,9 @@ int32_t qtool_dequantize_blocks(int32_t type, const uint8_t* blocks, float* weig
     case 14: return read_all<Q6_K>(blocks, weights, count, threads);
     case 20: return read_all<IQ4_NL>(blocks, weights, count, threads);
     case 23: return read_all<IQ4_XS>(blocks, weights, count, threads);
+    case 34: return read_all<Ternary<true>>(blocks, weights, count, threads);
+    case 35: return read_all<Ternary<false>>(blocks, weights, count, threads);
+    case 39: return read_all<MXFP4>(blocks, weights, count, threads);
     default: return kUnknownType;
   }
 }

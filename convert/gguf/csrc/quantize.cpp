@@ -23,6 +23,9 @@ int32_t qtool_quantize_blocks(int32_t type, const float* weights, const float* i
     case 14: return quantize_kquant(type, matrix);
     case 20:
     case 23: return quantize_iq4(type, matrix);
+    case 34:
+    case 35:
+    case 39: return quantize_fixed(type, matrix);
     default: return kUnknownType;
   }
 }
