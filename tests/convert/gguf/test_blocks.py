@@ -126,7 +126,7 @@ def test_bytes_are_those_of_the_reference_on_more_data(type: str, shared_data: P
 def test_decoding_equals_the_gguf_packages(type: str) -> None:
     """On the reference's blocks, and on random bytes with finite scales."""
     with np.load(DATA) as data:
-        blocks = [data[f"{type}.{kind}"] for kind in KINDS]
+        blocks = [data[name] for kind in KINDS if (name := f"{type}.{kind}") in data]
     size = TENSOR_TYPES[type].block_bytes
     noise = np.random.default_rng(1).integers(0, 256, (64, size), dtype=np.uint8)
     number = gguf.GGMLQuantizationType[type]
