@@ -186,6 +186,14 @@ def test_a_compressed_or_truncated_archive_is_refused(tmp_path: Path) -> None:
             out.writestr(entry.filename, source.read(entry))
     with pytest.raises(FormatError, match="is compressed or damaged"):
         read_torch_file(packed)
+    # A central directory that counts more bytes of data.pkl than there are to read.
+    data = bytearray(good.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"data.pkl"))
+    more = len(data).to_bytes(4, "little")
+    data[entry + 20 : entry + 28] = more + more
+    (tmp_path / "longer.bin").write_bytes(data)
+    with pytest.raises(FormatError, match=r"longer\.bin"):
+        read_torch_file(tmp_path / "longer.bin")
     data = good.read_bytes()
     for length in (0, 10, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.bin").write_bytes(data[:length])
