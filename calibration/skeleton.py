@@ -11,6 +11,9 @@ computed when the model is built and are in no checkpoint.
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,6 +95,7 @@ class Skeleton:
         block = self.blocks[index]
         for name, parameter in list(block.named_parameters()):
             assign(block, name, torch.empty_like(parameter, device="meta"))
+        return_freed_memory()
 
     def load_outside(self) -> None:
         """Embeddings, final norm, head: all that is not a block."""
@@ -209,6 +213,17 @@ def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module
     model.tie_weights()
     model.config.use_cache = False
     return model.eval()  # type: ignore[no-any-return]
+
+
+def return_freed_memory() -> None:
+    """Hand freed memory back to the system. glibc keeps blocks of up to 32 MB for reuse, and over
+    many decoder blocks they fragment: 73 MB more a block were seen, none of it in use.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _cast_output(module: nn.Module, args: object, output: Tensor) -> Tensor:

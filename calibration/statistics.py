@@ -43,6 +43,12 @@ class Moments:
         """E[x xᵀ], [in, in]."""
         return self.gram / max(1, self.count)
 
+    def take_hessian(self) -> Tensor:
+        """E[x xᵀ] in the memory of the sum, for the largest layers; the moments are used up."""
+        self.gram.div_(max(1, self.count))
+        self.count = 1
+        return self.gram
+
     @property
     def mean_magnitude(self) -> Tensor:
         """E|x|, [in]."""

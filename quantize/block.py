@@ -26,7 +26,14 @@ from qtool.calibration.statistics import Moments, total
 from qtool.errors import QtoolError
 from qtool.quantize import awq, gptq, rtn
 from qtool.quantize.smoothing import smooth
-from qtool.quantize.solution import Solution, relative_error
+from qtool.quantize.solution import (
+    Solution,
+    power,
+    relative_error,
+    row_errors,
+    rows,
+    share,
+)
 from qtool.recipe import Awq, Gptq, Recipe, Rtn
 from qtool.scheme import QuantScheme
 
@@ -116,9 +123,8 @@ def _solve_gptq(
         prior = _expert_prior(stage, moments)
         for group in stage.groups:
             linears = [linear for site in group.sites for linear in at_site.get(site, [])]
-            observed = moments[group.first]
-            seen, notes = _with_prior(observed, prior.get(group.first.parameter))
-            problem = _Problem(linears, planned, seen, observed.count, notes)
+            observed = moments.pop(group.first)
+            problem = _problem(linears, planned, observed, prior.get(group.first.parameter))
             _solve_group(index, problem, options, capture, result)
     _solve_unseen(index, planned, capture, result)
 
@@ -148,11 +154,15 @@ def _solve_awq(
     result.changed.update(smoothed.changed)
     for group in groups:
         linears = [linear for site in group.sites for linear in at_site.get(site, [])]
-        observed = moments[group.first]
-        seen, notes = _with_prior(observed, prior.get(group.first.parameter))
-        notes += smoothed.notes.get(group.first, ())
-        scales = smoothed.scales.get(group.first)
-        problem = _Problem(linears, planned, seen, observed.count, notes, scales)
+        observed = moments.pop(group.first)
+        problem = _problem(
+            linears,
+            planned,
+            observed,
+            prior.get(group.first.parameter),
+            smoothed.notes.get(group.first, ()),
+            smoothed.scales.get(group.first),
+        )
         _solve_group(index, problem, options, capture, result)
     _solve_unseen(index, planned, capture, result)
 
@@ -206,27 +216,37 @@ def _expert_prior(stage: Stage, moments: Mapping[Site, Moments]) -> dict[str, Mo
     return {parameter: total(found) for parameter, found in experts.items()}
 
 
-def _with_prior(seen: Moments, prior: Moments | None) -> tuple[Moments, tuple[str, ...]]:
-    if prior is None or seen.count >= seen.gram.shape[0]:
-        return seen, ()
-    if prior.count == 0:
-        return seen, ()
-    return seen.blended(prior), (FEW_TOKENS,)
-
-
 class _Problem(NamedTuple):
     """Linears with one input, and what is known of it.
 
-    num_tokens  that reached these linears, before others were counted in
+    hessian     [in, in] of the inputs; None where there were none
+    num_tokens  that reached these linears
     scales      [in] what the weights were multiplied by, None for nothing
     """
 
     linears: Sequence[Linear]
     planned: Mapping[Linear, QuantScheme]
-    seen: Moments
+    hessian: Tensor | None
     num_tokens: int
     notes: tuple[str, ...]
-    scales: Tensor | None = None
+    scales: Tensor | None
+
+
+def _problem(
+    linears: Sequence[Linear],
+    planned: Mapping[Linear, QuantScheme],
+    observed: Moments,
+    prior: Moments | None,
+    notes: tuple[str, ...] = (),
+    scales: Tensor | None = None,
+) -> _Problem:
+    """Uses the moments up. `prior` is what the layer's experts saw together."""
+    num_tokens = observed.count
+    if prior is not None and num_tokens < observed.gram.shape[0] and prior.count > 0:
+        observed = observed.blended(prior)
+        notes = (FEW_TOKENS, *notes)
+    hessian = observed.take_hessian() if observed.count > 0 else None
+    return _Problem(linears, planned, hessian, num_tokens, notes, scales)
 
 
 def _solve_group(
@@ -237,11 +257,11 @@ def _solve_group(
     result: BlockResult,
 ) -> None:
     """One stacked solve for each scheme."""
-    if problem.seen.count == 0:
+    if problem.hessian is None:
         return
     parameters = dict(capture.skeleton.block_parameters(index))
     scales = problem.scales
-    unscaled = problem.seen.hessian
+    unscaled = problem.hessian
     hessian = unscaled if scales is None else unscaled / torch.outer(scales, scales)
     for scheme in dict.fromkeys(problem.planned[linear] for linear in problem.linears):
         started = time.monotonic()
@@ -258,13 +278,17 @@ def _solve_group(
             result.weights[linear] = part
             # Plain rounding knows nothing of the scales: it is measured on the weight as it was.
             original = weight if scales is None else weight / scales
-            plain = rtn.solve(original, scheme).dequantized
+            plain = row_errors(original, rtn.solve(original, scheme).dequantized, unscaled)
+            lost = part.lost
+            if lost is None:
+                lost = row_errors(weight, part.dequantized, hessian)
+            there = power(original, unscaled)
             result.reports[linear] = LayerReport(
                 module=linear.name,
                 scheme=str(scheme),
                 method="gptq" if isinstance(options, Gptq) else "awq",
-                error=relative_error(weight, part.dequantized, hessian),
-                rtn_error=relative_error(original, plain, unscaled),
+                error=share(float(lost.double().sum()), there),
+                rtn_error=share(float(plain.double().sum()), there),
                 num_tokens=problem.num_tokens,
                 seconds=round((time.monotonic() - started) / len(members), 3),
                 notes=(*problem.notes, *part.notes),
@@ -300,14 +324,12 @@ def _solve_unseen(
         put_weights(capture.skeleton, index, [(linear, solved.dequantized)])
 
 
-def split_rows(solved: Solution, rows: Sequence[int]) -> list[Solution]:
+def split_rows(solved: Solution, counts: Sequence[int]) -> list[Solution]:
     """Cut a stacked solution back into its linears."""
     parts = []
     start = 0
-    for count in rows:
-        order = torch.arange(start, start + count)
-        dequantized = solved.dequantized[start : start + count]
-        parts.append(Solution(solved.weight.rows(order), dequantized, solved.notes))
+    for count in counts:
+        parts.append(rows(solved, start, start + count))
         start += count
     return parts
 

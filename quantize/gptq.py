@@ -11,8 +11,9 @@ Rounding column j by e_j is best compensated by moving the later columns by
 - *Grids before the sweep*: `scales.search` weighted by diag(H), frozen, already rounded to what
   the file stores.
 - *U without an explicit inverse*: with J the reversal of rows and columns, J H J = L Lᵀ gives
-  H = R Rᵀ with R = J L J upper triangular, and H⁻¹ = R⁻ᵀ R⁻¹, so U = R⁻¹: one Cholesky and one
-  triangular solve in place of two Cholesky factorizations and an inverse.
+  H = R Rᵀ with R = J L J upper triangular, and H⁻¹ = R⁻ᵀ R⁻¹, so U = R⁻¹ = J L⁻¹ J: one Cholesky
+  and one triangular solve in place of two Cholesky factorizations and an inverse. Everything is
+  kept reversed, so that nothing is flipped: columns are solved from the last to the first.
 - *Recursive halves in place of lazy blocks*: solve the left half, update the right half by one
   matrix product, solve it. The same sums as the paper's blocks of 128, with matrix products at
   every scale. The weight is held transposed, [in, out], so that a column is contiguous.
@@ -23,7 +24,8 @@ Rounding column j by e_j is best compensated by moving the later columns by
 - *Never worse than rounding*: rows are independent, so a row where plain absmax rounding has the
   lower error keeps that instead.
 
-Rows share H, so linears that share an input are solved as one stacked weight.
+Rows share H, so linears that share an input are solved as one stacked weight, a slice of rows at a
+time. Memory: three matrices of H's size, and a few of a slice's.
 """
 
 from __future__ import annotations
@@ -38,22 +40,24 @@ from qtool.grid import Grid
 from qtool.quantize import rtn
 from qtool.quantize.refine import refine
 from qtool.quantize.scales import search
-from qtool.quantize.solution import Solution, from_codes
+from qtool.quantize.solution import Solution, from_codes, joined
 from qtool.recipe import Gptq
 from qtool.scheme import QuantScheme
 
 # Columns solved one at a time before a matrix product takes over: 8 to 64 take the same time (51 to
 # 53 ms for 1024 x 1024 on one Zen 5 core), 4 and 128 take more.
 _LEAF_COLUMNS = 16
+# Weights of a slice of rows; bounds the temporaries at about six times 64 MB.
+_SLICE_WEIGHTS = 2**24
 _DAMPING_ATTEMPTS = 4
 
 
 class Factor(NamedTuple):
-    """upper    [in, in] U, upper triangular, H⁻¹ = Uᵀ U for the ordered and damped H
+    """lower    [in, in] L⁻¹ for the reversed, damped H: lower triangular
     damping  the share that made it factor
     """
 
-    upper: Tensor
+    lower: Tensor
     damping: float
 
 
@@ -64,107 +68,128 @@ def solve(weight: Tensor, hessian: Tensor, scheme: QuantScheme, options: Gptq) -
     hessian  [in, in]  float32, E[x xᵀ] over the calibration inputs
     """
     diagonal = hessian.diagonal()
-    found = search(weight, scheme, diagonal) if options.scale_search else grid.fit(weight, scheme)
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    ordered = hessian[order][:, order]
-    factor = factorize(ordered, options.damping)
+    # Solved last to first, so the loudest column comes last.
+    order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
+    factor = factorize(hessian, order, options.damping)
     if factor is None:
         note = "the Hessian could not be factored, so this layer was rounded to nearest"
         return rtn.solve(weight, scheme, scale_search=True, importance=diagonal, notes=(note,))
-    codes = _sweep(weight, found, scheme, order, factor.upper)
-    if options.refine_rounds:
-        damped = _damped(hessian, factor.damping)
-        codes, found = refine(weight, codes, found, scheme, damped, rounds=options.refine_rounds)
     notes: tuple[str, ...] = ()
     if factor.damping > options.damping:
         notes = (f"damping raised to {factor.damping:g}",)
-    return rtn.keep_better_rows(weight, hessian, from_codes(codes, found, scheme, notes))
+    damped = _damped(hessian, factor.damping) if options.refine_rounds else None
+    rows = max(1, _SLICE_WEIGHTS // weight.shape[1])
+    parts = []
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows]
+        found = search(part, scheme, diagonal) if options.scale_search else grid.fit(part, scheme)
+        codes = _sweep(part, found, scheme, order, factor.lower)
+        if damped is not None:
+            codes, found = refine(part, codes, found, scheme, damped, rounds=options.refine_rounds)
+        solved = from_codes(codes, found, scheme, notes)
+        parts.append(rtn.keep_better_rows(part, hessian, solved))
+    return joined(parts)
 
 
-def factorize(hessian: Tensor, damping: float) -> Factor | None:
-    """U of the damped Hessian, or None where no damping within reach makes it factor."""
+def factorize(hessian: Tensor, order: Tensor, damping: float) -> Factor | None:
+    """L⁻¹ of the damped Hessian in an order, or None where no damping within reach makes it
+    factor.
+
+    order  [in] int64, the reverse of the order of solving
+    """
+    ordered = hessian[order.unsqueeze(1), order]
+    diagonal = ordered.diagonal().clone()
     for attempt in range(_DAMPING_ATTEMPTS):
         share = damping * 10**attempt
-        damped = _damped(hessian, share)
+        ordered.diagonal().copy_(_raised(diagonal, share))
         for dtype in (torch.float32, torch.float64):
-            upper = _inverse_factor(damped.to(dtype))
-            if upper is not None:
-                return Factor(upper.to(torch.float32), share)
+            lower = _inverse_factor(ordered.to(dtype))
+            if lower is not None:
+                return Factor(lower.to(torch.float32), share)
     return None
 
 
+def _raised(diagonal: Tensor, share: float) -> Tensor:
+    """The damped diagonal, with one in place of a dead column's zero."""
+    return torch.where(diagonal == 0, 1.0, diagonal + share * diagonal.mean())
+
+
 def _damped(hessian: Tensor, share: float) -> Tensor:
-    """H with its diagonal raised, and one in place of a dead column's zero."""
-    diagonal = hessian.diagonal()
-    raised = torch.where(diagonal == 0, 1.0, diagonal + share * diagonal.mean())
     damped = hessian.clone()
-    damped.diagonal().copy_(raised)
+    damped.diagonal().copy_(_raised(hessian.diagonal(), share))
     return damped
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    """U upper triangular with Uᵀ U = H⁻¹; None where H is not positive definite."""
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    """L⁻¹ with H = L Lᵀ; None where H is not positive definite."""
+    lower, info = torch.linalg.cholesky_ex(hessian)
     if int(info) != 0:
         return None
     identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return upper if bool(torch.isfinite(upper).all()) else None
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse if bool(torch.isfinite(inverse).all()) else None
 
 
 def _sweep(
-    weight: Tensor, found: Grid, scheme: QuantScheme, order: Tensor, upper: Tensor
+    weight: Tensor, found: Grid, scheme: QuantScheme, order: Tensor, lower: Tensor
 ) -> Tensor:
     """Codes [out, in] uint8, in the file's column order."""
     in_features = weight.shape[1]
-    group = order // scheme.group_width(in_features)
-    scales = found.scales.t()[group].contiguous()
+    groups = (order // scheme.group_width(in_features)).tolist()
+    scales = found.scales.t().contiguous()
     zeros = torch.full_like(scales, float(scheme.midpoint))
     if found.zeros is not None:
-        zeros = found.zeros.t()[group].contiguous()
+        zeros = found.zeros.t().contiguous()
     state = _State(
         weight=weight.t()[order].contiguous(),
         scales=scales,
-        lowest=-zeros,
-        highest=scheme.num_codes - 1 - zeros,
-        upper=upper / upper.diagonal().unsqueeze(1),
-        errors=torch.empty_like(scales),
-        steps=torch.empty_like(scales),
+        zeros=zeros,
+        groups=groups,
+        lower=lower,
+        pivots=lower.diagonal().tolist(),
+        highest=scheme.num_codes - 1,
+        errors=torch.empty(in_features, weight.shape[0]),
+        codes=torch.empty(in_features, weight.shape[0], dtype=torch.uint8),
     )
     _solve_columns(state, 0, in_features)
-    codes = torch.empty_like(state.steps, dtype=torch.uint8)
-    codes[order] = (state.steps + zeros).to(torch.uint8)
+    codes = torch.empty_like(state.codes)
+    codes[order] = state.codes
     return codes.t().contiguous()
 
 
 class _State(NamedTuple):
-    """All [in, out] in processing order but `upper` [in, in], whose rows are divided by their
-    diagonal, so that a column's plain rounding error is what is pushed on.
+    """weight, errors, codes [in, out] in reversed order; scales, zeros [groups, out]; groups [in];
+    lower [in, in]; pivots [in], its diagonal.
     """
 
     weight: Tensor
     scales: Tensor
-    lowest: Tensor
-    highest: Tensor
-    upper: Tensor
+    zeros: Tensor
+    groups: list[int]
+    lower: Tensor
+    pivots: list[float]
+    highest: int
     errors: Tensor
-    steps: Tensor
+    codes: Tensor
 
 
 def _solve_columns(state: _State, start: int, stop: int) -> None:
+    """Solve columns [start, stop), last to first, each pushing its error to those before it."""
     if stop - start > _LEAF_COLUMNS:
-        # Halves are cut at a multiple of the leaf, so that all leaves but the last are full.
+        # Cut at a multiple of the leaf from the end, so that all leaves but the first are full.
         half = (stop - start) // 2
-        middle = start + -(-half // _LEAF_COLUMNS) * _LEAF_COLUMNS
-        _solve_columns(state, start, middle)
-        pushed = state.upper[start:middle, middle:stop].t() @ state.errors[start:middle]
-        state.weight[middle:stop] -= pushed
+        middle = stop - -(-half // _LEAF_COLUMNS) * _LEAF_COLUMNS
         _solve_columns(state, middle, stop)
+        pushed = state.lower[middle:stop, start:middle].t() @ state.errors[middle:stop]
+        state.weight[start:middle] -= pushed
+        _solve_columns(state, start, middle)
         return
-    for j in range(start, stop):
-        column = state.weight[j]
-        steps = torch.round(column / state.scales[j])
-        steps = torch.clamp(steps, state.lowest[j], state.highest[j], out=state.steps[j])
-        error = torch.addcmul(column, steps, state.scales[j], value=-1, out=state.errors[j])
-        if j + 1 < stop:
-            state.weight[j + 1 : stop].addr_(state.upper[j, j + 1 : stop], error, alpha=-1)
+    for j in range(stop - 1, start - 1, -1):
+        column, scale = state.weight[j], state.scales[state.groups[j]]
+        zero = state.zeros[state.groups[j]]
+        code = torch.round(column / scale).add_(zero).clamp_(0, state.highest)
+        state.codes[j] = code
+        error = torch.addcmul(column, code.sub_(zero), scale, value=-1, out=state.errors[j])
+        error.div_(state.pivots[j])
+        if j > start:
+            state.weight[start:j].addr_(state.lower[j, start:j], error, alpha=-1)

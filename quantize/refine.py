@@ -42,15 +42,10 @@ def refine(
     """
     zeros = found.zeros
     for _ in range(rounds):
-        found = Grid(_refit(weight, codes, found, scheme, hessian), zeros)
-        codes = _descend(weight, codes, found, scheme, hessian)
+        scales, residual = _refit(weight, codes, found, scheme, hessian)
+        found = Grid(scales, zeros)
+        codes = _descend(residual, codes, found, scheme, hessian)
     return codes, found
-
-
-def _residual(
-    weight: Tensor, codes: Tensor, found: Grid, scheme: QuantScheme, hessian: Tensor
-) -> Tensor:
-    return (weight - dequantize(codes, found.scales, found.zeros, scheme)) @ hessian
 
 
 def _steps(codes: Tensor, found: Grid, scheme: QuantScheme) -> Tensor:
@@ -60,10 +55,12 @@ def _steps(codes: Tensor, found: Grid, scheme: QuantScheme) -> Tensor:
 
 def _refit(
     weight: Tensor, codes: Tensor, found: Grid, scheme: QuantScheme, hessian: Tensor
-) -> Tensor:
-    """New scales [out, groups], group by group, each knowing what the ones before it changed."""
+) -> tuple[Tensor, Tensor]:
+    """New scales [out, groups], group by group, each knowing what the ones before it changed; and
+    R [out, in] for them.
+    """
     scales = found.scales.clone()
-    residual = _residual(weight, codes, found, scheme, hessian)
+    residual = (weight - dequantize(codes, scales, found.zeros, scheme)) @ hessian
     steps = _steps(codes, found, scheme)
     width = scheme.group_width(weight.shape[1])
     for group in range(scales.shape[1]):
@@ -79,17 +76,17 @@ def _refit(
         change = torch.where(falls, change, 0.0)
         scales[:, group] += change
         residual -= change.unsqueeze(1) * reach
-    return scales
+    return scales, residual
 
 
 def _descend(
-    weight: Tensor, codes: Tensor, found: Grid, scheme: QuantScheme, hessian: Tensor
+    residual: Tensor, codes: Tensor, found: Grid, scheme: QuantScheme, hessian: Tensor
 ) -> Tensor:
     """Codes [out, in] uint8 after one pass over the columns."""
-    residual = _residual(weight, codes, found, scheme, hessian).t().contiguous()
-    width = scheme.group_width(weight.shape[1])
-    scales = found.scales.t().repeat_interleave(width, 0)
-    diagonal = hessian.diagonal()
+    residual = residual.t().contiguous()
+    width = scheme.group_width(codes.shape[1])
+    scales = found.scales.t().contiguous()
+    diagonal = hessian.diagonal().tolist()
     values = codes.t().to(torch.float32).contiguous()
     moves = torch.zeros_like(values)
 
@@ -102,11 +99,12 @@ def _descend(
             descend(middle, stop)
             return
         for j in range(start, stop):
-            best = torch.round(values[j] + residual[j] / (scales[j] * diagonal[j]))
+            scale = scales[j // width]
+            best = torch.round(values[j] + residual[j] / (scale * diagonal[j]))
             best.clamp_(0, scheme.num_codes - 1)
-            torch.mul(best - values[j], scales[j], out=moves[j])
+            torch.mul(best - values[j], scale, out=moves[j])
             values[j] = best
             residual[j + 1 : stop].addr_(hessian[j, j + 1 : stop], moves[j], alpha=-1)
 
-    descend(0, weight.shape[1])
+    descend(0, codes.shape[1])
     return values.t().to(torch.uint8).contiguous()

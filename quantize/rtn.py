@@ -38,13 +38,15 @@ def keep_better_rows(weight: Tensor, hessian: Tensor, solved: Solution) -> Solut
     scheme = solved.weight.scheme
     plain = solve(weight, scheme)
     ours = row_errors(weight, solved.dequantized, hessian)
-    worse = ours > row_errors(weight, plain.dequantized, hessian)
+    rounding = row_errors(weight, plain.dequantized, hessian)
+    worse = ours > rounding
     if not bool(worse.any()):
-        return solved
+        return solved._replace(lost=ours)
     pick = worse.unsqueeze(1)
     zeros = None
     if solved.weight.zeros is not None and plain.weight.zeros is not None:
         zeros = torch.where(pick, plain.weight.zeros, solved.weight.zeros).float()
     scales = torch.where(pick, plain.weight.scales, solved.weight.scales)
     codes = torch.where(pick, plain.weight.codes, solved.weight.codes)
-    return from_codes(codes, Grid(scales, zeros), scheme, solved.notes)
+    mended = from_codes(codes, Grid(scales, zeros), scheme, solved.notes)
+    return mended._replace(lost=torch.where(worse, rounding, ours))

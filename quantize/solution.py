@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,38 @@ class Solution(NamedTuple):
     """weight       what is stored
     dequantized  [out, in] float32, exactly what the stored weight decodes to
     notes        decisions that were not the plain path, for the report
+    lost         [out] float32, d H dᵀ of each row, where the solver came to know it
     """
 
     weight: QuantizedWeight
     dequantized: Tensor
     notes: tuple[str, ...] = ()
+    lost: Tensor | None = None
+
+
+def joined(parts: Sequence[Solution]) -> Solution:
+    """Slices of rows as one."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0].weight
+    zeros = [part.weight.zeros for part in parts if part.weight.zeros is not None]
+    lost = [part.lost for part in parts if part.lost is not None]
+    weight = QuantizedWeight(
+        torch.cat([part.weight.codes for part in parts]),
+        torch.cat([part.weight.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        first.scheme,
+    )
+    dequantized = torch.cat([part.dequantized for part in parts])
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    return Solution(weight, dequantized, notes, torch.cat(lost) if lost else None)
+
+
+def rows(solved: Solution, start: int, stop: int) -> Solution:
+    """A slice of a solution's rows."""
+    order = torch.arange(start, stop)
+    lost = None if solved.lost is None else solved.lost[start:stop]
+    return Solution(solved.weight.rows(order), solved.dequantized[start:stop], solved.notes, lost)
 
 
 def from_codes(codes: Tensor, found: Grid, scheme: QuantScheme, notes: tuple[str, ...]) -> Solution:
@@ -51,8 +79,16 @@ def row_errors(weight: Tensor, dequantized: Tensor, hessian: Tensor | None) -> T
     return ((difference @ hessian) * difference).sum(1)
 
 
+def power(weight: Tensor, hessian: Tensor | None) -> float:
+    """tr(W H Wᵀ): what there is to lose."""
+    return float(row_errors(weight, torch.zeros(()), hessian).double().sum())
+
+
 def relative_error(weight: Tensor, dequantized: Tensor, hessian: Tensor | None) -> float:
     """tr(d H dᵀ) / tr(W H Wᵀ): the share of the layer's output power that is lost."""
-    lost = row_errors(weight, dequantized, hessian).double().sum()
-    power = row_errors(weight, torch.zeros_like(weight), hessian).double().sum()
-    return float(lost / power) if power > 0 else float(lost)
+    lost = float(row_errors(weight, dequantized, hessian).double().sum())
+    return share(lost, power(weight, hessian))
+
+
+def share(lost: float, there: float) -> float:
+    return lost / there if there > 0 else lost
