@@ -7,11 +7,13 @@ the answer alone. From a pipe each line is one message, and the commands work as
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -117,8 +119,9 @@ class Terminal:
         answer = ""
         end: AnswerEnd | None = None
         try:
-            with closing(self._answer(question)) as pieces:
+            with noticing_interrupts() as check, closing(self._answer(question)) as pieces:
                 for piece in pieces:
+                    check()
                     if isinstance(piece, AnswerEnd):
                         end = piece
                         continue
@@ -213,3 +216,28 @@ class Terminal:
 
 def say(text: str) -> None:
     click.echo(text, err=True)
+
+
+@contextmanager
+def noticing_interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C raises KeyboardInterrupt at once, and again in `check()` where the first was lost.
+
+    Python drops what is raised inside callbacks of its own (a finalizer, a weak reference's), and
+    an interrupt that falls there would leave the answer running.
+    """
+    pressed = False
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)
