@@ -43,6 +43,7 @@ LAYER_OF_PREFIX = {
     "qtool.convert.command": "top",
     "qtool.convert.gguf_options": "top",
     "qtool.convert.imatrix_command": "top",
+    "qtool.convert.inspect_command": "top",
     "qtool.convert.run": "top",
     "qtool.convert.search": "top",
     "qtool.convert.gguf.export": "top",
@@ -187,7 +188,7 @@ def test_only_the_command_line_and_the_demo_reach_commands_and_server() -> None:
     for module, path in MODULES.items():
         for found in imports_of(path):
             ours = found.name.startswith("qtool.")
-            names_command = ours and found.name.endswith(".command")
+            names_command = ours and found.name.endswith(("command", "runtime.demo"))
             enters_server = found.name.startswith(server) and not module.startswith(server)
             if (names_command or enters_server) and module not in allowed:
                 wrong.append(f"{place(path, found.line)}: {found.name}")
