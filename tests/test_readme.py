@@ -168,7 +168,7 @@ class Session:
         assert done.returncode == 0, f"{step.text}\n{done.stdout}"
         assert done.stdout.strip() or not step.output, step.text
         if "curl" in step.text:  # which calls an error's answer a success
-            assert '"error"' not in done.stdout, f"$ {step.text}\n{done.stdout}"
+            assert '{"error"' not in done.stdout, f"$ {step.text}\n{done.stdout}"
         if step.language == "console" and not re.search(GENERATES, step.text):
             missing = missing_lines(step.output, done.stdout)
             assert not missing, f"$ {step.text}\n{missing}\nnot among:\n{done.stdout}"
