@@ -12,7 +12,6 @@ computed when the model is built and are in no checkpoint.
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 import warnings
 from collections.abc import Iterator
@@ -219,7 +218,6 @@ def return_freed_memory() -> None:
     """Hand freed memory back to the system. glibc keeps blocks of up to 32 MB for reuse, and over
     many decoder blocks they fragment: 73 MB more a block were seen, none of it in use.
     """
-    gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
