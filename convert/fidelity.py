@@ -1,6 +1,6 @@
 """How closely each target can hold each kind of weight: the facts that plans are made of.
 
-    lossless       the target's weights equal the source's, as float32
+    lossless       the target's weights equal the source's, as float32; codes may get more bits
     near-lossless  the same codes with scales or minima, or the same values, rounded to a narrower
                    float: relative errors of 2**-8 at most, measured when the file is written
     requantizes    the codes do not fit: weights are rounded a second time
@@ -12,6 +12,7 @@ pair of formats.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,10 +40,13 @@ HELD_BY: dict[str, tuple[str, ...]] = {
 
 
 class Carry(NamedTuple):
-    """A level, and why it is no better; None where nothing is lost."""
+    """A level, why it is no better (None where nothing is lost), and in a packed target the scheme
+    of the codes that are kept.
+    """
 
     level: Level
     why: str | None = None
+    scheme: QuantScheme | None = None
 
 
 def carry(held: Held, target: str, dtype: torch.dtype) -> Carry:
@@ -62,15 +66,29 @@ def carry(held: Held, target: str, dtype: torch.dtype) -> Carry:
     scheme = integer_scheme(held)
     if scheme is None:
         return Carry("requantizes", _no_room(held, target))
-    refusal = FORMATS[target].refuses(scheme, held.shape[0], held.shape[1])
-    if refusal is not None:
-        return Carry("requantizes", refusal)
-    return _rounded_scales(held, name if target == "compressed-tensors" else "float16")
+    kept = _with_room(scheme, target, held)
+    if kept is None:
+        return Carry("requantizes", FORMATS[target].refuses(scheme, *_sides(held)))
+    found = _rounded_scales(held, name if target == "compressed-tensors" else "float16")
+    return found._replace(scheme=kept)
 
 
 def integer_scheme(held: Held) -> QuantScheme | None:
     """The scheme of integer codes, GGUF's blocks of them included."""
     return held.scheme or INTEGER_BLOCKS.get(held.kind)
+
+
+def _with_room(scheme: QuantScheme, target: str, held: Held) -> QuantScheme | None:
+    """The scheme or the narrowest wider one that a target takes: int3 codes are int4 codes."""
+    for bits in range(scheme.bits, 9):
+        wider = replace(scheme, bits=bits)
+        if FORMATS[target].refuses(wider, *_sides(held)) is None:
+            return wider
+    return None
+
+
+def _sides(held: Held) -> tuple[int, int]:
+    return held.shape[0], held.shape[1]
 
 
 def _to_gguf(held: Held) -> Carry:
@@ -88,9 +106,10 @@ def _to_gguf(held: Held) -> Carry:
 
 
 def _rounded_scales(held: Held, type: str) -> Carry:
-    if held.scales is None or type in HELD_BY.get(held.scales, ()):
+    scales = held.scales or ("float16" if held.kind in INTEGER_BLOCKS else type)
+    if type in HELD_BY.get(scales, ()):
         return Carry("lossless")
-    return Carry("near-lossless", f"{held.scales} scales are rounded to {type}")
+    return Carry("near-lossless", f"{scales} scales are rounded to {type}")
 
 
 def _no_room(held: Held, target: str) -> str:

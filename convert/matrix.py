@@ -124,7 +124,7 @@ def as_facts() -> dict[str, Any]:
 # The footnote of an option.
 MARKS = {"type": "*", "requantize": "+"}
 LEGEND = """\
-lossless       the target's weights equal the source's
+lossless       the target's weights equal the source's (int3 codes may become int4 codes)
 near-lossless  the same codes, with scales or minima rounded to a narrower float (2**-8 at most)
 requantizes    the codes do not fit: rounded a second time
 no             the source is not quantized: `qtool quantize` writes these formats

@@ -1,10 +1,11 @@
 """What a conversion will do, settled from headers before any weight is read.
 
 A linear goes into a packed format with its codes or not at all, as fidelity.py has it: integer
-codes, scales and zeros are carried over as they are. What a format cannot hold (a shape Marlin has
-no tiles for, an asymmetric layer in GPTQ, GGUF's K-quants anywhere but in GGUF) becomes a dense
-tensor and is named with its reason, or, where `--requantize` asks for it, is rounded again and
-warned of. Nothing here quantizes for the first time; that is `qtool quantize`.
+codes, scales and zeros are carried over as they are, in more bits where a format has no such width
+(int3 as int4: the same weights). What a format cannot hold (a shape Marlin has no tiles for, an
+asymmetric layer in GPTQ, GGUF's K-quants anywhere but in GGUF) becomes a dense tensor and is named
+with its reason, or, where `--requantize` asks for it, is rounded again and warned of. Nothing here
+quantizes for the first time; that is `qtool quantize`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from qtool.arch import ARCHITECTURES
-from qtool.convert.fidelity import DENSE_TARGET, GGUF_TARGET, TARGETS, carry, integer_scheme
+from qtool.convert.fidelity import DENSE_TARGET, GGUF_TARGET, TARGETS, carry
 from qtool.convert.formats import FORMATS, Held, WeightReader
 from qtool.convert.requantize import choose_schemes
 from qtool.errors import QtoolError, UnknownName, UsageError
@@ -103,6 +104,8 @@ def plan_conversion(
     check_requantize(target, requantize)
     dtype = _dtype(reader.config, target, type)
     steps = [_packed_step(reader, module, target, dtype) for module in reader.modules()]
+    if target != DENSE_TARGET and FORMATS[target].single_scheme:
+        steps = _of_one_width(steps)
     if requantize:
         steps = _requantized(reader, steps, target)
     steps += [_tensor_step(reader, name, target, dtype) for name in _kept_tensors(reader)]
@@ -142,10 +145,14 @@ def _packed_step(reader: WeightReader, module: str, target: str, dtype: torch.dt
     held = reader.describe(module)
     out_features, in_features = held.shape
     dense_bytes = out_features * in_features * dtype.itemsize
-    scheme = integer_scheme(held)
-    reason = None if target == DENSE_TARGET else _refusal(reader, module, held, target, dtype)
-    if reason is None and scheme is not None and target != DENSE_TARGET:
-        return Step(module, held, "repack", str(scheme), _packed_bytes(held, scheme), scheme)
+    reason = None
+    if target != DENSE_TARGET:
+        found = carry(held, target, dtype)
+        scheme, reason = found.scheme, found.why
+        if not _may_be_packed(reader, module, target):
+            reason = f"{target} packs the linears inside the blocks only"
+        elif scheme is not None:
+            return Step(module, held, "repack", str(scheme), _packed_bytes(held, scheme), scheme)
     return Step(module, held, "dequantize", _name(dtype), dense_bytes, None, reason)
 
 
@@ -154,14 +161,20 @@ def _packed_bytes(held: Held, scheme: QuantScheme) -> int:
     return int(scheme.bits_per_weight(in_features) * out_features * in_features / 8)
 
 
-def _refusal(
-    reader: WeightReader, module: str, held: Held, target: str, dtype: torch.dtype
-) -> str | None:
-    """Why a packed linear is not carried over with its codes, or None."""
-    if not _may_be_packed(reader, module, target):
-        return f"{target} packs the linears inside the blocks only"
-    found = carry(held, target, dtype)
-    return found.why if found.level == "requantizes" else None
+def _of_one_width(steps: list[Step]) -> list[Step]:
+    """For formats of one scheme: codes of several widths all take the widest, which holds them."""
+    widest = max((step.scheme.bits for step in steps if step.scheme is not None), default=0)
+    return [
+        step
+        if step.scheme is None
+        else _packed_as(step, replace(step.scheme, bits=widest), step.action)
+        for step in steps
+    ]
+
+
+def _packed_as(step: Step, scheme: QuantScheme, action: Action) -> Step:
+    nbytes = _packed_bytes(step.held, scheme)
+    return replace(step, action=action, writes=str(scheme), nbytes=nbytes, scheme=scheme)
 
 
 def _may_be_packed(reader: WeightReader, module: str, target: str) -> bool:
@@ -182,15 +195,7 @@ def _requantized(reader: WeightReader, steps: list[Step], target: str) -> list[S
     kept = [step.scheme for step in steps if step.scheme is not None]
     schemes = choose_schemes(pending, kept, FORMATS[target])
     return [
-        replace(
-            step,
-            action="requantize",
-            writes=str(schemes[step.name]),
-            nbytes=_packed_bytes(step.held, schemes[step.name]),
-            scheme=schemes[step.name],
-        )
-        if step.name in schemes
-        else step
+        _packed_as(step, schemes[step.name], "requantize") if step.name in schemes else step
         for step in steps
     ]
 

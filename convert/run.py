@@ -179,11 +179,13 @@ def _digest(values: Tensor) -> str:
 
 
 def _integer_weight(reader: WeightReader, step: Step) -> QuantizedWeight:
+    """A weight whose codes are kept, as wide as the step writes them."""
     weight = reader.weight(step.name)
     if isinstance(weight, BlockWeight) and weight.codec.name == "Q8_0":
-        return unpack_q8_0(weight)
+        weight = unpack_q8_0(weight)
     assert isinstance(weight, QuantizedWeight), (step, type(weight))
-    return weight
+    assert step.scheme is not None, step
+    return weight.widened(step.scheme.bits)
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:

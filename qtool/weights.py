@@ -91,6 +91,17 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return grid.dequantize(self.codes, self.scales, self.zeros, self.scheme).to(dtype)
 
+    def widened(self, bits: int) -> QuantizedWeight:
+        """The same weight in codes of `bits` bits, no fewer than it has: symmetric codes move with
+        the midpoint, others stay.
+        """
+        assert bits >= self.scheme.bits, (bits, self.scheme)
+        scheme = QuantScheme(bits, self.scheme.group_size, self.scheme.symmetric)
+        codes = self.codes
+        if self.zeros is None:
+            codes = codes + (scheme.midpoint - self.scheme.midpoint)
+        return QuantizedWeight(codes, self.scales, self.zeros, scheme)
+
     def rows(self, order: Tensor) -> QuantizedWeight:
         """The same weight with its output rows in another order (int64 [out])."""
         zeros = None if self.zeros is None else self.zeros[order]

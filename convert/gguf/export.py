@@ -4,8 +4,8 @@
 
     copy        already held as it will be
     cast        another floating type
-    repack      integer codes kept: symmetric int4 is Q4_0, symmetric int8 is Q8_0, and int4 with
-                zero points is Q4_1 but for the rounding of its minima
+    repack      integer codes kept: symmetric int2 to int4 is Q4_0, symmetric int5 to int8 is Q8_0,
+                and int2 to int4 with zero points is Q4_1 but for the rounding of its minima
     quantize    rounded for the first time
     requantize  rounded again; the plan warns
     decode      a quantized weight written out in a floating type

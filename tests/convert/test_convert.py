@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.artifact import Manifest, verify_checksums
-from qtool.checkpoint import Source, read_json
+from qtool.checkpoint import Source, read_json, resolve
 from qtool.cli import main
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
 from qtool.convert.plan import plan_conversion
@@ -405,7 +405,7 @@ def test_what_fits_keeps_its_codes_when_the_rest_is_rounded_again(
 ) -> None:
     def mixed(module: str) -> QuantScheme | None:
         if "self_attn" in module:
-            return QuantScheme(6, 64)
+            return QuantScheme(8, 64, symmetric=False)
         return odd_shapes(module)
 
     source = tiny_checkpoint("llama", dtype="bfloat16", num_hidden_layers=1, intermediate_size=256)
@@ -417,6 +417,32 @@ def test_what_fits_keeps_its_codes_when_the_rest_is_rounded_again(
     assert actions["q_proj"] == ("requantize", "int4-g64-sym")  # gptq files hold one scheme
     plan = plan_conversion(reader, target="marlin", type=None, requantize=True)
     actions = {step.name.split(".")[-1]: (step.action, step.writes) for step in plan.steps}
+    assert actions["up_proj"] == ("repack", "int4-g64-sym")
     assert actions["q_proj"] == ("requantize", "int8-g128-sym")
     with pytest.raises(UsageError, match="does not go with --to hf"):
         plan_conversion(reader, target="hf", type=None, requantize=True)
+
+
+def test_codes_that_a_format_has_no_width_for_take_the_next_wider_one(
+    tiny_checkpoint: Callable[..., Path], write_packed: WritePacked, tmp_path: Path
+) -> None:
+    def mixed(module: str) -> QuantScheme | None:
+        bits = 6 if "self_attn" in module else 3
+        return QuantScheme(bits, 64) if ".layers." in module else None
+
+    source = tiny_checkpoint("llama", dtype="bfloat16", num_hidden_layers=1, intermediate_size=256)
+    folder = write_packed(source, tmp_path / "mixed", "compressed-tensors", mixed)
+    before = opened(folder)
+    kinds = {"gptq": {"int8-g64-sym"}, "marlin": {"int4-g64-sym", "int8-g64-sym"}}
+    for target, expected in kinds.items():
+        after = opened(convert_model(str(folder), to=target, out=tmp_path / target))
+        assert {after.describe(module).kind for module in after.modules()} == expected
+        for module in before.modules():
+            meant = before.weight(module).dequantize()
+            assert torch.equal(after.weight(module).dequantize(), meant)
+    gguf = open_weights(
+        resolve(str(convert_model(str(folder), to="gguf", out=tmp_path / "m.gguf")))
+    )
+    for module in before.modules():
+        assert gguf.describe(module).kind == ("Q8_0" if "self_attn" in module else "Q4_0")
+        assert torch.equal(gguf.weight(module).dequantize(), before.weight(module).dequantize())

@@ -69,7 +69,9 @@ def example(
         if kind in FOREIGN_KINDS:
             return foreign_checkpoint(FOREIGN_KINDS[kind], **SMALL)
         if source.format == "gguf":
-            return _gguf(source, root, tiny_checkpoint("llama", dtype="bfloat16", **SMALL))
+            # Scales of blocks are halves of any kind where the weights are floats of any kind.
+            dtype = "bfloat16" if source.example.is_plain else "float32"
+            return _gguf(source, root, tiny_checkpoint("llama", dtype=dtype, **SMALL))
         scheme = source.example.kind.split()[0]
         dtype = str(source.dtype).removeprefix("torch.")
         folder = packed_checkpoint(source.format, scheme, dtype=dtype, **SMALL)

@@ -186,8 +186,13 @@ def dequantize_q8_0(data: Tensor) -> Tensor:
     return (from_half(blocks[..., :2]) * codes.float()).flatten(1)
 
 
-# The block type that has the codes of an integer weight: (bits, symmetric) -> type.
-REPACKED = {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}
+# The block type that has the codes of an integer weight: (bits, symmetric) -> type. Fewer bits than
+# a type has are held by it exactly too.
+REPACKED = {
+    **dict.fromkeys([(2, True), (3, True), (4, True)], "Q4_0"),
+    **dict.fromkeys([(2, False), (3, False), (4, False)], "Q4_1"),
+    **dict.fromkeys([(5, True), (6, True), (7, True), (8, True)], "Q8_0"),
+}
 
 
 def repack_type(scheme: QuantScheme, columns: int) -> str | None:
@@ -198,23 +203,25 @@ def repack_type(scheme: QuantScheme, columns: int) -> str | None:
 
 
 def pack_q4_0(weight: QuantizedWeight, *, max_scale_error: float = 0.0) -> Tensor:
-    """Symmetric int4 to Q4_0 bytes [out, row_bytes]: the same codes, the same scales.
+    """Symmetric int4, or less, to Q4_0 bytes [out, row_bytes]: the same codes, the same scales.
 
     Raises FormatError for other schemes, and where half precision changes a scale by more than
     `max_scale_error` of it: by default every weight stays exactly what it was.
     """
     scales = half_bytes(_block_scales(weight, "Q4_0", max_scale_error))
+    weight = weight.widened(4)
     return _rows(weight.codes, [scales, _pack_nibbles(weight.codes.reshape(-1, BLOCK).t())])
 
 
 def pack_q8_0(weight: QuantizedWeight, *, max_scale_error: float = 0.0) -> Tensor:
-    """Symmetric int8 to Q8_0 bytes, likewise. Codes 0 .. 255 around 128 become signed bytes."""
+    """Symmetric int5 to int8 to Q8_0 bytes, likewise. Codes around 128 become signed bytes."""
     scales = half_bytes(_block_scales(weight, "Q8_0", max_scale_error))
+    weight = weight.widened(8)
     return _rows(weight.codes, [scales, weight.codes.reshape(-1, BLOCK) ^ 128])
 
 
 def pack_q4_1(weight: QuantizedWeight, *, max_scale_error: float = 0.0) -> Tensor:
-    """Asymmetric int4 to Q4_1 bytes: the same codes and scales, minima rounded to half precision.
+    """Asymmetric int4, or less, to Q4_1 bytes: the same codes and scales, minima rounded to half.
 
     A minimum that half precision cannot hold comes out infinite and is refused.
     """
@@ -240,12 +247,12 @@ def _block_scales(weight: QuantizedWeight, type: str, max_scale_error: float) ->
     """One half-precision scale a block, [blocks]."""
     columns = weight.shape[1]
     if repack_type(weight.scheme, columns) != type:
-        scheme, zeros = weight.scheme, {True: "without zero points", False: "with zero points"}
-        bits, symmetric = next(kind for kind, name in REPACKED.items() if name == type)
+        scheme, kinds = weight.scheme, [kind for kind, name in REPACKED.items() if name == type]
+        zeros = {True: "without zero points", False: "with zero points"}
         raise FormatError(
             f"{scheme} cannot be repacked as {type}: it has {scheme.bits} bits "
-            f"{zeros[scheme.symmetric]} in groups of {scheme.group_width(columns)}; {type} has "
-            f"{bits} {zeros[symmetric]} in blocks of {BLOCK}"
+            f"{zeros[scheme.symmetric]} in groups of {scheme.group_width(columns)}; {type} takes "
+            f"{kinds[0][0]} to {kinds[-1][0]} {zeros[kinds[0][1]]} in blocks of {BLOCK}"
         )
     error = half_scale_error(weight)
     if error > max_scale_error:

@@ -253,7 +253,7 @@ def test_symmetric_int8_is_the_same_weight_in_q8_0() -> None:
     [
         (QuantScheme(4, 32, symmetric=False), "zero points"),
         (QuantScheme(8, 32), "8 bits"),
-        (QuantScheme(3, 32), "3 bits"),
+        (QuantScheme(5, 32), "5 bits"),
         (QuantScheme(4, 16), "groups of 16"),
     ],
 )
@@ -313,6 +313,17 @@ def test_a_minimum_beyond_half_precision_is_refused() -> None:
     weight = QuantizedWeight(codes, torch.full((1, 1), 8192.0), zeros, scheme)
     with pytest.raises(FormatError, match="no minimum of 122880"):
         legacy.pack_q4_1(weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_narrower_codes_are_held_exactly_by_a_wider_type(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (8, 64), generator=generator).to(torch.uint8)
+    scales = torch.rand(8, 2, generator=generator).half()
+    weight = QuantizedWeight(codes, scales, None, QuantScheme(bits, 32))
+    name, pack = ("Q4_0", pack_q4_0) if bits < 4 else ("Q8_0", pack_q8_0)
+    assert legacy.repack_type(weight.scheme, 64) == name
+    assert BLOCK_CODECS[name].dequantize(pack(weight)).equal(weight.dequantize())
 
 
 def test_q8_0_is_symmetric_int8_both_ways() -> None:

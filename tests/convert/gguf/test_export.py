@@ -269,7 +269,7 @@ def test_asymmetric_int4_is_kept_as_q4_1(
 
 @pytest.mark.parametrize(
     ("scheme", "type"),
-    [("int4-g32-asym", "Q4_K_M"), ("int4-g32-sym", "Q4_K_M"), ("int6-g32-sym", None)],
+    [("int4-g32-asym", "Q4_K_M"), ("int4-g32-sym", "Q4_K_M"), ("int8-row-asym", None)],
 )
 def test_rounding_a_second_time_warns(
     scheme: str, type: str | None, packed_checkpoint: PackedCheckpoint
