@@ -157,8 +157,7 @@ struct Q8_0 {
         const Ints whole = __builtin_convertvector(v, Ints);
         const Floats fraction = v - __builtin_convertvector(whole, Floats);
         const Ints up = fraction >= 0.5f, down = fraction <= -0.5f;  // -1 where true
-        const Bytes bytes = __builtin_convertvector(whole - up + down, Bytes);
-        std::memcpy(out + 2 + i, &bytes, sizeof bytes);
+        store_bytes(out + 2 + i, whole - up + down);
       }
     }
   }

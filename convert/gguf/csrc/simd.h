@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -55,10 +55,25 @@ QTOOL_INLINE Floats select(Ints mask, Floats then, Floats otherwise) {
   return mask ? then : otherwise;
 }
 QTOOL_INLINE Floats absolute(Floats v) { return from_bits(bits_of(v) & 0x7fffffff); }
-// Codes are small whole numbers, never negative.
-QTOOL_INLINE void store_bytes(uint8_t* to, Floats v) {
-  const Bytes bytes = __builtin_convertvector(__builtin_convertvector(v, Ints), Bytes);
+// Whole numbers of -128 .. 255, as their low eight bits.
+QTOOL_INLINE void store_bytes(uint8_t* to, Ints v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Compilers convert eight integers to bytes one by one.
+  const __m256i low = _mm256_and_si256((__m256i)v, _mm256_set1_epi32(255));
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+#elif defined(__SSE2__) && !defined(__AVX2__)
+  const __m128i words = _mm_packs_epi32(_mm_and_si128((__m128i)v, _mm_set1_epi32(255)), __m128i{});
+  const int bytes = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
   std::memcpy(to, &bytes, sizeof bytes);
+#else
+  const Bytes bytes = __builtin_convertvector(v, Bytes);
+  std::memcpy(to, &bytes, sizeof bytes);
+#endif
+}
+QTOOL_INLINE void store_bytes(uint8_t* to, Floats v) {
+  store_bytes(to, __builtin_convertvector(v, Ints));
 }
 
 #if defined(__AVX512F__)
@@ -82,6 +97,16 @@ QTOOL_INLINE Floats round_even(Floats v) {
 }
 QTOOL_INLINE Floats square_root(Floats v) { return _mm256_sqrt_ps(v); }
 QTOOL_INLINE bool any(Ints mask) { return _mm256_movemask_ps(from_bits(mask)) != 0; }
+QTOOL_INLINE float largest(Floats v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+QTOOL_INLINE float least(Floats v) {
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+}
 
 #else
 
@@ -103,10 +128,6 @@ QTOOL_INLINE bool any(Ints mask) {
   for (int i = 0; i < kLanes; ++i) found |= mask[i];
   return found != 0;
 }
-
-#endif
-
-#if !defined(__AVX512F__)
 QTOOL_INLINE float largest(Floats v) {
   float result = v[0];
   for (int i = 1; i < kLanes; ++i) result = v[i] > result ? v[i] : result;
@@ -117,6 +138,7 @@ QTOOL_INLINE float least(Floats v) {
   for (int i = 1; i < kLanes; ++i) result = v[i] < result ? v[i] : result;
   return result;
 }
+
 #endif
 
 QTOOL_INLINE float round_even(float x) {

@@ -304,7 +304,8 @@ def test_compiled_decoding_is_that_of_torch(type: str, isa: str) -> None:
     for data in (expected(type, "none"), noise.to(torch.uint8)):
         found = native.dequantize(TENSOR_TYPES[type], data, isa)
         assert found is not None
-        wanted = codec.dequantize_by_torch(data)
+        with np.errstate(invalid="ignore"):  # the gguf package multiplies infinities by 0
+            wanted = codec.dequantize_by_torch(data)
         assert bool(((found == wanted) | (found.isnan() & wanted.isnan())).all())
 
 
