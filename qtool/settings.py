@@ -3,10 +3,10 @@
 HF_HUB_OFFLINE     1: use only what the local Hub cache holds (read by huggingface_hub as well)
 HF_TOKEN           access token for gated models (read by huggingface_hub; here only to word a hint)
 QTOOL_MAX_MEMORY   bytes of RAM that quantization may use for activations before it spills to disk
-QTOOL_NATIVE       0: do not compile or use the C++ kernels for CPUs
+QTOOL_NATIVE       0: do not compile or use C++ code: kernels for CPUs, quantizers of GGUF blocks
 QTOOL_ACTIVATIONS  int8: quantized linears on CPUs round their inputs to 8 bits and use VNNI or
                    AVX2; bf16: they do not
-XDG_CACHE_HOME     folder whose qtool/ keeps compiled kernels (~/.cache)
+XDG_CACHE_HOME     folder whose qtool/ keeps compiled C++ code (~/.cache)
 NO_COLOR           any value: plain output
 """
 

@@ -16,7 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.convert.gguf.blocks import native
+from qtool.convert.gguf.blocks import codecs, native
 from qtool.convert.gguf.blocks.codecs import (
     BLOCK_CODECS,
     QUANTIZERS,
@@ -189,6 +189,18 @@ def test_the_bytes_of_torch_are_those_of_the_reference(type: str) -> None:
         found, faults = quantize_by_torch(type, x, weighting)
         assert faults == 0
         assert_same_blocks(type, found.view(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("type", native.TYPES)
+def test_slabs_do_not_change_the_bytes_of_torch(type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weighting = weights()[:7], importance("positive")
+    codec = BLOCK_CODECS[type]
+    assert isinstance(codec, Codec)
+    whole, _ = quantize_by_torch(type, x, weighting)
+    values = codec.dequantize_by_torch(whole)
+    monkeypatch.setattr(codecs, "SLAB_WEIGHTS", 1024)  # two rows a slab, and one of one
+    assert quantize_by_torch(type, x, weighting)[0].equal(whole)
+    assert codec.dequantize_by_torch(whole).equal(values)
 
 
 @pytest.mark.parametrize("type", native.TYPES)
