@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from qtool.artifact import tool_versions
-from qtool.checkpoint import Source, resolve
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.export import ExportPlan, plan_export, write_gguf
@@ -38,6 +37,7 @@ from qtool.convert.imatrix_command import measure
 from qtool.convert.search import BestSearch
 from qtool.recipe import Calibration
 from qtool.runtime.evaluate.run import evaluate
+from qtool.source import Source, resolve
 
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
 

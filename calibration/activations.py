@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtool.checkpoint import require_disk_space
+from qtool.output import require_disk_space
 from qtool.settings import settings
 
 # Of the machine's memory, for activations, unless QTOOL_MAX_MEMORY says otherwise.

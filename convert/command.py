@@ -89,11 +89,11 @@ def convert(
         raise UsageError(
             f"qtool convert needs {missing}", "qtool convert --list shows what can become what"
         )
-    from qtool.checkpoint import resolve
     from qtool.convert.fidelity import GGUF_TARGET
     from qtool.convert.formats import open_weights
     from qtool.convert.plan import check_requantize, check_target, plan_conversion
     from qtool.convert.run import default_gguf_out, default_out, write_checkpoint, write_gguf_file
+    from qtool.source import resolve
 
     check_target(target)
     check_requantize(target, requantize)

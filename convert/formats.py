@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qtool.checkpoint import Source
 from qtool.convert import awq, compressed_tensors, gptq, marlin, pack_quantized
 from qtool.convert.layer import Layout
 from qtool.scheme import QuantScheme
+from qtool.source import Source
 from qtool.weights import QuantizedWeight, Weight
 
 

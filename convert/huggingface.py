@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.checkpoint import Checkpoint, Source, TensorInfo, read_json
+from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.convert.formats import ACT_ORDER, PLAIN_KINDS, Held
 from qtool.convert.layer import (
     FloatSpec,
@@ -28,7 +28,9 @@ from qtool.convert.layer import (
 )
 from qtool.convert.sources import SOURCES, UNMISTAKABLE
 from qtool.errors import FormatError, UnsupportedModel
+from qtool.json_files import read_json
 from qtool.scheme import FloatScheme, QuantScheme
+from qtool.source import Source
 from qtool.weights import DenseWeight, QuantizedWeight, Weight
 
 DENSE = "dense"

@@ -12,9 +12,9 @@ from qtool.errors import UnknownName
 
 if TYPE_CHECKING:
     from qtool.calibration.skeleton import Skeleton
-    from qtool.checkpoint import Source
     from qtool.convert.gguf.imatrix import ImportanceMatrix
     from qtool.recipe import Calibration
+    from qtool.source import Source
 
 EPILOG = """\b
 Examples:
@@ -66,11 +66,11 @@ def imatrix(
     Windows of --sequence-length tokens are cut from the text end to end and drawn by --seed; all of
     a window's tokens count.
     """
-    from qtool.checkpoint import resolve
     from qtool.convert.gguf.imatrix import default_format, write_imatrix
     from qtool.errors import OutputExists
     from qtool.progress import console
     from qtool.recipe import Calibration
+    from qtool.source import resolve
 
     if format_ is not None and format_ not in FORMATS:
         raise UnknownName("imatrix format", format_, FORMATS)

@@ -34,8 +34,8 @@ def inspect(model: str, tensors: bool, as_json: bool) -> None:
     FILE is a .gguf or .safetensors file, DIR a model folder; a Hub id or builtin:books-7m will do
     too. Headers are read, and a few small tensors that tell how others are packed.
     """
-    from qtool.checkpoint import resolve
     from qtool.convert.inspection import inspect_path
+    from qtool.source import resolve
 
     path = Path(model).expanduser()
     found = inspect_path(path if path.exists() else resolve(model).path)

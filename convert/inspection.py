@@ -14,17 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from qtool.artifact import MANIFEST_NAME, Manifest
-from qtool.checkpoint import (
-    Checkpoint,
-    Source,
-    TensorInfo,
-    read_json,
-    read_safetensors_header,
-)
+from qtool.checkpoint import Checkpoint, TensorInfo, read_safetensors_header
 from qtool.convert.gguf.container import GgufFile, KeyValue
 from qtool.convert.gguf.types import FILE_TYPES, ValueType
 from qtool.convert.huggingface import CheckpointWeights
 from qtool.errors import FormatError, QtoolError, UnsupportedModel
+from qtool.json_files import read_json
+from qtool.source import Source
 
 # Settings that say how large a model is, under the names that families give them.
 SIZES = {

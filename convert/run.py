@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from qtool.artifact import MANIFEST_NAME, Manifest, write_manifest
-from qtool.checkpoint import OutputFolder, ShardWriter, Source, copy_side_files, resolve, write_json
 from qtool.convert.fidelity import DENSE_TARGET, GGUF_TARGET
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
 from qtool.convert.gguf.blocks.legacy import unpack_q8_0
@@ -35,8 +34,12 @@ from qtool.convert.plan import (
     plan_conversion,
 )
 from qtool.errors import OutputExists, QtoolError, UsageError, VerificationFailed
+from qtool.json_files import write_json
+from qtool.output import OutputFolder, copy_side_files
 from qtool.progress import track
 from qtool.quantize import rtn
+from qtool.shards import ShardWriter
+from qtool.source import Source, resolve
 from qtool.weights import BlockWeight, QuantizedWeight
 
 # bfloat16 rounds a scale by 2**-9 at most; beyond twice that it is no rounding.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool import __version__
-from qtool.checkpoint import read_json, write_json
 from qtool.errors import FormatError, VerificationFailed
+from qtool.json_files import read_json, write_json
 
 MANIFEST_NAME = "qtool.json"
 MANIFEST_VERSION = 1

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from qtool.calibration.skeleton import Skeleton
-from qtool.checkpoint import ShardWriter, copy_side_files, write_json
 from qtool.convert.formats import Format
+from qtool.json_files import write_json
+from qtool.output import copy_side_files
 from qtool.progress import track
 from qtool.quantize.journal import Journal
 from qtool.quantize.plan import Plan
+from qtool.shards import ShardWriter
 
 # A shard is held in memory until it is written, so smaller than the usual 5 GB.
 _SHARD_BYTES = 2_000_000_000

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.artifact import LayerReport, sha256
-from qtool.checkpoint import flush_to_disk
 from qtool.errors import QtoolError
+from qtool.output import flush_to_disk
 
 _FOLDER = ".work"
 _JOURNAL = "journal.json"

@@ -33,10 +33,11 @@ from qtool.calibration.dataset import CalibrationTokens, load_calibration, load_
 from qtool.calibration.linears import Linear
 from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner
 from qtool.calibration.skeleton import Skeleton, assign
-from qtool.checkpoint import Checkpoint, OutputFolder, Source, resolve
+from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import FORMATS, Format
 from qtool.convert.layer import LayerSpec
 from qtool.errors import QtoolError, UnknownName, UnsupportedModel
+from qtool.output import OutputFolder
 from qtool.progress import bar
 from qtool.quantize.artifact_files import assemble, model_dtype
 from qtool.quantize.block import BlockResult, put_weights, solve_block
@@ -44,6 +45,7 @@ from qtool.quantize.journal import Journal, digest
 from qtool.quantize.plan import Plan, make_plan
 from qtool.quantize.verify import Verification, verify
 from qtool.recipe import Recipe, load_recipe
+from qtool.source import Source, resolve
 
 # Marlin is a layout for serving, made from any of these by `qtool convert`.
 WRITABLE_FORMATS = ("compressed-tensors", "gptq", "awq")

@@ -21,13 +21,14 @@ from torch import Tensor
 from qtool.calibration.linears import Linear
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton, assign
-from qtool.checkpoint import Checkpoint, Source
+from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import Format, open_weights
 from qtool.errors import VerificationFailed
 from qtool.progress import bar
 from qtool.quantize.journal import digest
 from qtool.quantize.plan import Plan
 from qtool.scheme import QuantScheme
+from qtool.source import Source
 
 # A reload holds every weight in float32 and, while it decompresses, some of them twice.
 RELOAD_LIMIT_BYTES = 4_000_000_000

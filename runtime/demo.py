@@ -54,7 +54,8 @@ def demo(out: Path, as_json: bool) -> None:
     Example:
       qtool demo --out ./demo
     """
-    from qtool.checkpoint import OutputFolder, write_json
+    from qtool.json_files import write_json
+    from qtool.output import OutputFolder
 
     refuse_foreign_folder(out)
     started = time.monotonic()
@@ -85,11 +86,11 @@ def run_demo(folder: Path, out: Path, *, show_answer: bool) -> tuple[EvaluationR
     """All steps, their results in `folder`, which will be `out` when all is done; returns the
     evaluation and the streamed answer.
     """
-    from qtool.checkpoint import Source
     from qtool.convert.run import convert_model
     from qtool.quantize.pipeline import quantize_model
     from qtool.recipe import load_recipe
     from qtool.runtime.evaluate.run import evaluate, write_report
+    from qtool.source import Source
 
     # Named as they will be found, so that no manifest or report speaks of the folder in the making.
     int4, marlin, gguf = (Source(str(out / name), folder / name) for name in (INT4, MARLIN, GGUF))

@@ -16,7 +16,6 @@ from rich.table import Table
 from torch import Tensor
 
 from qtool.arch import Architecture, DecoderConfig, Role, find_architecture
-from qtool.checkpoint import Source, resolve
 from qtool.convert.formats import WeightReader, open_weights
 from qtool.errors import FormatError, UnknownName, UsageError
 from qtool.kernels.cpu.attention import causal_attention
@@ -26,6 +25,7 @@ from qtool.runtime.config import Device, Dtype
 from qtool.runtime.layers import Fused, Linear, pack
 from qtool.runtime.models.decoder import Block, Decoder
 from qtool.runtime.tokenizer import Tokenizer
+from qtool.source import Source, resolve
 from qtool.weights import DenseWeight, Weight
 
 DTYPES: dict[str, torch.dtype] = {

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
-from qtool.checkpoint import Source, read_json
 from qtool.convert.formats import WeightReader
 from qtool.errors import FormatError, UnsupportedModel, UsageError
+from qtool.json_files import read_json
+from qtool.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

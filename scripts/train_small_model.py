@@ -38,9 +38,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qtool.checkpoint import OutputFolder, write_json
 from qtool.cli import print_error
 from qtool.errors import QtoolError, UsageError
+from qtool.json_files import write_json
+from qtool.output import OutputFolder
 from qtool.progress import bar
 
 END_OF_TEXT = "<|endoftext|>"

@@ -23,11 +23,11 @@ from typing import Literal, NoReturn
 import torch
 from torch import Tensor
 
-from qtool.checkpoint import flush_to_disk
 from qtool.convert.gguf.container import MAGIC, GgufFile, KeyValue, Value
 from qtool.convert.gguf.types import TENSOR_TYPES, ValueType
 from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
 from qtool.errors import FormatError, OutputExists, QtoolError, UsageError
+from qtool.output import flush_to_disk
 
 ImatrixFormat = Literal["gguf", "dat"]
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.checkpoint import Source
 from qtool.convert.formats import Held
 from qtool.convert.gguf.blocks.codecs import find_codec
 from qtool.convert.gguf.blocks.legacy import BLOCK, unpack_q4_0
@@ -29,6 +28,7 @@ from qtool.convert.gguf.sizes import STACKED, Sizes
 from qtool.convert.gguf.vocab import end_of_generation_ids
 from qtool.errors import FormatError
 from qtool.scheme import QuantScheme
+from qtool.source import Source
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

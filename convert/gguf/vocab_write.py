@@ -21,7 +21,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qtool.checkpoint import read_json
 from qtool.convert.gguf import pretokenizers
 from qtool.convert.gguf.container import KeyValue
 from qtool.convert.gguf.pretokenizers import PRE_TOKENIZERS
@@ -34,6 +33,7 @@ from qtool.convert.gguf.vocab import (
     tokenizer_from_gguf,
 )
 from qtool.errors import FormatError, QtoolError, UnknownName, UnsupportedModel
+from qtool.json_files import read_json
 
 # The converter's order; eot and eom are added here, for models with several ends.
 _SPECIAL_ORDER = ("bos", "eos", "unk", "sep", "pad", "mask")

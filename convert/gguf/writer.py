@@ -20,7 +20,6 @@ from types import TracebackType
 
 from torch import Tensor
 
-from qtool.checkpoint import flush_to_disk, require_disk_space
 from qtool.convert.gguf.container import (
     MAGIC,
     MAX_RANK,
@@ -37,6 +36,7 @@ from qtool.convert.gguf.types import (
     ValueType,
 )
 from qtool.errors import OutputExists, QtoolError, UsageError
+from qtool.output import flush_to_disk, require_disk_space
 
 VERSION = 3
 

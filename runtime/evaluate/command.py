@@ -68,10 +68,10 @@ def evaluate(
       qtool eval ./Qwen3-0.6B-int4 --against Qwen/Qwen3-0.6B
       qtool eval ./books-7m-int4 ./books-7m-Q4_K_M.gguf --against builtin:books-7m --out report
     """
-    from qtool.checkpoint import resolve
     from qtool.runtime.evaluate.report import to_json
     from qtool.runtime.evaluate.run import evaluate as run
     from qtool.runtime.evaluate.terminal import print_report
+    from qtool.source import resolve
 
     folder = out or Path(f"{resolve(models[0]).short_name}-eval")
     report = run(

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from qtool.artifact import tool_versions
-from qtool.checkpoint import OutputFolder, Source, write_json
 from qtool.errors import UnknownName, UsageError
+from qtool.json_files import write_json
+from qtool.output import OutputFolder
 from qtool.progress import bar
 from qtool.runtime.config import Device
 from qtool.runtime.evaluate.divergence import summarize
@@ -55,6 +56,7 @@ from qtool.runtime.evaluate.text import (
     ScoringDtype,
     read_text,
 )
+from qtool.source import Source
 
 # Of the machine's memory, what the loaded models may take together.
 MEMORY_SHARE = 0.6

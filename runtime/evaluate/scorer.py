@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from qtool.arch import find_architecture
-from qtool.checkpoint import Source
 from qtool.convert.formats import open_weights
 from qtool.errors import QtoolError, UnsupportedModel
 from qtool.progress import bar
@@ -28,6 +27,7 @@ from qtool.runtime.config import Device
 from qtool.runtime.evaluate.text import ScoringDtype
 from qtool.runtime.loading import LoadedModel, choose_device, load_model
 from qtool.runtime.tokenizer import Tokenizer
+from qtool.source import Source
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

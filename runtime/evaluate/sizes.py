@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qtool.artifact import sha256
-from qtool.checkpoint import Checkpoint, Source
+from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import WeightReader
 from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.import_ import FLOAT_DTYPES
 from qtool.convert.huggingface import CheckpointWeights
+from qtool.source import Source
 
 
 class ModelSize(NamedTuple):

@@ -15,7 +15,6 @@ from statistics import median
 
 import torch
 
-from qtool.checkpoint import Source
 from qtool.errors import QtoolError
 from qtool.progress import bar
 from qtool.runtime.config import Device
@@ -23,6 +22,7 @@ from qtool.runtime.engine.engine import Engine
 from qtool.runtime.engine.sequence import GenerationRequest, SamplingParams
 from qtool.runtime.evaluate.report import Speed
 from qtool.runtime.llm import LLM
+from qtool.source import Source
 
 PROMPT = "It was a cold evening in November, and the fire in the library had burned low when"
 WARM_UP_TOKENS = 8

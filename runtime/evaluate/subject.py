@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from qtool.artifact import MANIFEST_NAME, Manifest
 from qtool.builtin import PREFIX
-from qtool.checkpoint import Checkpoint, Source, resolve
+from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import WeightReader, open_weights
 from qtool.errors import QtoolError
 from qtool.runtime.evaluate.perplexity import PAPERS_WINDOW
 from qtool.runtime.evaluate.sizes import ModelSize, measure
+from qtool.source import Source, resolve
 
 # Where Hugging Face configs keep the longest sequence, by family.
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")

@@ -13,8 +13,8 @@ import click
 import orjson
 import torch
 
-from qtool.checkpoint import Source, read_json
 from qtool.errors import UnsupportedModel, UsageError
+from qtool.json_files import read_json
 from qtool.progress import bar, console
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine
@@ -23,6 +23,7 @@ from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
 from qtool.runtime.server.serve import ServerRun, bind, stop_signals, url_of
 from qtool.runtime.server.service import Service
+from qtool.source import Source
 
 LOG_FORMAT = "%(asctime)s %(message)s"
 

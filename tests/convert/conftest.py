@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import grid
-from qtool.checkpoint import Checkpoint, ShardWriter, write_json
+from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import FORMATS
+from qtool.json_files import write_json
 from qtool.scheme import QuantScheme
+from qtool.shards import ShardWriter
 from qtool.weights import QuantizedWeight
 
 DATA = Path(__file__).parent / "data"

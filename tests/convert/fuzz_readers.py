@@ -36,9 +36,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qtool.checkpoint import Source
 from qtool.convert.formats import WeightReader, open_weights
 from qtool.errors import QtoolError
+from qtool.source import Source
 
 SECONDS = 60
 GROWTH = 1 << 30

@@ -11,13 +11,14 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-from qtool.checkpoint import Source, read_json
 from qtool.convert import compressed_tensors, pack_quantized
 from qtool.convert.compressed_tensors import target_patterns
 from qtool.convert.formats import open_weights
 from qtool.convert.layer import LayerSpec
 from qtool.errors import FormatError, UnsupportedModel
+from qtool.json_files import read_json
 from qtool.scheme import QuantScheme
+from qtool.source import Source
 from qtool.weights import QuantizedWeight
 
 RandomWeight = Callable[..., QuantizedWeight]

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.artifact import Manifest, verify_checksums
-from qtool.checkpoint import Source, read_json, resolve
 from qtool.cli import main
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
 from qtool.convert.plan import plan_conversion
 from qtool.convert.run import convert_model, write_checkpoint
 from qtool.errors import QtoolError, UnknownName, UsageError, VerificationFailed
+from qtool.json_files import read_json
 from qtool.scheme import QuantScheme
+from qtool.source import Source, resolve
 from qtool.weights import DenseWeight, QuantizedWeight
 
 PackedCheckpoint = Callable[..., Path]

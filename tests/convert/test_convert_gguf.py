@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtool.checkpoint import resolve
 from qtool.cli import main
 from qtool.convert.formats import WeightReader, open_weights
 from qtool.convert.run import convert_model
 from qtool.errors import OutputExists, QtoolError, UsageError
+from qtool.source import resolve
 from qtool.weights import QuantizedWeight
 
 PackedCheckpoint = Callable[..., Path]

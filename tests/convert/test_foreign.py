@@ -13,13 +13,13 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 
-from qtool.checkpoint import Source
 from qtool.convert import bitsandbytes, float8
 from qtool.convert.formats import Held, WeightReader, open_weights
 from qtool.convert.layer import FloatSpec, LayerSpec
 from qtool.errors import FormatError, UnsupportedModel
 from qtool.runtime.loading import load_model
 from qtool.scheme import FloatScheme, QuantScheme
+from qtool.source import Source
 from qtool.weights import CodebookWeight, DenseWeight, Float8Weight, QuantizedWeight
 
 Foreign = Callable[..., Path]

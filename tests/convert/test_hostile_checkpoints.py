@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from qtool.checkpoint import Source
 from qtool.convert.formats import FORMATS, open_weights
 from qtool.errors import FormatError, UnsupportedModel
 from qtool.scheme import QuantScheme
+from qtool.source import Source
 from qtool.weights import QuantizedWeight
 
 RandomWeight = Callable[..., QuantizedWeight]

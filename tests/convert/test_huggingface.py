@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool.checkpoint import Checkpoint, Source, read_json, write_json
+from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import FORMATS, open_weights
 from qtool.convert.huggingface import CheckpointWeights
 from qtool.errors import FormatError, UnsupportedModel
+from qtool.json_files import read_json, write_json
 from qtool.scheme import QuantScheme
+from qtool.source import Source
 from qtool.weights import DenseWeight, QuantizedWeight
 
 PackedCheckpoint = Callable[..., Path]

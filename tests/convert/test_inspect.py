@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qtool.checkpoint import Checkpoint, read_json, write_json
+from qtool.checkpoint import Checkpoint
 from qtool.cli import main
 from qtool.convert.inspect_command import shown
 from qtool.convert.inspection import inspect_path
 from qtool.convert.run import convert_model
 from qtool.errors import FormatError
+from qtool.json_files import read_json, write_json
 
 Make = Callable[..., Path]
 

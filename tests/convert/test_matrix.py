@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool.checkpoint import resolve
 from qtool.cli import main
 from qtool.convert import matrix
 from qtool.convert.fidelity import TARGETS
@@ -18,6 +17,7 @@ from qtool.convert.formats import WeightReader, open_weights
 from qtool.convert.matrix import SOURCE_KINDS, Cell, SourceKind, cell
 from qtool.convert.run import convert_model
 from qtool.errors import QtoolError
+from qtool.source import resolve
 
 Make = Callable[..., Path]
 SMALL = {"num_hidden_layers": 1, "intermediate_size": 256, "tie_word_embeddings": True}

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtool.checkpoint import Source
 from qtool.cli import main
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile
@@ -18,6 +17,7 @@ from qtool.convert.gguf.import_ import GgufWeights
 from qtool.convert.search import BestSearch
 from qtool.errors import UnsupportedModel
 from qtool.recipe import Calibration
+from qtool.source import Source
 
 TinyCheckpoint = Callable[..., Path]
 

@@ -11,16 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qtool.checkpoint import (
-    Checkpoint,
-    OutputFolder,
-    ShardWriter,
-    copy_side_files,
-    read_safetensors_header,
-    require_disk_space,
-    resolve,
-)
+from qtool.checkpoint import Checkpoint, read_safetensors_header
 from qtool.errors import FormatError, OutputExists, QtoolError, UsageError
+from qtool.output import OutputFolder, copy_side_files, require_disk_space
+from qtool.shards import ShardWriter
+from qtool.source import resolve
 
 
 def model_folder(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -182,7 +177,8 @@ def test_a_hub_id_is_found_in_the_local_cache_when_offline(books_7m: Path, tmp_p
 
     commit = hub_cache(tmp_path, "someone/books", books_7m)
     code = (
-        "from qtool.checkpoint import resolve, Checkpoint\n"
+        "from qtool.checkpoint import Checkpoint\n"
+        "from qtool.source import resolve\n"
         "s = resolve('someone/books')\n"
         "print(s.revision, s.short_name, len(Checkpoint.open(s.path).tensors))\n"
         "try:\n    resolve('someone/else')\n"

@@ -11,10 +11,10 @@ import pytest
 
 from qtool.artifact import Manifest
 from qtool.builtin import evaluation_text
-from qtool.checkpoint import resolve
 from qtool.runtime.evaluate.run import evaluate
 from qtool.runtime.evaluate.scorer import TransformersScorer, open_scorer
 from qtool.runtime.server.process import running_server
+from qtool.source import resolve
 
 QtoolRun = Callable[..., Any]
 

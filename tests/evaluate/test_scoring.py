@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.builtin import evaluation_text
-from qtool.checkpoint import resolve
 from qtool.errors import QtoolError
 from qtool.runtime.evaluate.divergence import summarize
 from qtool.runtime.evaluate.perplexity import (
@@ -30,6 +29,7 @@ from qtool.runtime.evaluate.scorer import (
     require_same_tokens,
 )
 from qtool.runtime.evaluate.stream import plan_passes, score
+from qtool.source import resolve
 
 TEXT = evaluation_text().read_text(encoding="utf-8")[:12_000]
 NUM_TOKENS = 1536

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.artifact import Manifest, verify_checksums
-from qtool.checkpoint import Checkpoint, Source
+from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import open_weights
 from qtool.errors import (
     OutputExists,
@@ -31,6 +31,7 @@ from qtool.errors import (
 from qtool.quantize.pipeline import quantize_model
 from qtool.recipe import Recipe, load_recipe
 from qtool.settings import child_environment
+from qtool.source import Source
 from qtool.weights import QuantizedWeight
 
 SLOW = [

@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qtool import grid
-from qtool.checkpoint import Checkpoint, resolve
+from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
 from qtool.convert.run import convert_model
 from qtool.runtime.engine.sequence import SamplingParams
 from qtool.runtime.llm import LLM
 from qtool.runtime.loading import load_model
 from qtool.scheme import QuantScheme
+from qtool.source import resolve
 from qtool.weights import QuantizedWeight
 
 Logits = Callable[[Path, Tensor], Tensor]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qtool.checkpoint import Source
 from qtool.convert.formats import open_weights
 from qtool.errors import FormatError, UsageError
 from qtool.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+from qtool.source import Source
 
 TEXTS = [
     "It was a cold evening.",

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool.checkpoint import Source
 from qtool.convert.formats import WeightReader, open_weights
 from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS, quantize
 from qtool.convert.gguf.container import GgufFile
@@ -23,6 +22,7 @@ from qtool.convert.gguf.mix import MixOverrides
 from qtool.convert.gguf.names import interleave_rows
 from qtool.errors import FormatError, OutputExists, QtoolError, UnknownName, UnsupportedModel
 from qtool.scheme import QuantScheme
+from qtool.source import Source
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight
 
 TinyCheckpoint = Callable[..., Path]

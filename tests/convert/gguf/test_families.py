@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.arch import ARCHITECTURES, find_family
-from qtool.checkpoint import Source
 from qtool.convert.formats import Held, WeightReader, open_weights
 from qtool.convert.gguf.arrange import arrange
 from qtool.convert.gguf.container import KeyValue
@@ -29,6 +28,7 @@ from qtool.convert.gguf.ropes import derived_tensors
 from qtool.convert.gguf.sizes import Sizes
 from qtool.convert.gguf.types import ValueType
 from qtool.errors import FormatError, QtoolError, UnsupportedModel
+from qtool.source import Source
 from qtool.weights import Weight
 
 TinyCheckpoint = Callable[..., Path]

@@ -13,7 +13,6 @@ import numpy
 import pytest
 import torch
 
-from qtool.checkpoint import Source
 from qtool.cli import main
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.blocks.codecs import quantize
@@ -29,6 +28,7 @@ from qtool.convert.gguf.imatrix import (
 from qtool.convert.imatrix_command import measure
 from qtool.errors import FormatError, OutputExists, QtoolError, UnsupportedModel
 from qtool.recipe import Calibration
+from qtool.source import Source
 
 TinyCheckpoint = Callable[..., Path]
 

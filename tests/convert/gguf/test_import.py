@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.checkpoint import Source
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile, KeyValue
 from qtool.convert.gguf.export import plan_export, write_gguf
@@ -17,6 +16,7 @@ from qtool.convert.gguf.import_ import GgufWeights
 from qtool.convert.gguf.types import TENSOR_TYPES, ValueType
 from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
 from qtool.errors import FormatError, QtoolError
+from qtool.source import Source
 
 Rewrite = Callable[..., Path]
 

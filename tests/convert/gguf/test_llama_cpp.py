@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtool.checkpoint import Source
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.export import plan_export, write_gguf
 from qtool.convert.gguf.imatrix import Importance, ImportanceMatrix
 from qtool.convert.gguf.types import FILE_TYPES
+from qtool.source import Source
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from qtool.checkpoint import Source
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile, KeyValue
 from qtool.convert.gguf.export import plan_export, write_gguf
@@ -15,6 +14,7 @@ from qtool.convert.gguf.parts import open_parts
 from qtool.convert.gguf.types import ValueType
 from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
 from qtool.errors import FormatError
+from qtool.source import Source
 
 TinyCheckpoint = Callable[..., Path]
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.checkpoint import Source
 from qtool.cli import main
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.target import LADDER, Candidate, Rung, climb, types_for_bits
 from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.convert.gguf_options import GgufOptions, plan_gguf, tensor_facts
 from qtool.errors import UnknownName, UsageError
+from qtool.source import Source
 
 TinyCheckpoint = Callable[..., Path]
 

@@ -8,11 +8,11 @@ import gguf
 import pytest
 import torch
 
-from qtool.checkpoint import Source
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS, quantize
 from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.export import plan_export, write_gguf
+from qtool.source import Source
 
 TYPES = ("TQ1_0", "TQ2_0", "MXFP4")
 
