@@ -74,13 +74,17 @@ def paged_attention(
     block_size: int,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every span's queries over its own cached tokens.
 
-    query        [tokens, heads, head_dim], the spans' queries one after the other
-    keys, values [kv_heads, slots, head_dim]; heads h * g .. h * g + g - 1 read kv head h
+    query        [tokens, heads, key_dim], the spans' queries one after the other
+    keys, values [kv_heads, slots, dim]; heads h * g .. h * g + g - 1 read kv head h
     window       a token sees itself and the window - 1 tokens before it; None: all before it
-    returns      [tokens, heads, head_dim]
+    softcap      scores become softcap * tanh(score / softcap)
+    sinks        [heads], a logit of each head that takes its share of the softmax, with no value
+    returns      [tokens, heads, value_dim]
     """
     group = query.shape[1] // keys.shape[0]
     outputs = []
@@ -97,6 +101,11 @@ def paged_attention(
             first = 0 if window is None else max(0, position - window + 1)
             seen = slice(first, position + 1)
             scores = torch.einsum("hd,htd->ht", query[row].float(), k[:, seen]) * scale
-            outputs.append(torch.einsum("ht,htd->hd", scores.softmax(dim=-1), v[:, seen]))
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks.float()[:, None]), dim=-1)
+            weights = scores.softmax(dim=-1)[:, : position + 1 - first]
+            outputs.append(torch.einsum("ht,htd->hd", weights, v[:, seen]))
             row += 1
     return torch.stack(outputs).to(query.dtype)

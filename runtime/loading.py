@@ -18,12 +18,12 @@ from torch import Tensor
 from qtool.arch import Architecture, DecoderConfig, Role, find_architecture
 from qtool.convert.formats import WeightReader, open_weights
 from qtool.errors import FormatError, UnknownName, UsageError
-from qtool.kernels.cpu.attention import causal_attention
 from qtool.kernels.dispatch import describe
 from qtool.progress import bar
 from qtool.runtime.config import Device, Dtype
 from qtool.runtime.layers import Fused, Linear, pack
-from qtool.runtime.models.decoder import Block, Decoder
+from qtool.runtime.models.decoder import Block, Decoder, attention_specs
+from qtool.runtime.models.model import causal_logits
 from qtool.runtime.tokenizer import Tokenizer
 from qtool.source import Source, resolve
 from qtool.weights import DenseWeight, Weight
@@ -52,7 +52,8 @@ class LoadedModel:
 
     source: Source
     decoder: Decoder
-    config: DecoderConfig
+    model_type: str
+    max_position_embeddings: int
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
@@ -81,7 +82,7 @@ class LoadedModel:
     def _title(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         return (
-            f"{self.source.short_name}: {self.config.model_type}, {self.format}, "
+            f"{self.source.short_name}: {self.model_type}, {self.format}, "
             f"{self.nbytes / 1e6:,.1f} MB, {name} on {self.device.type} ({self.dtype_reason})"
         )
 
@@ -104,7 +105,8 @@ def load_model(
     return LoadedModel(
         source=source,
         decoder=decoder,
-        config=config,
+        model_type=config.model_type,
+        max_position_embeddings=config.max_position_embeddings,
         tokenizer=tokenizer,
         eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos))),
         dtype=chosen,
@@ -141,32 +143,6 @@ def choose_dtype(dtype: Dtype, model_dtype: str, device: torch.device) -> tuple[
     if model_dtype in DTYPES:
         return DTYPES[model_dtype], "as the model"
     return torch.bfloat16, f"the model is {model_dtype}"
-
-
-def causal_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """One full pass without a cache: [batch, tokens] int64 -> float32 [batch, tokens, vocab]."""
-    config = decoder.config
-    batch, length = tokens.shape
-    scale = config.head_dim**-0.5
-    positions = torch.arange(length, device=decoder.device)
-    mask = None
-    if config.sliding_window is not None and config.sliding_window < length:
-        distance = positions[:, None] - positions[None, :]
-        mask = (distance >= 0) & (distance < config.sliding_window)
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (
-            part.view(batch, length, -1, config.head_dim) for part in (query, key, value)
-        )
-        output = causal_attention(
-            query, key.transpose(1, 2), value.transpose(1, 2), scale=scale, mask=mask
-        )
-        return output.flatten(0, 1)
-
-    with torch.inference_mode():
-        flat = tokens.reshape(-1).to(decoder.device)
-        hidden = decoder.hidden(flat, positions.repeat(batch), attend)
-        return decoder.logits(hidden).view(batch, length, -1)
 
 
 def expected_shapes(
@@ -259,6 +235,7 @@ class _Loader:
             self._nbytes -= embedding.nbytes
         decoder = Decoder(
             config=config,
+            attention=attention_specs(config),
             embedding=embedding,
             inverse_frequencies=torch.tensor(
                 config.rope.inverse_frequencies(config.head_dim),

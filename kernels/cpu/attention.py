@@ -13,6 +13,10 @@ decode    sequences of similar length share one padded, masked call. bfloat16 wi
           goes through two `bmm`, everything else through SDPA, which keeps float32 exact.
 prefill   one SDPA a sequence, heads as they are.
 
+Scores that are capped, or that share their softmax with sinks, are computed plainly: SDPA has no
+room for either. Values may be the first channels of the keys, one pool for both, as in latent
+attention.
+
 What depends only on the step (which blocks, which masks) is planned once and used by every layer.
 """
 
@@ -219,9 +223,13 @@ def _decode_inputs(
 
 
 def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
-    """Store a step's key and value [rows, kv_heads, head_dim] in the pools, at `slots` [rows]."""
+    """Store a step's key and value [rows, kv_heads, head_dim] in the pools, at `slots` [rows].
+
+    Where `values` is a view of the keys' first channels, the key has the value in it.
+    """
     keys.index_copy_(1, slots, key.transpose(0, 1))
-    values.index_copy_(1, slots, value.transpose(0, 1))
+    if not _is_view_of(values, keys):
+        values.index_copy_(1, slots, value.transpose(0, 1))
 
 
 def attend(
@@ -232,90 +240,178 @@ def attend(
     *,
     block_size: int,
     scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """query [rows, heads, head_dim] over the pools [kv_heads, slots, head_dim] -> like query."""
+    """query [rows, heads, key_dim] over pools [kv_heads, slots, dim] -> [rows, heads, value_dim].
+
+    softcap  scores become softcap * tanh(score / softcap)
+    sinks    [heads], a logit of each head that takes its share of the softmax and gives nothing
+    """
+    pools = _Pools(keys, values, block_size)
+    rule = _Rule(scale, softcap, sinks)
     if not plan.prefill and len(plan.decode) == 1 and plan.decode[0].rows is None:
-        return _decode(query, keys, values, plan.decode[0], block_size, scale)
-    output = torch.empty_like(query)
+        return _decode(query, pools, plan.decode[0], rule)
+    output = query.new_empty(*query.shape[:2], values.shape[-1])
     for call in plan.decode:
         assert call.rows is not None
         picked = query.index_select(0, call.rows)
-        output.index_copy_(0, call.rows, _decode(picked, keys, values, call, block_size, scale))
+        output.index_copy_(0, call.rows, _decode(picked, pools, call, rule))
     for span in plan.prefill:
-        output[span.start : span.stop] = _prefill(
-            query[span.start : span.stop], keys, values, span, block_size, scale
-        )
+        output[span.start : span.stop] = _prefill(query[span.start : span.stop], pools, span, rule)
     return output
 
 
+class _Rule(NamedTuple):
+    """How scores become weights; see `attend`."""
+
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.softcap is None and self.sinks is None
+
+
+class _Pools(NamedTuple):
+    """keys, values [kv_heads, slots, dim] of one layer."""
+
+    keys: Tensor
+    values: Tensor
+    block_size: int
+
+    def fetch(self, gather: Gather) -> tuple[Tensor, Tensor]:
+        """[kv_heads, sequences, tokens, dim] of a call's keys and of its values."""
+        keys = _fetch(self.keys, gather, self.block_size)
+        if _is_view_of(self.values, self.keys):
+            return keys, keys[..., : self.values.shape[-1]]
+        return keys, _fetch(self.values, gather, self.block_size)
+
+
+def _is_view_of(values: Tensor, keys: Tensor) -> bool:
+    return values.data_ptr() == keys.data_ptr()
+
+
 def _fetch(pool: Tensor, gather: Gather, block_size: int) -> Tensor:
-    """[kv_heads, slots, head_dim] -> [kv_heads, sequences, tokens, head_dim]."""
-    kv_heads, slots, head_dim = pool.shape
+    """[kv_heads, slots, dim] -> [kv_heads, sequences, tokens, dim]."""
+    kv_heads, slots, dim = pool.shape
     if gather.block_ids is None:
         return pool.narrow(1, gather.first_slot, gather.tokens).unsqueeze(1)
-    blocks = pool.view(kv_heads, slots // block_size, block_size * head_dim)
+    blocks = pool.view(kv_heads, slots // block_size, block_size * dim)
     picked = blocks.index_select(1, gather.block_ids)
-    return picked.view(kv_heads, gather.sequences, -1, head_dim)[:, :, : gather.tokens]
+    return picked.view(kv_heads, gather.sequences, -1, dim)[:, :, : gather.tokens]
 
 
-def _decode(
-    query: Tensor, keys: Tensor, values: Tensor, call: DecodeCall, block_size: int, scale: float
-) -> Tensor:
-    """query [sequences, heads, head_dim] -> the same shape."""
-    sequences, heads, head_dim = query.shape
-    kv_heads = keys.shape[0]
+def _decode(query: Tensor, pools: _Pools, call: DecodeCall, rule: _Rule) -> Tensor:
+    """query [sequences, heads, key_dim] -> [sequences, heads, value_dim]."""
+    sequences, heads, key_dim = query.shape
+    kv_heads = pools.keys.shape[0]
     group = heads // kv_heads
-    # [kv_heads, sequences, group, head_dim]
-    folded = query.view(sequences, kv_heads, group, head_dim).transpose(0, 1)
-    k = _fetch(keys, call.gather, block_size)
-    v = _fetch(values, call.gather, block_size)
+    # [kv_heads, sequences, group, key_dim]
+    folded = query.view(sequences, kv_heads, group, key_dim).transpose(0, 1)
+    k, v = pools.fetch(call.gather)
+    value_dim = v.shape[-1]
     tokens = call.gather.tokens
-    if query.dtype == torch.bfloat16 and sequences * tokens >= BMM_FROM_TOKENS:
+    if not rule.is_plain:
+        sinks = None if rule.sinks is None else rule.sinks.view(kv_heads, 1, group, 1)
+        output = _plainly(folded, k, v, call.mask, rule, sinks)
+    elif query.dtype == torch.bfloat16 and sequences * tokens >= BMM_FROM_TOKENS:
         calls = kv_heads * sequences
         scores = torch.bmm(
-            folded.reshape(calls, group, head_dim),
-            k.reshape(calls, tokens, head_dim).transpose(1, 2),
-        ).mul_(scale)
+            folded.reshape(calls, group, key_dim),
+            k.reshape(calls, tokens, key_dim).transpose(1, 2),
+        ).mul_(rule.scale)
         if call.mask is not None:
             scores.view(kv_heads, sequences, group, tokens).add_(call.mask)
-        output = torch.bmm(scores.softmax(-1), v.reshape(calls, tokens, head_dim))
-        output = output.view(kv_heads, sequences, group, head_dim)
+        output = torch.bmm(scores.softmax(-1), v.reshape(calls, tokens, value_dim))
+        output = output.view(kv_heads, sequences, group, value_dim)
     else:
-        output = F.scaled_dot_product_attention(folded, k, v, attn_mask=call.mask, scale=scale)
-    return output.transpose(0, 1).reshape(sequences, heads, head_dim)
+        output = F.scaled_dot_product_attention(folded, k, v, attn_mask=call.mask, scale=rule.scale)
+    return output.transpose(0, 1).reshape(sequences, heads, value_dim)
 
 
-def _prefill(
-    query: Tensor, keys: Tensor, values: Tensor, call: PrefillCall, block_size: int, scale: float
-) -> Tensor:
-    """query [queries, heads, head_dim] of one sequence -> the same shape."""
-    k = _fetch(keys, call.gather, block_size)[:, 0]
-    v = _fetch(values, call.gather, block_size)[:, 0]
-    return causal_attention(query[None], k[None], v[None], scale=scale, mask=call.mask)[0]
+def _prefill(query: Tensor, pools: _Pools, call: PrefillCall, rule: _Rule) -> Tensor:
+    """query [queries, heads, key_dim] of one sequence -> [queries, heads, value_dim]."""
+    k, v = pools.fetch(call.gather)
+    return causal_attention(
+        query[None],
+        k[None, :, 0],
+        v[None, :, 0],
+        scale=rule.scale,
+        mask=call.mask,
+        softcap=rule.softcap,
+        sinks=rule.sinks,
+    )[0]
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention without a cache: independent sequences of one length, causal or by `mask`.
 
-    query [batch, queries, heads, head_dim]; key, value [batch, kv_heads, tokens, head_dim];
-    mask [queries, tokens] bool. Returns the shape of query.
+    query [batch, queries, heads, key_dim]; key, value [batch, kv_heads, tokens, dim];
+    mask [queries, tokens] bool; softcap and sinks as in `attend`. Returns
+    [batch, queries, heads, value_dim].
     """
-    batch, queries, heads, head_dim = query.shape
+    batch, queries, heads, key_dim = query.shape
     kv_heads, tokens = key.shape[1:3]
     group = heads // kv_heads
+    value_dim = value.shape[-1]
+    rule = _Rule(scale, softcap, sinks)
     # One batch entry a KV head; its group sees it through a stride of 0, so nothing is copied.
-    by_group = query.view(batch, queries, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-    one_each = (batch * kv_heads, 1, tokens, head_dim)
-    repeated = (batch * kv_heads, group, tokens, head_dim)
-    output = F.scaled_dot_product_attention(
-        by_group.reshape(batch * kv_heads, group, queries, head_dim),
-        key.reshape(one_each).expand(repeated),
-        value.reshape(one_each).expand(repeated),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-    )
-    output = output.view(batch, heads, queries, head_dim).transpose(1, 2)
-    return output.reshape(batch, queries, heads, head_dim)
+    by_group = query.view(batch, queries, kv_heads, group, key_dim).permute(0, 2, 3, 1, 4)
+    folded = by_group.reshape(batch * kv_heads, group, queries, key_dim)
+    key = key.reshape(batch * kv_heads, 1, tokens, key_dim)
+    value = value.reshape(batch * kv_heads, 1, tokens, value_dim)
+    if rule.is_plain:
+        repeated = (batch * kv_heads, group, tokens)
+        output = F.scaled_dot_product_attention(
+            folded,
+            key.expand(*repeated, key_dim),
+            value.expand(*repeated, value_dim),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+        )
+    else:
+        if mask is None:
+            mask = torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril()
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        bias.masked_fill_(~mask, float("-inf"))
+        if sinks is not None:
+            sinks = sinks.view(kv_heads, group, 1, 1).repeat(batch, 1, 1, 1)
+        output = _plainly(folded, key, value, bias, rule, sinks)
+    output = output.view(batch, heads, queries, value_dim).transpose(1, 2)
+    return output.reshape(batch, queries, heads, value_dim)
+
+
+def _plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rule: _Rule,
+    sinks: Tensor | None,
+) -> Tensor:
+    """query, key, value [a, b, tokens, dim]; mask is added to scores [a, b, queries, tokens], and
+    sinks [a, b, queries, 1] join them; each broadcasts. Softmax in float32.
+    """
+    scores = (query @ key.transpose(-1, -2)).float().mul_(rule.scale)
+    if rule.softcap is not None:
+        scores = scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    if mask is not None:
+        scores = scores.add_(mask)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        column = sinks.float().expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+    return weights.to(query.dtype) @ value

@@ -36,7 +36,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
         decoder = loaded.decoder
         num_blocks, max_model_len = choose_num_blocks(
-            config, loaded.config, loaded.dtype, loaded.device
+            config, decoder, loaded.max_position_embeddings
         )
         self.info = ModelInfo(
             name=loaded.source.name,
@@ -44,13 +44,13 @@ class Engine:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=loaded.device.type,
             format=loaded.format,
-            vocab_size=loaded.config.vocab_size,
+            vocab_size=decoder.vocab_size,
             num_kv_blocks=num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             weight_bytes=loaded.nbytes,
-            kv_cache_bytes=num_blocks * block_bytes(loaded.config, loaded.dtype, config.block_size),
+            kv_cache_bytes=num_blocks * block_bytes(decoder, config.block_size),
         )
         self.blocks = BlockManager(num_blocks, config.block_size)
         self._runner = ModelRunner(decoder, num_blocks=num_blocks, block_size=config.block_size)

@@ -1,8 +1,9 @@
 """Runs batches: owns the KV pool, and gives the decoder an `attend` that reads and writes it.
 
-The pool is one tensor for keys and one for values a layer, [kv_heads, slots, head_dim]: the blocks
-of a head lie side by side, which is how `kernels.cpu.attention` wants to gather them. On a CPU its
-pages are touched as they are first used, so a large pool costs nothing until it is needed.
+The pool is one tensor for keys and one for values a layer, [kv_heads, slots, dim], sized by the
+layer's `AttentionSpec`: the blocks of a head lie side by side, which is how `kernels.cpu.attention`
+wants to gather them. On a CPU its pages are touched as they are first used, so a large pool costs
+nothing until it is needed. Layers of one window share a step's plan.
 """
 
 import os
@@ -12,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.arch import DecoderConfig
 from qtool.errors import UsageError
 from qtool.kernels.cpu import attention
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.batch import Batch
-from qtool.runtime.models.decoder import Decoder
+from qtool.runtime.models.attention_spec import AttentionSpec
+from qtool.runtime.models.model import Model, sinks_of
 
 # Share of the memory that is free after loading which the pool may take.
 CPU_MEMORY_SHARE = 0.25
@@ -25,45 +26,51 @@ CUDA_MEMORY_SHARE = 0.85
 
 
 class ModelRunner:
-    def __init__(self, decoder: Decoder, *, num_blocks: int, block_size: int) -> None:
-        config = decoder.config
-        self._decoder = decoder
+    def __init__(self, model: Model, *, num_blocks: int, block_size: int) -> None:
+        self._model = model
         self._block_size = block_size
-        self._scale = config.head_dim**-0.5
-        shape = (config.num_kv_heads, num_blocks * block_size, config.head_dim)
-        self._pools = [
-            (
-                _zeros(shape, decoder.dtype, decoder.device),
-                _zeros(shape, decoder.dtype, decoder.device),
-            )
-            for _ in range(config.num_layers)
-        ]
+        slots = num_blocks * block_size
+        self._pools = [_pools(spec, slots, model.dtype, model.device) for spec in model.attention]
+        self._windows = {spec.window for spec in model.attention}
+        self._sinks = [sinks_of(spec, model.device) for spec in model.attention]
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits of the sampled rows, [sampled, vocab] float32; the cache holds all rows after."""
-        decoder = self._decoder
-        plan = attention.plan(
-            batch.spans,
-            block_size=self._block_size,
-            window=decoder.config.sliding_window,
-            dtype=decoder.dtype,
-            device=decoder.device,
-        )
+        model = self._model
+        plans = {
+            window: attention.plan(
+                batch.spans,
+                block_size=self._block_size,
+                window=window,
+                dtype=model.dtype,
+                device=model.device,
+            )
+            for window in self._windows
+        }
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            spec = model.attention[layer]
             keys, values = self._pools[layer]
+            plan = plans[spec.window]
             attention.write(keys, values, key, value, plan.slots)
             return attention.attend(
-                query, keys, values, plan, block_size=self._block_size, scale=self._scale
+                query,
+                keys,
+                values,
+                plan,
+                block_size=self._block_size,
+                scale=spec.scale,
+                softcap=spec.softcap,
+                sinks=self._sinks[layer],
             )
 
-        hidden = decoder.hidden(batch.token_ids, batch.positions, attend)
+        hidden = model.hidden(batch.token_ids, batch.positions, attend)
         if batch.sampled_rows.numel() == 0:
-            return hidden.new_empty(0, decoder.config.vocab_size, dtype=torch.float32)
+            return hidden.new_empty(0, model.vocab_size, dtype=torch.float32)
         if batch.sampled_rows.numel() < hidden.shape[0]:
             hidden = hidden.index_select(0, batch.sampled_rows)
-        return decoder.logits(hidden)
+        return model.logits(hidden)
 
     @torch.inference_mode()
     def clear(self, block_ids: Sequence[int]) -> None:
@@ -78,6 +85,16 @@ class ModelRunner:
                 values[:, slots] = 0
 
 
+def _pools(
+    spec: AttentionSpec, slots: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """keys [kv_heads, slots, key_dim] and values [kv_heads, slots, value_dim] of one layer."""
+    keys = _zeros((spec.num_kv_heads, slots, spec.key_dim), dtype, device)
+    if spec.value_in_key:
+        return keys, keys[..., : spec.value_dim]
+    return keys, _zeros((spec.num_kv_heads, slots, spec.value_dim), dtype, device)
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -86,16 +103,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(words).view(dtype)
 
 
-def block_bytes(config: DecoderConfig, dtype: torch.dtype, block_size: int) -> int:
+def block_bytes(model: Model, block_size: int) -> int:
     """Bytes of one block over all layers, keys and values."""
-    return (
-        2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
-    )
+    channels = sum(spec.cached_channels for spec in model.attention)
+    return channels * block_size * model.dtype.itemsize
 
 
-def choose_max_model_len(asked: int | None, config: DecoderConfig, pool_tokens: int) -> int:
+def choose_max_model_len(asked: int | None, trained: int, pool_tokens: int) -> int:
     """The longest sequence: as asked, or what the model was made for and the pool can hold."""
-    trained = config.max_position_embeddings
     if asked is None:
         return min(trained, pool_tokens)
     if asked > trained:
@@ -113,13 +128,13 @@ def choose_max_model_len(asked: int | None, config: DecoderConfig, pool_tokens: 
 
 
 def choose_num_blocks(
-    engine: EngineConfig, config: DecoderConfig, dtype: torch.dtype, device: torch.device
+    engine: EngineConfig, model: Model, max_position_embeddings: int
 ) -> tuple[int, int]:
     """(blocks in the pool, longest sequence), within memory and within what can ever be used."""
-    each = block_bytes(config, dtype, engine.block_size)
+    each = block_bytes(model, engine.block_size)
     budget = engine.kv_cache_memory_bytes
     if budget is None:
-        budget = free_memory_share(device)
+        budget = free_memory_share(model.device)
     affordable = budget // each
     if affordable < 1:
         raise UsageError(
@@ -128,7 +143,7 @@ def choose_num_blocks(
             hint="give it more memory (--kv-cache-memory-bytes), or use smaller blocks",
         )
     max_model_len = choose_max_model_len(
-        engine.max_model_len, config, affordable * engine.block_size
+        engine.max_model_len, max_position_embeddings, affordable * engine.block_size
     )
     useful = engine.max_num_seqs * -(-max_model_len // engine.block_size)
     return min(affordable, useful), max_model_len

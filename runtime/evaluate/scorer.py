@@ -98,7 +98,7 @@ class RuntimeScorer:
 
     @property
     def vocab_size(self) -> int:
-        return self.loaded.config.vocab_size
+        return self.loaded.decoder.vocab_size
 
     def tokenize(self, text: str) -> TokenizedText:
         return tokenize(self.name, self.loaded.tokenizer, text)

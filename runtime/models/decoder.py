@@ -3,7 +3,7 @@
 What sets the families apart is data: biases that are there or not, a norm on each head of q and k
 or none, the stretch of the rotary frequencies, a head of its own or the embedding's. The model
 knows neither batches nor caches: it computes rows, one a token, and asks `attend` for what a row
-needs of the others. The runner's `attend` reads the paged cache, evaluation's a plain causal one.
+needs of the others (runtime/models/model.py).
 
     x = embedding[tokens]
     each block:  x += o(attend(rope(qk_norm(qkv(norm(x))))))
@@ -12,7 +12,6 @@ needs of the others. The runner's `attend` reads the paged cache, evaluation's a
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +19,8 @@ from torch import Tensor
 from qtool.arch import DecoderConfig
 from qtool.kernels.cpu.torch_ops import rms_norm, rope, silu_mul
 from qtool.runtime.layers import Linear, Linears
-
-
-class Attend(Protocol):
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [rows, heads, head_dim]; key, value [rows, kv_heads, head_dim] -> like query."""
-        ...
+from qtool.runtime.models.attention_spec import AttentionSpec
+from qtool.runtime.models.model import Attend
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +41,7 @@ class Decoder:
     """embedding [vocab, hidden]; inverse_frequencies [head_dim / 2] float32; norm [hidden]."""
 
     config: DecoderConfig
+    attention: tuple[AttentionSpec, ...]
     embedding: Tensor
     inverse_frequencies: Tensor
     blocks: tuple[Block, ...]
@@ -59,6 +55,10 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """token_ids, positions [rows] int64 -> the last block's output [rows, hidden]."""
@@ -94,3 +94,16 @@ class Decoder:
             torch.cat((cos, cos), dim=-1).to(self.dtype),
             torch.cat((-sin, sin), dim=-1).to(self.dtype),
         )
+
+
+def attention_specs(config: DecoderConfig) -> tuple[AttentionSpec, ...]:
+    """One a layer."""
+    spec = AttentionSpec(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        key_dim=config.head_dim,
+        value_dim=config.head_dim,
+        scale=config.head_dim**-0.5,
+        window=config.sliding_window,
+    )
+    return (spec,) * config.num_layers

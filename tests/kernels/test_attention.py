@@ -93,6 +93,69 @@ def test_bfloat16_equals_the_reference_both_ways(
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_capped_scores_and_sinks_equal_the_reference(
+    mix: list[tuple[int, int]], softcap: float | None, with_sinks: bool, window: int | None
+) -> None:
+    spans = spans_of(*mix)
+    rows = sum(span.num_queries for span in spans)
+    query = random(rows, 4, HEAD_DIM, seed=1)
+    keys = random(2, NUM_BLOCKS * BLOCK, HEAD_DIM, seed=2)
+    values = random(2, NUM_BLOCKS * BLOCK, HEAD_DIM, seed=3)
+    sinks = random(4, seed=4) if with_sinks else None
+    plan = attention.plan(
+        spans, block_size=BLOCK, window=window, dtype=torch.float32, device=torch.device("cpu")
+    )
+    found = attention.attend(
+        query, keys, values, plan, block_size=BLOCK, scale=0.3, softcap=softcap, sinks=sinks
+    )
+    expected = reference.paged_attention(
+        query,
+        keys,
+        values,
+        spans,
+        block_size=BLOCK,
+        scale=0.3,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "in the keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_values_may_be_narrower_than_keys_or_be_their_first_channels(
+    mix: list[tuple[int, int]], dtype: torch.dtype, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BMM_FROM_TOKENS", 32)
+    spans = spans_of(*mix)
+    rows = sum(span.num_queries for span in spans)
+    query = random(rows, 6, HEAD_DIM, seed=1).to(dtype)
+    keys = random(2, NUM_BLOCKS * BLOCK, HEAD_DIM, seed=2).to(dtype)
+    values = random(2, NUM_BLOCKS * BLOCK, 5, seed=3).to(dtype)
+    if shared:
+        values = keys[..., :5]
+    plan = attention.plan(
+        spans, block_size=BLOCK, window=None, dtype=dtype, device=torch.device("cpu")
+    )
+    key = random(rows, 2, HEAD_DIM, seed=4).to(dtype)
+    attention.write(keys, values, key, key[..., :5], plan.slots)
+    assert torch.equal(keys[:, plan.slots], key.transpose(0, 1))
+    assert torch.equal(values[:, plan.slots], key[..., :5].transpose(0, 1))
+    found = attention.attend(query, keys, values, plan, block_size=BLOCK, scale=0.3)
+    expected = reference.paged_attention(query, keys, values, spans, block_size=BLOCK, scale=0.3)
+    assert found.shape == (rows, 6, 5)
+    exact = dtype == torch.float32
+    torch.testing.assert_close(
+        found, expected, rtol=1e-5 if exact else 2e-2, atol=1e-6 if exact else 3e-2
+    )
+
+
 def test_every_row_is_planned_once() -> None:
     spans = spans_of(*MIXES["everything at once"])
     plan = attention.plan(
