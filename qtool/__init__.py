@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qtool.runtime.engine.sequence import SamplingParams
+    from qtool.runtime.engine.sampling_params import SamplingParams
     from qtool.runtime.llm import LLM
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
 # What is loaded on first use, and from where.
-_LAZY = {"LLM": "qtool.runtime.llm", "SamplingParams": "qtool.runtime.engine.sequence"}
+_LAZY = {"LLM": "qtool.runtime.llm", "SamplingParams": "qtool.runtime.engine.sampling_params"}
 
 
 def __getattr__(name: str) -> object:

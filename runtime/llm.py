@@ -19,12 +19,8 @@ from qtool.progress import bar, console
 from qtool.runtime.config import Device, Dtype, EngineConfig
 from qtool.runtime.engine.client import ModelInfo
 from qtool.runtime.engine.engine import Engine
-from qtool.runtime.engine.sequence import (
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-    TokenOutput,
-)
+from qtool.runtime.engine.sampling_params import SamplingParams
+from qtool.runtime.engine.sequence import FinishReason, GenerationRequest, TokenOutput
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
 

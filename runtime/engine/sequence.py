@@ -6,11 +6,12 @@ turns ids into text (`runtime.tokenizer.IncrementalDetokenizer`), who then abort
 engine itself stops at end-of-text ids, `stop_token_ids`, `max_tokens` and the end of the context.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from qtool.errors import QtoolError, UsageError
+from qtool.runtime.engine.logprobs import TokenLogprobs
+from qtool.runtime.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -26,68 +27,6 @@ class PromptTooLong(QtoolError):
         )
         self.num_prompt_tokens = num_prompt_tokens
         self.max_model_len = max_model_len
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next token is drawn. vLLM's names and defaults.
-
-    temperature      0: always the likeliest token
-    top_p            keep the smallest set of likeliest tokens with this much probability
-    top_k            keep this many likeliest tokens; 0 or -1: all
-    min_p            keep tokens at least this likely, relative to the likeliest
-    max_tokens       new tokens at most; None: until the context is full
-    stop             strings that end the text and are left out of it
-    stop_token_ids   token ids that end the text, as the model's own end-of-text ids do
-    ignore_eos       run past the model's end-of-text ids
-    seed             makes the text a function of the prompt, whatever else runs beside it
-    min_tokens       end-of-text and stop ids cannot be drawn before this many new tokens
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int | None = 16
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int | None = None
-    min_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        def require(holds: bool, name: str, rule: str) -> None:
-            if not holds:
-                raise UsageError(f"{name} is {getattr(self, name)!r}, must be {rule}")
-
-        # Tuples, so that a value cannot change under a running sequence.
-        object.__setattr__(self, "stop", _strings("stop", self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", ">= 0")
-        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        require(self.top_k >= -1, "top_k", "at least 1, or 0 or -1 for all tokens")
-        require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
-        require(self.min_tokens >= 0, "min_tokens", "at least 0")
-        require(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            f"at most max_tokens, {self.max_tokens}",
-        )
-        require("" not in self.stop, "stop", "without empty strings")
-
-    @property
-    def greedy(self) -> bool:
-        # Below this a float32 softmax has one non-zero entry anyway, and logits / T overflows.
-        return self.temperature < 1e-5
-
-
-def _strings(name: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    raise UsageError(f"{name} is {value!r}, must be a string or several")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +51,11 @@ class TokenOutput:
     """What one step did for one request. The last one of a request has a `finish_reason`.
 
     With finish_reason "stop" the last id is the end-of-text or stop id: counted, but no text.
+
+    index            which of the request's answers, from 0
+    logprobs         one entry for each new token, where the request asks for them
+    prompt_logprobs  with the first output of answer 0, where asked for: one entry for each prompt
+                     token, the first of them None
     """
 
     request_id: str
@@ -121,6 +65,9 @@ class TokenOutput:
     num_generated_tokens: int
     num_cached_tokens: int = 0
     error: str | None = None
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(slots=True, eq=False)

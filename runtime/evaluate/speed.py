@@ -19,7 +19,8 @@ from qtool.errors import QtoolError
 from qtool.progress import bar
 from qtool.runtime.config import Device
 from qtool.runtime.engine.engine import Engine
-from qtool.runtime.engine.sequence import GenerationRequest, SamplingParams
+from qtool.runtime.engine.sampling_params import SamplingParams
+from qtool.runtime.engine.sequence import GenerationRequest
 from qtool.runtime.evaluate.report import Speed
 from qtool.runtime.llm import LLM
 from qtool.source import Source

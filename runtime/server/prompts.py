@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.engine.client import ModelInfo
-from qtool.runtime.engine.sequence import SamplingParams
+from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.server.config import SamplingDefaults
 from qtool.runtime.server.errors import context_length_exceeded, from_qtool_error, invalid
 from qtool.runtime.server.protocol import (

@@ -20,7 +20,7 @@ from qtool import grid
 from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
 from qtool.convert.run import convert_model
-from qtool.runtime.engine.sequence import SamplingParams
+from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.llm import LLM
 from qtool.runtime.loading import load_model
 from qtool.scheme import QuantScheme

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qtool.runtime.engine.sequence import SamplingParams
+from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.llm import LLM
 
 Greedy = Callable[[Path, Sequence[int], int], list[int]]
