@@ -1,4 +1,11 @@
-"""A scheduled step as tensors: one row a token, the sequences one after the other."""
+"""A scheduled step as tensors: one row a token, the sequences one after the other.
+
+The model computes hidden states for every row, and logits only for the rows that somebody reads:
+
+    prompt rows   of sequences that ask for prompt_logprobs: row p says what it thought of token p+1
+    last row      of each sequence that draws a token
+    draft rows    after the last row, one for each guessed token: row i judges the guess after it
+"""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Series
@@ -17,13 +24,17 @@ class Batch:
 
     token_ids, positions  [rows] int64
     spans                 each sequence's rows and blocks, in the order of the rows
-    sampled_rows          [sampled] int64, the last row of each sequence that draws a token
+    sampled_rows          [sampled] int64, the rows whose logits are wanted, rising
+    row_ranges            for each sequence its part of the sampled rows, as indices into the
+                          logits [sampled, vocab]: first `Scheduled.num_prompt_rows` of the prompt,
+                          then `Scheduled.num_draw_rows` to draw from; empty if it wants none
     """
 
     token_ids: Tensor
     positions: Tensor
     spans: tuple[Span, ...]
     sampled_rows: Tensor
+    row_ranges: tuple[range, ...]
 
 
 def make_batch(
@@ -35,18 +46,25 @@ def make_batch(
     positions: list[int] = []
     spans: list[Span] = []
     sampled_rows: list[int] = []
+    row_ranges: list[range] = []
     for work in scheduled:
         sequence = work.sequence
+        first_row = len(token_ids)
         start = sequence.num_computed_tokens
         stop = start + work.num_tokens
         token_ids.extend(sequence.token_ids[start:stop])
+        if work.num_draft_tokens:
+            token_ids.extend(sequence.draft_token_ids[: work.num_draft_tokens])
         positions.extend(range(start, stop))
         spans.append(Span(work.num_tokens, stop, table(sequence.id)))
-        if work.samples:
-            sampled_rows.append(len(token_ids) - 1)
+        first_sampled = len(sampled_rows)
+        sampled_rows.extend(range(first_row, first_row + work.num_prompt_rows))
+        sampled_rows.extend(range(len(token_ids) - work.num_draw_rows, len(token_ids)))
+        row_ranges.append(range(first_sampled, len(sampled_rows)))
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
         spans=tuple(spans),
         sampled_rows=torch.tensor(sampled_rows, dtype=torch.int64, device=device),
+        row_ranges=tuple(row_ranges),
     )

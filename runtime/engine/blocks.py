@@ -17,6 +17,15 @@ tables as its reference count says; nothing is both and nothing is lost.
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Copy(NamedTuple):
+    """The first `num_tokens` tokens of a block are to be copied into another block."""
+
+    source: int
+    target: int
+    num_tokens: int
 
 
 class BlockManager:
@@ -33,6 +42,7 @@ class BlockManager:
         self._free: deque[int] = deque(range(num_blocks))
         self._references = [0] * num_blocks
         self._tables: dict[str, list[int]] = {}
+        self._copies: list[Copy] = []
 
     @property
     def num_free_blocks(self) -> int:
@@ -73,6 +83,31 @@ class BlockManager:
         for block in block_ids:
             self._references[block] += 1
         self._tables[sequence_id] = list(block_ids)
+
+    def fork(self, parent_id: str, child_id: str, num_tokens: int) -> bool:
+        """Give a new sequence the first num_tokens tokens of another's.
+
+        Full blocks are shared; of one that both would go on writing to, the child gets a copy.
+        False if no block is free for that, and nothing has changed.
+        """
+        full, rest = divmod(num_tokens, self.block_size)
+        if rest and not self._free:
+            return False
+        parent = self._tables[parent_id]
+        self.adopt(child_id, parent[:full])
+        if rest:
+            self.allocate(child_id, num_tokens)
+            self._copies.append(Copy(parent[full], self._tables[child_id][full], rest))
+        return True
+
+    def take_copies(self) -> list[Copy]:
+        """What must be copied before the next step writes, in this order; each is given once.
+
+        A source may have been freed and taken by somebody else since: its content stays until a
+        step writes there.
+        """
+        copies, self._copies = self._copies, []
+        return copies
 
     def free(self, sequence_id: str) -> None:
         """Give up the sequence's table; blocks that nobody else holds return to the pool."""

@@ -12,9 +12,11 @@ import logging
 import random
 from collections.abc import Sequence as Series
 
+from torch import Tensor
+
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
-from qtool.runtime.engine.batch import make_batch
+from qtool.runtime.engine.batch import Batch, make_batch
 from qtool.runtime.engine.blocks import BlockManager
 from qtool.runtime.engine.client import EngineStats, ModelInfo
 from qtool.runtime.engine.runner import ModelRunner, block_bytes, choose_num_blocks
@@ -30,6 +32,9 @@ from qtool.runtime.engine.sequence import (
 from qtool.runtime.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
+
+# The tokens that one step added to a sequence: one, and the drafts before it that were right.
+Drawn = tuple[int, ...]
 
 
 class Engine:
@@ -116,6 +121,7 @@ class Engine:
         scheduled = self._scheduler.schedule()
         if not scheduled:
             return []
+        self._runner.copy(self.blocks.take_copies())
         try:
             results = self._compute(scheduled)
         except Exception:
@@ -128,35 +134,43 @@ class Engine:
                 outputs.append(output)
         return outputs
 
-    def _compute(self, scheduled: Series[Scheduled]) -> list[int | Exception | None]:
-        """For each sequence its next token, its own failure, or None if it draws no token yet."""
-        logits = self._runner.run(make_batch(scheduled, self.blocks.table, self._device))
-        drawing = [work.sequence for work in scheduled if work.samples]
-        drawn = iter(sample(logits, drawing) if drawing else ())
-        return [next(drawn) if work.samples else None for work in scheduled]
+    def _compute(self, scheduled: Series[Scheduled]) -> list[Drawn | Exception | None]:
+        """For each sequence what it drew, its own failure, or None if it draws nothing yet."""
+        batch = make_batch(scheduled, self.blocks.table, self._device)
+        logits = self._runner.run(batch)
+        return _draw(logits, batch, scheduled)
 
-    def _compute_alone(self, work: Scheduled) -> int | Exception | None:
+    def _compute_alone(self, work: Scheduled) -> Drawn | Exception | None:
         try:
             return self._compute([work])[0]
         except Exception as error:
             logger.exception("request %s failed", work.sequence.id)
             return error
 
-    def _advance(self, work: Scheduled, result: int | Exception | None) -> TokenOutput | None:
+    def _advance(self, work: Scheduled, result: Drawn | Exception | None) -> TokenOutput | None:
         sequence = work.sequence
         if isinstance(result, Exception):
             self._runner.clear(self.blocks.table(sequence.id))
             return self._finish(sequence, "error", error=str(result) or type(result).__name__)
-        sequence.num_computed_tokens += work.num_tokens
+        # Of the drafts, the cache keeps those that were drawn; behind them it is written anew.
+        sequence.num_computed_tokens += work.num_tokens - work.num_draft_tokens
         if result is None:
             return None
         if sequence.num_generated_tokens == 0:
             self._prompt_tokens += sequence.num_prompt_tokens
-        self._generation_tokens += 1
-        reason = sequence.append(result)
+        sequence.num_computed_tokens += len(result) - 1
+        sequence.draft_token_ids.clear()
+        taken: list[int] = []
+        reason: FinishReason | None = None
+        for token in result:
+            taken.append(token)
+            reason = sequence.append(token)
+            if reason is not None:
+                break
+        self._generation_tokens += len(taken)
         if reason is not None:
-            return self._finish(sequence, reason, (result,))
-        return sequence.output((result,))
+            return self._finish(sequence, reason, tuple(taken))
+        return sequence.output(tuple(taken))
 
     def _finish(
         self,
@@ -168,6 +182,22 @@ class Engine:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.id]
         return sequence.output(new_token_ids, reason, error)
+
+
+def _draw(
+    logits: Tensor, batch: Batch, scheduled: Series[Scheduled]
+) -> list[Drawn | Exception | None]:
+    """What each sequence's rows of the logits [sampled, vocab] give; None where it has none."""
+    drawing = [index for index, work in enumerate(scheduled) if work.samples]
+    results: list[Drawn | Exception | None] = [None] * len(scheduled)
+    if not drawing:
+        return results
+    if logits.shape[0] != len(drawing):
+        logits = logits[[batch.row_ranges[index].stop - 1 for index in drawing]]
+    drawn = sample(logits, [scheduled[index].sequence for index in drawing])
+    for index, token in zip(drawing, drawn, strict=True):
+        results[index] = token if isinstance(token, Exception) else (token,)
+    return results
 
 
 def validate(request: GenerationRequest, info: ModelInfo) -> None:

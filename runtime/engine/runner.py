@@ -17,6 +17,7 @@ from qtool.errors import UsageError
 from qtool.kernels.cpu import attention
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.batch import Batch
+from qtool.runtime.engine.blocks import Copy
 from qtool.runtime.models.attention_spec import AttentionSpec
 from qtool.runtime.models.model import Model, sinks_of
 
@@ -71,6 +72,16 @@ class ModelRunner:
         if batch.sampled_rows.numel() < hidden.shape[0]:
             hidden = hidden.index_select(0, batch.sampled_rows)
         return model.logits(hidden)
+
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Carry out copies between blocks, one after the other."""
+        for source, target, num_tokens in copies:
+            there = slice(target * self._block_size, target * self._block_size + num_tokens)
+            here = slice(source * self._block_size, source * self._block_size + num_tokens)
+            for keys, values in self._pools:
+                keys[:, there] = keys[:, here]
+                values[:, there] = values[:, here]
 
     @torch.inference_mode()
     def clear(self, block_ids: Sequence[int]) -> None:

@@ -23,15 +23,40 @@ from qtool.runtime.engine.sequence import Sequence
 
 
 class Scheduled(NamedTuple):
-    """A sequence and how many of its uncomputed tokens this step computes, from the left."""
+    """A sequence and how many tokens this step computes for it.
+
+    token_ids, then drafts:  [ computed | num_tokens ............. ]
+                             [          | to do .. | num_draft_tokens ]
+
+    num_tokens        rows of the step: uncomputed tokens from the left, and then drafts
+    num_draft_tokens  how many of the rows are `Sequence.draft_token_ids`
+    """
 
     sequence: Sequence
     num_tokens: int
+    num_draft_tokens: int = 0
 
     @property
     def samples(self) -> bool:
         """Whether the step reaches the last token, so that a new one is drawn after it."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
+        return self.num_tokens - self.num_draft_tokens == self.sequence.num_uncomputed_tokens
+
+    @property
+    def num_draw_rows(self) -> int:
+        """Rows whose logits tokens are drawn from: the last token's, and each draft's."""
+        return 1 + self.num_draft_tokens if self.samples else 0
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """Rows that say how likely the prompt's next token was, the first ones of the step. After
+        a preemption they come a second time.
+        """
+        sequence = self.sequence
+        if sequence.request.sampling.prompt_logprobs is None:
+            return 0
+        start = sequence.num_computed_tokens
+        stop = min(start + self.num_tokens, sequence.num_prompt_tokens - 1)
+        return max(stop - start, 0)
 
 
 class Scheduler:
@@ -63,6 +88,18 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Take up a further answer to the parent's prompt: with the parent's cache beside it where
+        there is room, else as a sequence that waits.
+        """
+        num_tokens = min(parent.num_computed_tokens, len(child.token_ids) - 1)
+        has_seat = len(self._running) < self._max_num_seqs
+        if has_seat and self._blocks.fork(parent.id, child.id, num_tokens):
+            child.num_computed_tokens = num_tokens
+            self._running.append(child)
+        else:
+            self.add(child)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended, and free its blocks at once."""

@@ -80,6 +80,10 @@ class Sequence:
     A running sequence whose only uncomputed token is the last is decoding; one with more is being
     prefilled, in as many chunks as the token budget takes. Preemption sets num_computed_tokens
     back to 0 and keeps token_ids, so the text goes on where it stopped.
+
+    draft_token_ids  guesses at what follows token_ids, for the next step to verify; set before
+                     the step is scheduled, and gone after it
+    index            which of the request's answers this is
     """
 
     request: GenerationRequest
@@ -88,13 +92,17 @@ class Sequence:
     max_total_tokens: int
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    draft_token_ids: list[int] = field(default_factory=list)
+    index: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
 
     @property
     def id(self) -> str:
-        return self.request.request_id
+        """Unique in the engine: the request's id, and behind it the index of a further answer."""
+        name = self.request.request_id
+        return f"{name}#{self.index}" if self.index else name
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -122,7 +130,8 @@ class Sequence:
         error: str | None = None,
     ) -> TokenOutput:
         return TokenOutput(
-            request_id=self.id,
+            request_id=self.request.request_id,
+            index=self.index,
             new_token_ids=new_token_ids,
             finish_reason=finish_reason,
             num_prompt_tokens=self.num_prompt_tokens,

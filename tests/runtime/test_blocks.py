@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtool.runtime.engine.blocks import BlockManager
+from qtool.runtime.engine.blocks import BlockManager, Copy
 
 
 def test_a_table_grows_by_whole_blocks() -> None:
@@ -53,6 +53,23 @@ def test_a_shared_block_is_free_when_its_last_holder_is() -> None:
     blocks.check()
     assert blocks.num_free_blocks == 2
     blocks.free("b")
+    assert blocks.num_free_blocks == 4
+
+
+def test_a_fork_shares_full_blocks_and_copies_the_rest() -> None:
+    blocks = BlockManager(num_blocks=4, block_size=2)
+    assert blocks.allocate("a", 5)
+    assert blocks.fork("a", "b", 5)
+    assert blocks.table("b")[:2] == blocks.table("a")[:2]
+    assert blocks.take_copies() == [Copy(blocks.table("a")[2], blocks.table("b")[2], 1)]
+    assert blocks.take_copies() == []
+    assert blocks.fork("a", "c", 4)  # nothing to copy: the pool is full, and that is no matter
+    assert not blocks.fork("a", "d", 5)
+    assert list(blocks.table("d")) == []
+    blocks.check()
+    for sequence in "abc":
+        blocks.free(sequence)
+    blocks.check()
     assert blocks.num_free_blocks == 4
 
 

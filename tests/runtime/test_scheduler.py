@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.runtime.engine.blocks import BlockManager
+from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.scheduler import Scheduled, Scheduler
-from qtool.runtime.engine.sequence import GenerationRequest, SamplingParams, Sequence
+from qtool.runtime.engine.sequence import GenerationRequest, Sequence
 
 
 def sequence(name: str, prompt: int, new: int = 100) -> Sequence:
@@ -105,6 +106,39 @@ def test_a_removed_sequence_leaves_nothing_behind() -> None:
     assert not made.has_work
     assert blocks.usage == 0.0
     assert made.schedule() == []
+
+
+def test_a_further_answer_starts_from_the_cache_of_the_first() -> None:
+    made, blocks = scheduler(max_num_seqs=2)
+    first, second, third = (sequence("a", 6) for _ in range(3))
+    second.index, third.index = 1, 2
+    made.add(first)
+    advance(made, made.schedule())
+    for child in (second, third):
+        child.append(1)
+        made.fork(first, child)
+    assert list(blocks.table("a#1"))[:1] == list(blocks.table("a"))[:1]
+    assert summary(made.schedule()) == [("a", 1, True), ("a#1", 1, True)]
+    assert (made.num_waiting, third.num_computed_tokens) == (1, 0)  # no seat for a third
+
+
+def test_drafts_are_computed_with_the_tokens_before_them() -> None:
+    one = sequence("a", 3)
+    one.num_computed_tokens = 2
+    one.draft_token_ids = [7, 8]
+    work = Scheduled(one, num_tokens=3, num_draft_tokens=2)
+    assert (work.samples, work.num_draw_rows, work.num_prompt_rows) == (True, 3, 0)
+
+
+def test_prompt_rows_are_those_that_foretell_the_prompt() -> None:
+    asked = SamplingParams(max_tokens=9, prompt_logprobs=0)
+    one = Sequence(GenerationRequest("a", (1, 2, 3, 4), asked), 0, frozenset(), 13)
+    chunks = []
+    for computed, num_tokens in ((0, 2), (2, 2), (0, 4)):
+        one.num_computed_tokens = computed
+        work = Scheduled(one, num_tokens)
+        chunks.append((work.num_prompt_rows, work.num_draw_rows))
+    assert chunks == [(2, 0), (1, 1), (3, 1)]
 
 
 @settings(deadline=None, max_examples=120)
