@@ -238,7 +238,7 @@ def show(step: Step) -> str:
 
 def by_qtool(model: Path, folder: Path, cache: Path, options: argparse.Namespace) -> Total:
     out = folder / "model.gguf"
-    command = [sys.executable, "-m", "qtool", "convert", model, "--to", "gguf"]
+    command: list[str | Path] = [sys.executable, "-m", "qtool", "convert", model, "--to", "gguf"]
     command += ["--type", options.type, "--out", out]
     threads = str(options.threads)
     step = run("qtool convert", command, folder, OMP_NUM_THREADS=threads, XDG_CACHE_HOME=str(cache))
