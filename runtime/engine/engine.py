@@ -20,7 +20,7 @@ from qtool.runtime.engine.batch import Batch, make_batch
 from qtool.runtime.engine.blocks import BlockManager
 from qtool.runtime.engine.client import EngineStats, ModelInfo
 from qtool.runtime.engine.runner import ModelRunner, block_bytes, choose_num_blocks
-from qtool.runtime.engine.sampler import sample
+from qtool.runtime.engine.sampler import Sampled, sample
 from qtool.runtime.engine.scheduler import Scheduled, Scheduler
 from qtool.runtime.engine.sequence import (
     FinishReason,
@@ -32,9 +32,6 @@ from qtool.runtime.engine.sequence import (
 from qtool.runtime.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
-
-# The tokens that one step added to a sequence: one, and the drafts before it that were right.
-Drawn = tuple[int, ...]
 
 
 class Engine:
@@ -134,20 +131,20 @@ class Engine:
                 outputs.append(output)
         return outputs
 
-    def _compute(self, scheduled: Series[Scheduled]) -> list[Drawn | Exception | None]:
+    def _compute(self, scheduled: Series[Scheduled]) -> list[Sampled | Exception | None]:
         """For each sequence what it drew, its own failure, or None if it draws nothing yet."""
         batch = make_batch(scheduled, self.blocks.table, self._device)
         logits = self._runner.run(batch)
         return _draw(logits, batch, scheduled)
 
-    def _compute_alone(self, work: Scheduled) -> Drawn | Exception | None:
+    def _compute_alone(self, work: Scheduled) -> Sampled | Exception | None:
         try:
             return self._compute([work])[0]
         except Exception as error:
             logger.exception("request %s failed", work.sequence.id)
             return error
 
-    def _advance(self, work: Scheduled, result: Drawn | Exception | None) -> TokenOutput | None:
+    def _advance(self, work: Scheduled, result: Sampled | Exception | None) -> TokenOutput | None:
         sequence = work.sequence
         if isinstance(result, Exception):
             self._runner.clear(self.blocks.table(sequence.id))
@@ -158,11 +155,11 @@ class Engine:
             return None
         if sequence.num_generated_tokens == 0:
             self._prompt_tokens += sequence.num_prompt_tokens
-        sequence.num_computed_tokens += len(result) - 1
+        sequence.num_computed_tokens += len(result.token_ids) - 1
         sequence.draft_token_ids.clear()
         taken: list[int] = []
         reason: FinishReason | None = None
-        for token in result:
+        for token in result.token_ids:
             taken.append(token)
             reason = sequence.append(token)
             if reason is not None:
@@ -186,17 +183,19 @@ class Engine:
 
 def _draw(
     logits: Tensor, batch: Batch, scheduled: Series[Scheduled]
-) -> list[Drawn | Exception | None]:
+) -> list[Sampled | Exception | None]:
     """What each sequence's rows of the logits [sampled, vocab] give; None where it has none."""
     drawing = [index for index, work in enumerate(scheduled) if work.samples]
-    results: list[Drawn | Exception | None] = [None] * len(scheduled)
+    results: list[Sampled | Exception | None] = [None] * len(scheduled)
     if not drawing:
         return results
-    if logits.shape[0] != len(drawing):
-        logits = logits[[batch.row_ranges[index].stop - 1 for index in drawing]]
-    drawn = sample(logits, [scheduled[index].sequence for index in drawing])
-    for index, token in zip(drawing, drawn, strict=True):
-        results[index] = token if isinstance(token, Exception) else (token,)
+    counts = [scheduled[index].num_draw_rows for index in drawing]
+    if logits.shape[0] != sum(counts):
+        ranges = [batch.row_ranges[index] for index in drawing]
+        logits = logits[[row for of, n in zip(ranges, counts, strict=True) for row in of[-n:]]]
+    drawn = sample(logits, [scheduled[index].sequence for index in drawing], counts)
+    for index, result in zip(drawing, drawn, strict=True):
+        results[index] = result
     return results
 
 
@@ -210,8 +209,4 @@ def validate(request: GenerationRequest, info: ModelInfo) -> None:
             raise UsageError(
                 f"token id {token_id} is outside the vocabulary of {info.vocab_size} tokens"
             )
-    for token_id in request.sampling.stop_token_ids:
-        if not 0 <= token_id < info.vocab_size:
-            raise UsageError(
-                f"stop_token_ids has {token_id}, outside the vocabulary of {info.vocab_size} tokens"
-            )
+    request.sampling.check_vocabulary(info.vocab_size)

@@ -11,7 +11,7 @@ Names and meanings: vLLM's `SamplingParams` and `StructuredOutputsParams`; `typi
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -159,6 +159,21 @@ class SamplingParams:
     def greedy(self) -> bool:
         # Below this a float32 softmax has one non-zero entry anyway, and logits / T overflows.
         return self.temperature < 1e-5
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise unless every token id that the request names is in the vocabulary."""
+        named: tuple[tuple[str, Collection[int]], ...] = (
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("logit_bias", (self.logit_bias or {}).keys()),
+            *(("bad_words", word) for word in self.bad_words if not isinstance(word, str)),
+        )
+        for name, token_ids in named:
+            for token_id in token_ids:
+                if not 0 <= token_id < vocab_size:
+                    raise UsageError(
+                        f"{name} has {token_id}, outside the vocabulary of {vocab_size} tokens"
+                    )
 
     @property
     def num_sequences(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qtool.errors import QtoolError, UsageError
+from qtool.runtime.engine.logit_rules import LogitRules, TokenMask
 from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.sampling_params import SamplingParams
 
@@ -84,6 +85,8 @@ class Sequence:
     draft_token_ids  guesses at what follows token_ids, for the next step to verify; set before
                      the step is scheduled, and gone after it
     index            which of the request's answers this is
+    grammar          what the answer must look like, compiled; None: anything
+    rules            what the request changes in the logits; None: nothing
     """
 
     request: GenerationRequest
@@ -94,9 +97,15 @@ class Sequence:
     num_computed_tokens: int = 0
     draft_token_ids: list[int] = field(default_factory=list)
     index: int = 0
+    grammar: TokenMask | None = None
+    rules: LogitRules | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        prompt = self.request.prompt_token_ids
+        self.token_ids = list(prompt)
+        self.rules = LogitRules.for_request(
+            self.request.sampling, prompt, self.stop_token_ids, self.grammar
+        )
 
     @property
     def id(self) -> str:
@@ -128,6 +137,8 @@ class Sequence:
         new_token_ids: tuple[int, ...] = (),
         finish_reason: FinishReason | None = None,
         error: str | None = None,
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None,
     ) -> TokenOutput:
         return TokenOutput(
             request_id=self.request.request_id,
@@ -137,4 +148,6 @@ class Sequence:
             num_prompt_tokens=self.num_prompt_tokens,
             num_generated_tokens=self.num_generated_tokens,
             error=error,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
