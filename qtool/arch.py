@@ -1,22 +1,25 @@
-"""The table of model families, and one normalised view of a decoder's config.json.
+"""The table of model families.
 
 A family is data: which tensors play which role and under what name (Hugging Face, GGUF), which of
 them carry biases or per-head norms, which linears share an input, and where AWQ may move scale
 from a layer into the one before it. GGUF naming, AWQ folding and the native decoder all read this
 table; adding a family is adding a row and its tiny-checkpoint test. Rows that the native decoder
-does not run are there for GGUF (convert/gguf/families.py has their settings).
+does not run are there for GGUF (convert/gguf/families.py has their settings). What a model's
+config.json says is read by qtool/decoder_config.py.
+
+How the native decoder wires a block follows from which roles there are: norms before a layer,
+after it or both; q, k and v apart or in one; a gate or a plain MLP; experts; latent attention.
 
 In names {i} is the block and {e} the expert: a checkpoint has a matrix an expert, GGUF stacks them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qtool.errors import FormatError, UnsupportedModel, closest
+from qtool.errors import UnsupportedModel, closest
 
 Role = Literal[
     "embed", "norm", "head",
@@ -50,25 +53,47 @@ class Smoothing:
     targets: tuple[Role, ...]
 
 
+# A norm of q and k: one for all heads, applied to each, or one over all heads together.
+QkNorm = Literal["head", "all"]
+# Which layers have the config's sliding window where no layer_types says it: every one, none, all
+# but each sliding_window_pattern-th, those from max_window_layers on. The last two of these only
+# where use_sliding_window asks for it.
+WindowRule = Literal["none", "every", "pattern", "from_layer", "opt_in"]
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
+    """One family.
+
+    biases                     roles that always have a bias
+    norm                       "rms", or "layer" with a mean and a bias
+    rope_interleaved_in_gguf   llama.cpp rotates adjacent pairs in these families, so the rows of q
+                               and k are permuted in GGUF
+    fused                      linears with one input: runtimes fuse them, so they share a scheme
+    native                     whether the native decoder runs it
+    norm_offset                norms multiply by this plus their weight, which is what GGUF stores
+    transposed                 linears that a checkpoint stores as [in, out] (Conv1D)
+    scales_embedding           tokens are looked up times sqrt(hidden_size)
+    activation                 what the family computes whatever hidden_act says
+    defaults                   entries that published configs leave out
+    """
+
     model_type: str
     gguf_name: str
     tensors: Mapping[Role, TensorName]
-    qkv_bias: bool
-    qk_norm: bool
-    # llama.cpp rotates adjacent pairs in these families, so the rows of q and k are permuted in
-    # GGUF.
-    rope_interleaved_in_gguf: bool
-    smoothing: tuple[Smoothing, ...]
-    # Linears with one input: runtimes fuse them, so they share a scheme.
+    biases: tuple[Role, ...] = ()
+    qk_norm: QkNorm | None = None
+    rope_interleaved_in_gguf: bool = False
+    smoothing: tuple[Smoothing, ...] = ()
     fused: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("gate", "up"))
-    # Whether the native decoder runs it.
     native: bool = True
-    # Norms multiply by this plus their weight, which is what GGUF stores.
+    norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
-    # Linears that a checkpoint stores as [in, out] (Conv1D).
     transposed: tuple[Role, ...] = ()
+    window_rule: WindowRule = "none"
+    scales_embedding: bool = False
+    activation: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def hf_name(self, role: Role, block: int | None = None, expert: int | None = None) -> str:
         return _numbered(self.tensors[role].hf, block, expert)
@@ -184,9 +209,10 @@ _EXPERTS = _in_blocks(
         "experts_down": ("mlp.experts.{e}.down_proj", "ffn_down_exps"),
     }
 )
-_QWEN3_MOE_TENSORS = _without(_LLAMA_TENSORS, "gate", "up", "down") | _QK_NORMS | _EXPERTS
+# Blocks have gate, up and down or experts, as the config says (GGUF: experts in every block).
+_QWEN3_MOE_TENSORS = _LLAMA_TENSORS | _QK_NORMS | _EXPERTS
 _QWEN2_MOE_TENSORS = (
-    _without(_LLAMA_TENSORS, "gate", "up", "down")
+    _LLAMA_TENSORS
     | _EXPERTS
     | _in_blocks(
         {
@@ -219,58 +245,158 @@ _DEEPSEEK_TENSORS = (
 )
 
 
-def _for_gguf(
-    model_type: str,
-    gguf_name: str,
-    tensors: Mapping[Role, TensorName],
-    *,
-    interleaved: bool = False,
-    norm_offset: float = 0.0,
-    transposed: tuple[Role, ...] = (),
-) -> Architecture:
-    """A row that the native decoder does not run."""
-    return Architecture(
-        model_type=model_type,
-        gguf_name=gguf_name,
-        tensors=tensors,
-        qkv_bias=False,
-        qk_norm="q_norm" in tensors,
-        rope_interleaved_in_gguf=interleaved,
-        smoothing=(),
-        native=False,
-        norm_offset=norm_offset,
-        transposed=transposed,
-    )
-
+_QKV: tuple[Role, ...] = ("q", "k", "v")
+_GEMMA: dict[str, Any] = {"tie_word_embeddings": True, "head_dim": 256}
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
     for row in (
-        Architecture("llama", "llama", _LLAMA_TENSORS, False, False, True, _LLAMA_SMOOTHING),
-        Architecture("mistral", "llama", _LLAMA_TENSORS, False, False, True, _LLAMA_SMOOTHING),
-        Architecture("qwen2", "qwen2", _LLAMA_TENSORS, True, False, False, _LLAMA_SMOOTHING),
         Architecture(
-            "qwen3", "qwen3", _LLAMA_TENSORS | _QK_NORMS, False, True, False, _LLAMA_SMOOTHING
+            "llama",
+            "llama",
+            _LLAMA_TENSORS,
+            rope_interleaved_in_gguf=True,
+            smoothing=_LLAMA_SMOOTHING,
         ),
-        _for_gguf("gemma", "gemma", _LLAMA_TENSORS, norm_offset=1.0),
-        _for_gguf("gemma2", "gemma2", _GEMMA2_TENSORS, norm_offset=1.0),
-        _for_gguf("gemma3_text", "gemma3", _GEMMA2_TENSORS | _QK_NORMS, norm_offset=1.0),
-        _for_gguf("phi3", "phi3", _PHI3_TENSORS),
-        _for_gguf("phi", "phi2", _PHI2_TENSORS),
-        _for_gguf("gpt2", "gpt2", _GPT2_TENSORS, transposed=("qkv", "o", "up", "down")),
-        _for_gguf("smollm3", "smollm3", _LLAMA_TENSORS, interleaved=True),
-        _for_gguf(
+        Architecture(
+            "mistral",
+            "llama",
+            _LLAMA_TENSORS,
+            rope_interleaved_in_gguf=True,
+            smoothing=_LLAMA_SMOOTHING,
+            window_rule="every",
+        ),
+        Architecture(
+            "qwen2",
+            "qwen2",
+            _LLAMA_TENSORS,
+            biases=_QKV,
+            smoothing=_LLAMA_SMOOTHING,
+            window_rule="from_layer",
+        ),
+        Architecture(
+            "qwen3",
+            "qwen3",
+            _LLAMA_TENSORS | _QK_NORMS,
+            qk_norm="head",
+            smoothing=_LLAMA_SMOOTHING,
+            window_rule="from_layer",
+        ),
+        Architecture(
+            "gemma",
+            "gemma",
+            _LLAMA_TENSORS,
+            norm_offset=1.0,
+            scales_embedding=True,
+            # The first configs say "gelu" and mean this.
+            activation="gelu_pytorch_tanh",
+            defaults=_GEMMA,
+        ),
+        Architecture(
+            "gemma2",
+            "gemma2",
+            _GEMMA2_TENSORS,
+            norm_offset=1.0,
+            scales_embedding=True,
+            activation="gelu_pytorch_tanh",
+            window_rule="pattern",
+            defaults={
+                **_GEMMA,
+                "sliding_window": 4096,
+                "sliding_window_pattern": 2,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+                "query_pre_attn_scalar": 256,
+            },
+        ),
+        Architecture(
+            "gemma3_text",
+            "gemma3",
+            _GEMMA2_TENSORS | _QK_NORMS,
+            qk_norm="head",
+            norm_offset=1.0,
+            scales_embedding=True,
+            activation="gelu_pytorch_tanh",
+            window_rule="pattern",
+            defaults={
+                **_GEMMA,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "sliding_window": 4096,
+                "sliding_window_pattern": 6,
+                "query_pre_attn_scalar": 256,
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 10000.0,
+                "max_position_embeddings": 131072,
+            },
+        ),
+        Architecture(
+            "phi3",
+            "phi3",
+            _PHI3_TENSORS,
+            window_rule="every",
+            defaults={"rms_norm_eps": 1e-5},
+        ),
+        Architecture("phi", "phi2", _PHI2_TENSORS, native=False),
+        Architecture(
+            "gpt2", "gpt2", _GPT2_TENSORS, native=False, transposed=("qkv", "o", "up", "down")
+        ),
+        Architecture(
+            "smollm3",
+            "smollm3",
+            _LLAMA_TENSORS,
+            rope_interleaved_in_gguf=True,
+            window_rule="opt_in",
+            defaults={"no_rope_layer_interval": 4, "tie_word_embeddings": True},
+        ),
+        Architecture(
             "olmo2",
             "olmo2",
             _without(_LLAMA_TENSORS, "attn_norm", "mlp_norm") | _QK_NORMS | _NORMS_AFTER,
+            qk_norm="all",
+            defaults={"rms_norm_eps": 1e-5},
         ),
-        _for_gguf("starcoder2", "starcoder2", _STARCODER2_TENSORS),
-        _for_gguf("granite", "granite", _LLAMA_TENSORS, interleaved=True),
-        _for_gguf("mixtral", "llama", _MIXTRAL_TENSORS, interleaved=True),
-        _for_gguf("qwen2_moe", "qwen2moe", _QWEN2_MOE_TENSORS),
-        _for_gguf("qwen3_moe", "qwen3moe", _QWEN3_MOE_TENSORS),
-        _for_gguf("deepseek_v2", "deepseek2", _without(_DEEPSEEK_TENSORS, "router_bias")),
-        _for_gguf("deepseek_v3", "deepseek2", _DEEPSEEK_TENSORS),
+        Architecture(
+            "starcoder2",
+            "starcoder2",
+            _STARCODER2_TENSORS,
+            norm="layer",
+            window_rule="every",
+            defaults={
+                "use_bias": True,
+                "hidden_act": "gelu_pytorch_tanh",
+                "norm_epsilon": 1e-5,
+                "tie_word_embeddings": True,
+            },
+        ),
+        Architecture("granite", "granite", _LLAMA_TENSORS, rope_interleaved_in_gguf=True),
+        Architecture(
+            "mixtral",
+            "llama",
+            _MIXTRAL_TENSORS,
+            rope_interleaved_in_gguf=True,
+            window_rule="every",
+            defaults={"norm_topk_prob": True, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        ),
+        Architecture(
+            "qwen2_moe",
+            "qwen2moe",
+            _QWEN2_MOE_TENSORS,
+            window_rule="opt_in",
+            defaults={"qkv_bias": True},
+        ),
+        Architecture(
+            "qwen3_moe", "qwen3moe", _QWEN3_MOE_TENSORS, qk_norm="head", window_rule="opt_in"
+        ),
+        Architecture(
+            "deepseek_v2",
+            "deepseek2",
+            _without(_DEEPSEEK_TENSORS, "router_bias"),
+            defaults={"topk_method": "greedy"},
+        ),
+        Architecture(
+            "deepseek_v3", "deepseek2", _DEEPSEEK_TENSORS, defaults={"norm_topk_prob": True}
+        ),
     )
 }
 
@@ -302,165 +428,4 @@ def _find(
     raise UnsupportedModel(
         f"model family {model_type!r} {problem}",
         f"known: {families}" + (f"; did you mean {guess}?" if guess else ""),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding. ``kind`` says how frequencies are stretched (config.json's
-    rope_type).
-    """
-
-    theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def inverse_frequencies(self, head_dim: int) -> list[float]:
-        """Radians a position for each rotated pair, [head_dim / 2].
-
-        ``llama3`` keeps short wavelengths, divides long ones by ``factor`` and blends between
-        (Llama 3.1's rule).
-        """
-        frequencies = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
-        return [f / d for f, d in zip(frequencies, self.divisors(head_dim), strict=True)]
-
-    def divisors(self, head_dim: int) -> list[float]:
-        """What each frequency is divided by; GGUF stores this as rope_freqs.weight."""
-        frequencies = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
-        if self.kind == "default":
-            return [1.0] * len(frequencies)
-        if self.kind == "linear":
-            return [self.factor] * len(frequencies)
-        return [self._llama3_divisor(2.0 * math.pi / f) for f in frequencies]
-
-    def _llama3_divisor(self, wavelength: float) -> float:
-        context = self.original_max_position_embeddings
-        if wavelength < context / self.high_freq_factor:
-            return 1.0
-        if wavelength > context / self.low_freq_factor:
-            return self.factor
-        span = self.high_freq_factor - self.low_freq_factor
-        smooth = (context / wavelength - self.low_freq_factor) / span
-        return 1.0 / ((1.0 - smooth) / self.factor + smooth)
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """What the native decoder and the GGUF exporter need of config.json, one spelling for all its
-    versions.
-    """
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: Rope
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    attention_bias: bool
-    sliding_window: int | None
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    dtype: str
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
-        """Read config.json; raises FormatError that names the key that is missing or out of
-        range.
-        """
-        architecture = find_architecture(config)
-        hidden = _whole(config, "hidden_size")
-        heads = _whole(config, "num_attention_heads")
-        kv_heads = _whole(config, "num_key_value_heads", heads)
-        head_dim = _whole(config, "head_dim", hidden // heads)
-        if heads % kv_heads:
-            raise FormatError(
-                f"config.json: num_attention_heads {heads} is not a multiple of "
-                f"num_key_value_heads {kv_heads}"
-            )
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise UnsupportedModel(
-                f"config.json: hidden_act {activation!r} is not silu, the one this decoder has"
-            )
-        eos = config.get("eos_token_id")
-        return cls(
-            model_type=architecture.model_type,
-            vocab_size=_whole(config, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=_whole(config, "intermediate_size"),
-            num_layers=_whole(config, "num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=_rope(config),
-            max_position_embeddings=_whole(config, "max_position_embeddings", 2048),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=architecture.qkv_bias or bool(config.get("attention_bias", False)),
-            sliding_window=_sliding_window(config),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        )
-
-
-def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise FormatError(f"config.json: {key} is {value!r}, a positive whole number is needed")
-    return value
-
-
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    """Mistral's window applies to every layer; Qwen's only where use_sliding_window says so."""
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
-        return None
-    if config.get("model_type") in ("qwen2", "qwen3"):
-        layer_types = config.get("layer_types") or []
-        if layer_types and all(kind == "full_attention" for kind in layer_types):
-            return None
-        if not config.get("use_sliding_window", False):
-            return None
-        raise UnsupportedModel(
-            "config.json: sliding windows on some layers only are not supported for "
-            f"{config.get('model_type')}",
-            "set use_sliding_window to false in config.json to attend to the full context",
-        )
-    return _whole(config, "sliding_window")
-
-
-def _rope(config: Mapping[str, Any]) -> Rope:
-    """rope_parameters (transformers 5) or rope_theta with rope_scaling (before)."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind == "linear":
-        return Rope(theta=theta, kind="linear", factor=float(parameters["factor"]))
-    if kind == "llama3":
-        return Rope(
-            theta=theta,
-            kind="llama3",
-            factor=float(parameters.get("factor", 8.0)),
-            low_freq_factor=float(parameters.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(parameters.get("high_freq_factor", 4.0)),
-            original_max_position_embeddings=int(
-                parameters.get("original_max_position_embeddings", 8192)
-            ),
-        )
-    raise UnsupportedModel(
-        f"config.json: rope type {kind!r} is not supported", "known: default, linear, llama3"
     )

@@ -42,6 +42,10 @@ class DenseWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.values.to(dtype)
 
+    def rows(self, order: Tensor) -> DenseWeight:
+        """The same weight with its output rows in another order (int64 [out])."""
+        return DenseWeight(self.values[order])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:

@@ -22,9 +22,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from qtool.arch import Rope
 from qtool.convert.gguf.reading import Reading, Scalar
 from qtool.errors import FormatError, UnsupportedModel
+from qtool.rope import Rope
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
 LONG_FACTORS = "rope_factors_long.weight"

@@ -1,51 +1,65 @@
-"""The decoder of the Llama line, written once: llama, mistral, qwen2, qwen3.
+"""The decoder, written once for every family of `qtool.arch`: blocks made of a few parts.
 
-What sets the families apart is data: biases that are there or not, a norm on each head of q and k
-or none, the stretch of the rotary frequencies, a head of its own or the embedding's. The model
-knows neither batches nor caches: it computes rows, one a token, and asks `attend` for what a row
-needs of the others (runtime/models/model.py).
+    x = embedding[tokens] * embedding_scale
+    each block:  x += residual_scale * post_norm(attention(norm(x)))
+                 x += residual_scale * post_norm(mlp(norm(x)))
+    logits = softcap(head(norm(x)) * logits_scale)
 
-    x = embedding[tokens]
-    each block:  x += o(attend(rope(qk_norm(qkv(norm(x))))))
-                 x += down(silu(gate(norm(x))) * up(norm(x)))
-    logits = head(norm(x))
+A family has some of these norms and not the others, and the parts that its row and its config.json
+name: see runtime/models/build.py, which makes them. The model knows neither batches nor caches
+(runtime/models/model.py).
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qtool.arch import DecoderConfig
-from qtool.kernels.cpu.torch_ops import rms_norm, rope, silu_mul
+from qtool.decoder_config import DecoderConfig
 from qtool.runtime.layers import Linear, Linears
+from qtool.runtime.models.attention import LatentAttention, SelfAttention
 from qtool.runtime.models.attention_spec import AttentionSpec
+from qtool.runtime.models.mlp import Mlp, SparseMlp
 from qtool.runtime.models.model import Attend
+from qtool.runtime.models.parts import Norm, Rotation, Turn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """attn_norm, mlp_norm [hidden]; qk_norm [heads + kv_heads, head_dim] or None."""
+    """None: the family has no norm there."""
 
-    attn_norm: Tensor
-    qkv: Linear | Linears
-    qk_norm: Tensor | None
-    o: Linear | Linears
-    mlp_norm: Tensor
-    gate_up: Linear | Linears
-    down: Linear | Linears
+    attention_norm: Norm | None
+    attention: SelfAttention | LatentAttention
+    attention_post_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp: Mlp | SparseMlp
+    mlp_post_norm: Norm | None
+    residual_scale: float
+
+    def __call__(self, x: Tensor, turns: Sequence[Turn], attend: Attend) -> Tensor:
+        """x [rows, hidden], in place."""
+        scale = self.residual_scale
+        y = x if self.attention_norm is None else self.attention_norm(x)
+        y = self.attention(y, turns, attend)
+        x = x.add_(
+            y if self.attention_post_norm is None else self.attention_post_norm(y), alpha=scale
+        )
+        y = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+        return x.add_(y if self.mlp_post_norm is None else self.mlp_post_norm(y), alpha=scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoder:
-    """embedding [vocab, hidden]; inverse_frequencies [head_dim / 2] float32; norm [hidden]."""
+    """embedding [vocab, hidden]; rotations are those that the blocks' attention numbers."""
 
     config: DecoderConfig
     attention: tuple[AttentionSpec, ...]
     embedding: Tensor
-    inverse_frequencies: Tensor
+    rotations: tuple[Rotation, ...]
     blocks: tuple[Block, ...]
-    norm: Tensor
+    norm: Norm
     head: Linear | Linears
 
     @property
@@ -60,50 +74,54 @@ class Decoder:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    def for_context(self, num_tokens: int) -> "Decoder":
+        """The same weights, turned as sequences of up to `num_tokens` need it."""
+        rotations = tuple(
+            Rotation.of(rotation.rope, rotation.head_dim, num_tokens, self.device)
+            for rotation in self.rotations
+        )
+        return dataclasses.replace(self, rotations=rotations)
+
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """token_ids, positions [rows] int64 -> the last block's output [rows, hidden]."""
-        config = self.config
-        num_rotated = config.num_heads + config.num_kv_heads
-        eps = config.rms_norm_eps
-        cos, sin = self._rotations(positions)
+        turns = [rotation.turn(positions, self.dtype) for rotation in self.rotations]
         x = self.embedding.index_select(0, token_ids)
-        for index, block in enumerate(self.blocks):
-            qkv = block.qkv(rms_norm(x, block.attn_norm, eps))
-            heads = qkv.view(qkv.shape[0], -1, config.head_dim)
-            qk = heads[:, :num_rotated]
-            if block.qk_norm is not None:
-                qk = rms_norm(qk, None, eps) * block.qk_norm
-            qk = rope(qk, cos, sin)
-            attended = attend(
-                index, qk[:, : config.num_heads], qk[:, config.num_heads :], heads[:, num_rotated:]
-            )
-            x = x.add_(block.o(attended.reshape(attended.shape[0], -1)))
-            gate_up = block.gate_up(rms_norm(x, block.mlp_norm, eps))
-            x = x.add_(block.down(silu_mul(gate_up)))
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the model's type, as it was when the model was trained.
+            x = x.mul_(torch.tensor(self.config.embedding_scale, dtype=self.dtype))
+        for block in self.blocks:
+            x = block(x, turns, attend)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> [rows, vocab] float32."""
-        return self.head(rms_norm(hidden, self.norm, self.config.rms_norm_eps)).float()
-
-    def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [rows, 1, head_dim] as `rope` takes them: sin's first half negated."""
-        angles = positions.float()[:, None, None] * self.inverse_frequencies
-        cos, sin = angles.cos(), angles.sin()
-        return (
-            torch.cat((cos, cos), dim=-1).to(self.dtype),
-            torch.cat((-sin, sin), dim=-1).to(self.dtype),
-        )
+        logits = self.head(self.norm(hidden)).float()
+        config = self.config
+        if config.logits_scale != 1.0:
+            logits = logits.mul_(config.logits_scale)
+        if config.logits_softcap is not None:
+            cap = config.logits_softcap
+            logits = logits.div_(cap).tanh_().mul_(cap)
+        return logits
 
 
 def attention_specs(config: DecoderConfig) -> tuple[AttentionSpec, ...]:
-    """One a layer."""
-    spec = AttentionSpec(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        key_dim=config.head_dim,
-        value_dim=config.head_dim,
-        scale=config.head_dim**-0.5,
-        window=config.sliding_window,
+    """One a layer. Latent attention is one KV head, whose value is in its key."""
+    latent = config.latent
+    if latent is None:
+        kv_heads, key_dim, value_dim = config.num_kv_heads, config.head_dim, config.head_dim
+    else:
+        kv_heads, key_dim, value_dim = 1, latent.rank + latent.rope, latent.rank
+    return tuple(
+        AttentionSpec(
+            num_heads=config.num_heads,
+            num_kv_heads=kv_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            scale=config.attention_scale,
+            window=layer.window,
+            softcap=config.attention_softcap,
+            value_in_key=latent is not None,
+        )
+        for layer in config.layers
     )
-    return (spec,) * config.num_layers

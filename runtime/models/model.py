@@ -37,6 +37,13 @@ class Model(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    def for_context(self, num_tokens: int) -> "Model":
+        """The same weights as sequences of up to `num_tokens` need them. Rotary embeddings that
+        depend on the length take it from here: cached keys are turned already, so it cannot change
+        while a sequence grows.
+        """
+        ...
+
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """token_ids, positions [rows] int64 -> the last block's output [rows, hidden]."""
         ...
@@ -54,6 +61,7 @@ def sinks_of(spec: AttentionSpec, device: torch.device) -> Tensor | None:
 def causal_logits(model: Model, tokens: Tensor) -> Tensor:
     """One full pass without a cache: [batch, tokens] int64 -> float32 [batch, tokens, vocab]."""
     batch, length = tokens.shape
+    model = model.for_context(length)
     positions = torch.arange(length, device=model.device)
     with torch.inference_mode():
         flat = tokens.reshape(-1).to(model.device)

@@ -72,7 +72,7 @@ def test_wrong_shapes_are_named_all_together(edited: Callable[..., Path]) -> Non
 
 def test_a_config_of_another_model_is_refused(edited: Callable[..., Path]) -> None:
     with pytest.raises(FormatError, match=r"layers\.2\.\S+ is missing; .* and \d+ more"):
-        load_model(str(edited(intermediate_size=768, num_hidden_layers=3)))
+        load_model(str(edited(num_hidden_layers=3, layer_types=None)))
 
 
 def test_families_without_a_decoder_are_refused_with_the_list(edited: Callable[..., Path]) -> None:

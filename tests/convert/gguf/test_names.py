@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 
-from qtool.arch import ARCHITECTURES, Rope
+from qtool.arch import ARCHITECTURES
 from qtool.convert.gguf.families import settings_entries
 from qtool.convert.gguf.names import (
     NameMap,
@@ -21,6 +21,7 @@ from qtool.convert.gguf.reading import Settings
 from qtool.convert.gguf.ropes import rope_divisors, rope_from_divisors
 from qtool.convert.gguf.sizes import Sizes
 from qtool.errors import FormatError, UnsupportedModel
+from qtool.rope import Rope
 
 RAW = {
     "model_type": "llama",

@@ -1,0 +1,305 @@
+"""Builds a decoder from a family's row, a config.json and a reader of weights.
+
+Roles decide the wiring: a row with norms after a layer gets them there, one with a router gets
+experts, one with kv_a latent attention. One block at a time is read, packed by the kernel that
+`kernels.dispatch` chooses, and let go, so the peak is the packed model and one block. What was
+chosen for which layer, and why, is counted.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtool.arch import Architecture, Role
+from qtool.convert.formats import WeightReader
+from qtool.decoder_config import DecoderConfig, ExpertsConfig, LatentConfig
+from qtool.kernels.dispatch import describe
+from qtool.progress import bar
+from qtool.runtime.layers import Fused, Linear, Linears, pack
+from qtool.runtime.models.attention import LatentAttention, SelfAttention
+from qtool.runtime.models.decoder import Block, Decoder, attention_specs
+from qtool.runtime.models.mlp import Mlp, SparseMlp
+from qtool.runtime.models.parts import (
+    ACTIVATIONS,
+    GATED,
+    AllHeadsNorm,
+    HeadNorm,
+    LayerNorm,
+    Norm,
+    RmsNorm,
+    Rotation,
+    WideRmsNorm,
+)
+from qtool.weights import DenseWeight, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class KernelUse:
+    """`count` layers of one kind, stored one way, run by one kernel for one reason."""
+
+    layer: str
+    weight: str
+    kernel: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Built:
+    """nbytes counts each weight once, however many layers share it."""
+
+    decoder: Decoder
+    kernels: tuple[KernelUse, ...]
+    nbytes: int
+
+
+def build_decoder(
+    reader: WeightReader,
+    architecture: Architecture,
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Built:
+    """Of weights that `tensors.check_tensors` has accepted."""
+    return _Builder(reader, architecture, config, dtype, device).build()
+
+
+class _Builder:
+    def __init__(
+        self,
+        reader: WeightReader,
+        architecture: Architecture,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._reader = reader
+        self._architecture = architecture
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._ropes = list(dict.fromkeys(layer.rope for layer in config.layers if layer.rope))
+        self._uses: Counter[tuple[str, str, str, str]] = Counter()
+        self._nbytes = 0
+
+    def build(self) -> Built:
+        config = self._config
+        embedding = self._tensor("embed", None)
+        blocks = []
+        with bar(f"loading {self._reader.source.name}", config.num_layers) as progress:
+            for index in range(config.num_layers):
+                blocks.append(self._block(index))
+                progress.advance()
+        tied = DenseWeight(embedding) if config.tie_word_embeddings else None
+        head = self._linear(("head",), None, given=tied)
+        if isinstance(head, Linear) and head.shares(embedding):
+            self._nbytes -= embedding.nbytes
+        norm = self._norm("norm", None)
+        assert norm is not None
+        decoder = Decoder(
+            config=config,
+            attention=attention_specs(config),
+            embedding=embedding,
+            rotations=tuple(
+                Rotation.of(rope, config.rope_dim, config.max_position_embeddings, self._device)
+                for rope in self._ropes
+            ),
+            blocks=tuple(blocks),
+            norm=norm,
+            head=head,
+        )
+        uses = tuple(KernelUse(*key, count) for key, count in self._uses.items())
+        return Built(decoder, uses, self._nbytes)
+
+    def _block(self, index: int) -> Block:
+        latent = self._config.latent
+        return Block(
+            attention_norm=self._norm("attn_norm", index),
+            attention=self._attention(index) if latent is None else self._latent(index, latent),
+            attention_post_norm=self._norm("attn_post_norm", index),
+            mlp_norm=self._norm("mlp_norm", index),
+            mlp=self._mlp(index),
+            mlp_post_norm=self._norm("mlp_post_norm", index),
+            residual_scale=self._config.residual_scale,
+        )
+
+    def _attention(self, index: int) -> SelfAttention:
+        config = self._config
+        rope = config.layers[index].rope
+        return SelfAttention(
+            layer=index,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            qkv=self._linear(self._present(("qkv",), ("q", "k", "v")), index),
+            qk_norm=self._qk_norm(index),
+            turn=None if rope is None else self._ropes.index(rope),
+            o=self._linear(("o",), index),
+        )
+
+    def _qk_norm(self, index: int) -> Norm | None:
+        config, kind = self._config, self._architecture.qk_norm
+        if kind is None:
+            return None
+        q, k = self._gain("q_norm", index), self._gain("k_norm", index)
+        if kind == "all":
+            return AllHeadsNorm(q, k, config.norm_eps)
+        gains = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
+        return HeadNorm(gains, config.norm_eps)
+
+    def _latent(self, index: int, latent: LatentConfig) -> LatentAttention:
+        config = self._config
+        heads = config.num_heads
+        rope = config.layers[index].rope
+        assert rope is not None
+        queries: Role = "q" if latent.query_rank is None else "q_b"
+        first: Role = "q" if latent.query_rank is None else "q_a"
+        orders = {queries: _query_rows(heads, latent), "kv_a": _latent_rows(latent)}
+        if not latent.interleaved:
+            orders = {}
+        up = self._reader.weight(self._architecture.hf_name("kv_b", index))
+        heads_up = up.dequantize(self._dtype).to(self._device).view(heads, -1, latent.rank)
+        key_up, value_up = heads_up.tensor_split((latent.nope,), dim=1)
+        self._nbytes += heads_up.nbytes
+        self._count("kv_b", describe(up), "dense", "multiplied head by head, unpacked at load")
+        return LatentAttention(
+            layer=index,
+            num_heads=heads,
+            nope=latent.nope,
+            rank=latent.rank,
+            narrow=self._linear((first, "kv_a"), index, orders=orders),
+            narrow_query=latent.query_rank or heads * (latent.nope + latent.rope),
+            q_norm=None if latent.query_rank is None else self._norm("q_a_norm", index),
+            q=None if latent.query_rank is None else self._linear(("q_b",), index, orders=orders),
+            kv_norm=RmsNorm(self._tensor("kv_a_norm", index), config.norm_eps),
+            key_up=key_up.contiguous(),
+            value_up=value_up.transpose(1, 2).contiguous(),
+            turn=self._ropes.index(rope),
+            o=self._linear(("o",), index),
+        )
+
+    def _mlp(self, index: int) -> Mlp | SparseMlp:
+        activation = self._config.activation
+        if self._config.layers[index].sparse:
+            assert self._config.experts is not None
+            return self._sparse(index, self._config.experts)
+        if "gate" not in self._architecture.tensors and "gate_up" not in self._architecture.tensors:
+            return Mlp(
+                self._linear(("up",), index),
+                ACTIVATIONS[activation],
+                self._linear(("down",), index),
+            )
+        gate_up = self._present(("gate_up",), ("gate", "up"))
+        return Mlp(self._linear(gate_up, index), GATED[activation], self._linear(("down",), index))
+
+    def _sparse(self, index: int, experts: ExpertsConfig) -> SparseMlp:
+        gated = GATED[self._config.activation]
+        tensors = self._architecture.tensors
+        each = tuple(
+            Mlp(
+                self._linear(("experts_gate", "experts_up"), index, expert),
+                gated,
+                self._linear(("experts_down",), index, expert),
+            )
+            for expert in range(experts.count)
+        )
+        shared = None
+        if experts.shared_size:
+            gate_up = self._linear(("shared_gate", "shared_up"), index)
+            shared = Mlp(gate_up, gated, self._linear(("shared_down",), index))
+        return SparseMlp(
+            config=experts,
+            router=self._tensor("router", index, torch.float32),
+            router_bias=self._tensor("router_bias", index, torch.float32)
+            if "router_bias" in tensors
+            else None,
+            experts=each,
+            shared=shared,
+            shared_gate=self._tensor("shared_router", index)
+            if shared is not None and "shared_router" in tensors
+            else None,
+        )
+
+    def _present(self, *choices: tuple[Role, ...]) -> tuple[Role, ...]:
+        """The first of these ways to store a linear that the family has."""
+        return next(roles for roles in choices if roles[0] in self._architecture.tensors)
+
+    def _norm(self, role: Role, index: int | None) -> Norm | None:
+        if role not in self._architecture.tensors:
+            return None
+        eps = self._config.norm_eps
+        gain = self._gain(role, index)
+        if self._architecture.norm == "layer":
+            bias = self._reader.tensor(f"{self._architecture.hf_name(role, index)}.bias")
+            self._nbytes += bias.numel() * self._dtype.itemsize
+            return LayerNorm(gain, bias.to(self._device, self._dtype).contiguous(), eps)
+        return RmsNorm(gain, eps) if gain.dtype == self._dtype else WideRmsNorm(gain, eps)
+
+    def _gain(self, role: Role, index: int | None) -> Tensor:
+        """A norm's weight, with the family's offset in it: then in float32."""
+        offset = self._architecture.norm_offset
+        if not offset:
+            return self._tensor(role, index)
+        return self._tensor(role, index, torch.float32) + offset
+
+    def _tensor(self, role: Role, index: int | None, dtype: torch.dtype | None = None) -> Tensor:
+        name = self._architecture.hf_name(role, index)
+        name = name if role == "router_bias" else f"{name}.weight"
+        tensor = self._reader.tensor(name).to(self._device, dtype or self._dtype).contiguous()
+        self._nbytes += tensor.nbytes
+        return tensor
+
+    def _linear(
+        self,
+        roles: Sequence[Role],
+        index: int | None,
+        expert: int | None = None,
+        *,
+        given: Weight | None = None,
+        orders: dict[Role, Tensor] | None = None,
+    ) -> Linear | Linears:
+        """One packed layer of the roles' weights side by side, their rows in `orders`."""
+        modules = [self._architecture.hf_name(role, index, expert) for role in roles]
+        weights = [given or self._reader.weight(module) for module in modules]
+        biases = [self._bias(module) for module in modules]
+        for place, role in enumerate(roles):
+            order = (orders or {}).get(role)
+            if order is not None:
+                bias = biases[place]
+                weights[place] = weights[place].rows(order)
+                biases[place] = None if bias is None else bias[order]
+        fused: Fused = pack(weights, biases, self._dtype, self._device)
+        self._nbytes += fused.layer.nbytes
+        for role, weight, choice in zip(roles, weights, fused.choices, strict=True):
+            stored = "the embedding" if given is not None else describe(weight)
+            self._count(role, stored, choice.kernel.name, choice.reason)
+        return fused.layer
+
+    def _count(self, role: Role, stored: str, kernel: str, reason: str) -> None:
+        self._uses[role, stored, kernel, reason] += 1
+
+    def _bias(self, module: str) -> Tensor | None:
+        name = f"{module}.bias"
+        return self._reader.tensor(name) if self._reader.has(name) else None
+
+
+def _halves(channels: int) -> list[int]:
+    """Pairs side by side to pairs half apart: [0, 2, 4, 1, 3, 5]."""
+    return [*range(0, channels, 2), *range(1, channels, 2)]
+
+
+def _latent_rows(latent: LatentConfig) -> Tensor:
+    """kv_a's rows, the rotated ones at the end reordered."""
+    turned: Iterable[int] = (latent.rank + row for row in _halves(latent.rope))
+    return torch.tensor([*range(latent.rank), *turned])
+
+
+def _query_rows(heads: int, latent: LatentConfig) -> Tensor:
+    """The queries' rows, the rotated ones at the end of each head reordered."""
+    turned = [latent.nope + row for row in _halves(latent.rope)]
+    one = torch.tensor([*range(latent.nope), *turned])
+    width = latent.nope + latent.rope
+    return (torch.arange(heads)[:, None] * width + one).flatten()
