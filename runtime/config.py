@@ -4,10 +4,11 @@ The command line reads its defaults from here, so help text, code and documentat
 apart. What the engine decides from it (the number of KV blocks, the data type that "auto" became)
 is a second value, `runtime.engine.client.ModelInfo`, and never written back.
 
-`max_num_batched_tokens` bounds how long one step may take and so the gap between two tokens of
-everybody else: on a CPU that prefills at a few hundred tokens a second, vLLM's 2048 would stall
-every stream for seconds. 512 costs little prefill speed and keeps the stall under a second for
-models of up to a billion parameters.
+How long a prompt may hold up everybody else's next token is `target_itl_ms`: the engine measures
+what its steps cost and cuts prompts accordingly (`runtime.engine.pace`). `max_num_batched_tokens`
+bounds a step also where nobody is held up yet, so that a request that comes a moment later does not
+wait long: vLLM's 2048 would take seconds on a CPU that prefills at a few hundred tokens a second,
+and 512 costs little prefill speed.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ from qtool.errors import UnknownName, UsageError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+# What a step may take beside which others decode, in milliseconds.
+TARGET_ITL_MS = {"cpu": 200.0, "cuda": 50.0}
+# Requests that may wait, for each that runs.
+WAITING_PER_RUNNING = 16
 
 
 # No slots: they would hide the defaults, which the command line reads as EngineConfig.max_num_seqs.
@@ -28,6 +35,14 @@ class EngineConfig:
     max_model_len            longest prompt plus answer; None: what the model was made for
     max_num_seqs             sequences in one step
     max_num_batched_tokens   tokens in one step, prompts and answers together
+    max_num_waiting          requests that may wait in a server's engine before more are refused;
+                             None: 16 for each of max_num_seqs
+    scheduling_policy        fcfs: first come, first served; priority: by the requests' priority,
+                             lower first, and then so
+    target_itl_ms            milliseconds that a step may take beside which others decode: bounds
+                             the gap between two tokens of an answer; None: 200 on a CPU, 50 on a
+                             GPU; 0: no bound
+    enable_prefix_caching    use again what the cache holds of a prompt's beginning
     block_size               tokens in one KV block
     kv_cache_memory_bytes    size of the KV pool; None: a fraction of free memory, never more than
                              max_num_seqs sequences of max_model_len tokens can use
@@ -41,6 +56,10 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    max_num_waiting: int | None = None
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    target_itl_ms: float | None = None
+    enable_prefix_caching: bool = True
     block_size: int = 32
     kv_cache_memory_bytes: int | None = None
     seed: int = 0
@@ -50,6 +69,13 @@ class EngineConfig:
             raise UnknownName("dtype", self.dtype, get_args(Dtype))
         if self.device not in get_args(Device):
             raise UnknownName("device", self.device, get_args(Device))
+        if self.scheduling_policy not in get_args(SchedulingPolicy):
+            known = get_args(SchedulingPolicy)
+            raise UnknownName("scheduling policy", self.scheduling_policy, known)
+        for name in ("max_num_waiting", "target_itl_ms"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UsageError(f"{name} is {value}, must be at least 0")
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, must be at least 1")
@@ -57,3 +83,15 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, must be at least 1")
+
+    @property
+    def num_waiting_limit(self) -> int:
+        """Requests that may wait."""
+        if self.max_num_waiting is not None:
+            return self.max_num_waiting
+        return WAITING_PER_RUNNING * self.max_num_seqs
+
+    def target_step_seconds(self, device: str) -> float | None:
+        """How long a step may take beside which others decode; None: no bound."""
+        target = TARGET_ITL_MS.get(device) if self.target_itl_ms is None else self.target_itl_ms
+        return target / 1000 if target else None

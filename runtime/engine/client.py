@@ -38,6 +38,8 @@ class EngineStats:
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_preemptions: int = 0
+    prefix_cache_queries_total: int = 0
+    prefix_cache_hits_total: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
 

@@ -1,25 +1,32 @@
-"""What runs in the next step: vLLM V1's rules.
+"""What runs in the next step: vLLM V1's rules, with three of our own.
 
-One budget of tokens a step, spent on running sequences first, in the order they came, then on
-waiting ones. There are no phases: each sequence has tokens that the cache does not hold yet, and a
-step computes some of them: one for a sequence that is decoding, a chunk of the prompt for one that
-is not there yet. A long prompt is thus prefilled beside the others' decoding and stalls nobody for
-longer than one budget.
+One budget of tokens a step. There are no phases: each sequence has tokens that the cache does not
+hold yet, and a step computes some of them: one for a sequence that is decoding (and its guesses),
+a chunk of the prompt for one that is not there yet. Running sequences come first, those that
+decode before those that are prefilled, then waiting ones while seats, blocks and budget last.
 
 Admission reserves blocks for the whole prompt, so a sequence that has begun its prefill can finish
-it. Answers grow block by block. When no block is left, the sequence that came last gives up its
-blocks and waits again at the head of the queue with the tokens it has; they are computed anew when
-there is room (recomputing costs less than moving a cache out and in, and needs no second pool). A
-pool holds at least one sequence of full length, which the engine ensures, so the first to come
-always advances and nothing can lock up.
+it. Answers grow block by block. When no block is left, the sequence whose turn is last gives up its
+blocks and waits again, at its old place, with the tokens it has; they are computed anew when there
+is room, as far as the cache has lost them (recomputing costs less than moving a cache out and in,
+and needs no second pool). A pool holds at least one sequence of full length, which the engine
+ensures, so the one whose turn is first always advances and nothing can lock up.
+
+What vLLM does not do: the prompt tokens beside which others decode are bounded by how long the step
+will take (`pace`); whose prompt the cache holds may go first, within bounds, and whose prompt is
+being computed by another waits for it (`waiting`); and by priority, who waits also takes the place
+of who runs with a worse one.
+
+The reference is vLLM's `v1/core/sched/scheduler.py`.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qtool.runtime.engine.blocks import BlockManager
+from qtool.runtime.engine.blocks import BlockManager, Match
+from qtool.runtime.engine.pace import Pace
 from qtool.runtime.engine.sequence import Sequence
+from qtool.runtime.engine.waiting import Waiting
 
 
 class Scheduled(NamedTuple):
@@ -42,6 +49,11 @@ class Scheduled(NamedTuple):
         return self.num_tokens - self.num_draft_tokens == self.sequence.num_uncomputed_tokens
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether somebody who has begun to answer waits for this step."""
+        return self.num_tokens - self.num_draft_tokens == 1 and self.samples
+
+    @property
     def num_draw_rows(self) -> int:
         """Rows whose logits tokens are drawn from: the last token's, and each draft's."""
         return 1 + self.num_draft_tokens if self.samples else 0
@@ -60,15 +72,31 @@ class Scheduled(NamedTuple):
 
 
 class Scheduler:
+    """priority  whether requests' priorities count; else first come, first served
+    pace         bounds the prompt tokens of a step beside which others decode
+    """
+
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        by_priority: bool = False,
+        pace: Pace | None = None,
     ) -> None:
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._running: list[Sequence] = []
-        self._waiting: deque[Sequence] = deque()
+        self._by_priority = by_priority
+        self.pace = pace or Pace(None)
+        self._running: dict[Sequence, None] = {}
+        self._waiting = Waiting(by_priority=by_priority)
+        # The sequence that found no room, and how much had been freed by then.
+        self._no_room: tuple[Sequence, int] | None = None
         self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
 
     @property
     def num_running(self) -> int:
@@ -87,7 +115,7 @@ class Scheduler:
         yield from self._waiting
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Take up a further answer to the parent's prompt: with the parent's cache beside it where
@@ -95,57 +123,203 @@ class Scheduler:
         """
         num_tokens = min(parent.num_computed_tokens, len(child.token_ids) - 1)
         has_seat = len(self._running) < self._max_num_seqs
-        if has_seat and self._blocks.fork(parent.id, child.id, num_tokens):
-            child.num_computed_tokens = num_tokens
-            self._running.append(child)
+        if has_seat and self._blocks.fork(parent.id, child.id, child.token_ids, num_tokens):
+            child.num_computed_tokens = child.num_cached_tokens = num_tokens
+            self._waiting.know(child)
+            self._running[child] = None
         else:
-            self.add(child)
+            self._waiting.add(child)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence that has ended, and free its blocks at once."""
-        self._blocks.free(sequence.id)
-        if sequence in self._running:
-            self._running.remove(sequence)
+    def computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """A step is over: the cache holds the sequence's first num_tokens tokens."""
+        sequence.num_computed_tokens = num_tokens
+        self._blocks.computed(sequence.id, num_tokens)
+        if self._blocks.window is not None:
+            self._blocks.release(sequence.id)
+
+    def remove(self, sequence: Sequence, *, failed: bool = False) -> None:
+        """Forget a sequence that has ended, and free its blocks at once.
+
+        failed  its blocks may hold what nobody should read
+        """
+        if failed:
+            self._blocks.discard(sequence.id)
         else:
-            self._waiting.remove(sequence)
+            self._blocks.free(sequence.id)
+        self._running.pop(sequence, None)
+        self._waiting.forget(sequence)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Sequences whose deadline has passed, each once."""
+        return self._waiting.expired(now)
 
     def schedule(self) -> list[Scheduled]:
         """The next step's work; empty only if there is nothing to do."""
-        batch: list[Scheduled] = []
-        budget = self._max_num_batched_tokens
-        preempted = False
-        index = 0
-        # Preemption takes from the end of this list, so it is walked by index.
-        while index < len(self._running) and budget > 0:
-            sequence = self._running[index]
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            while not self._blocks.allocate(sequence.id, sequence.num_computed_tokens + num_tokens):
-                preempted = True
-                self._preempt(self._running[-1])
-                if index == len(self._running):
-                    break  # it was the last to come, and gave up its own blocks
-            else:
-                batch.append(Scheduled(sequence, num_tokens))
-                budget -= num_tokens
-                index += 1
-        if not preempted:
-            self._admit(batch, budget)
-        return batch
+        step = _Step(self._max_num_batched_tokens)
+        self._make_way()
+        num_preemptions = self.num_preemptions
+        prefilling = []
+        for sequence in list(self._running):
+            if sequence.num_uncomputed_tokens > 1:
+                prefilling.append(sequence)
+            elif step.budget > 0 and sequence in self._running:
+                self._decode(sequence, step)
+        num_decoding = len(step.work)
+        chunk = self.pace.max_prompt_tokens(step.budget, num_decoding)
+        if self._by_priority:
+            prefilling.sort(key=self._waiting.turn)
+        for sequence in prefilling:
+            if chunk > 0 and sequence in self._running:
+                num_tokens = min(sequence.num_uncomputed_tokens, chunk)
+                if self._place(step, sequence, num_tokens):
+                    chunk -= num_tokens
+        if self.num_preemptions == num_preemptions:
+            self._admit(step, min(chunk, step.budget))
+        return list(step.work.values())
 
-    def _admit(self, batch: list[Scheduled], budget: int) -> None:
-        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            if not self._blocks.allocate(sequence.id, len(sequence.token_ids)):
-                return  # first come, first served: nobody overtakes it
-            self._waiting.popleft()
-            self._running.append(sequence)
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            batch.append(Scheduled(sequence, num_tokens))
-            budget -= num_tokens
+    def _decode(self, sequence: Sequence, step: "_Step") -> None:
+        room = sequence.max_total_tokens - len(sequence.token_ids) - 1
+        num_drafts = max(min(len(sequence.draft_token_ids), step.budget - 1, room), 0)
+        length = sequence.num_computed_tokens + 1
+        # Guesses are worth a free block, and nobody's place.
+        if num_drafts and not self._blocks.allocate(sequence.id, length + num_drafts):
+            num_drafts = 0
+        self._place(step, sequence, 1 + num_drafts, num_drafts)
+
+    def _place(
+        self, step: "_Step", sequence: Sequence, num_tokens: int, num_drafts: int = 0
+    ) -> bool:
+        """Make room for a sequence's tokens, if need be in place of others; False if it had to
+        give up its own.
+        """
+        length = sequence.num_computed_tokens + num_tokens
+        while not self._blocks.allocate(sequence.id, length):
+            last = max(self._running, key=self._waiting.turn)
+            self._preempt(last)
+            step.drop(last)
+            if last is sequence:
+                return False
+        step.add(Scheduled(sequence, num_tokens, num_drafts))
+        return True
+
+    def _admit(self, step: "_Step", chunk: int) -> None:
+        """Let waiting sequences run while there are seats, prompt tokens and blocks for them."""
+        if not self._waiting or chunk <= 0 or self._is_stuck():
+            return
+        matches: dict[Sequence, Match] = {}
+
+        def look_up(sequence: Sequence) -> Match:
+            if sequence not in matches:
+                matches[sequence] = self._look_up(sequence)
+            return matches[sequence]
+
+        while chunk > 0 and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting.next(look_up)
+            if sequence is None:
+                return
+            if matches[sequence] != (latest := self._look_up(sequence)):
+                matches[sequence] = latest  # by what was admitted just now
+                continue
+            if not self._start(sequence, chunk):
+                # A prompt that is warm and too large holds up nobody before it.
+                first = self._waiting.first()
+                if first is None or first is sequence or not self._start(first, chunk):
+                    self._no_room = sequence, self._blocks.num_freed_ever
+                    return
+                sequence = first
+            num_tokens = min(sequence.num_uncomputed_tokens, chunk)
+            step.add(Scheduled(sequence, num_tokens))
+            chunk -= num_tokens
+
+    def _start(self, sequence: Sequence, chunk: int) -> bool:
+        """Give a waiting sequence its blocks, for all its tokens at once where each is kept.
+
+        A block a running sequence is left free: those that run are about to grow, and whoever is
+        let in only to be preempted has been computed in vain.
+        """
+        blocks = self._blocks
+        reuse = _may_reuse(sequence)
+        num_cached = blocks.admit(
+            sequence.id,
+            sequence.token_ids,
+            sequence.cache_scope,
+            num_tokens=None if blocks.window is None else chunk,
+            spare_blocks=len(self._running),
+            reuse=reuse,
+        )
+        if num_cached is None:
+            return False
+        self._waiting.overtake(sequence)
+        self._waiting.take(sequence)
+        self._running[sequence] = None
+        sequence.num_computed_tokens = num_cached
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = num_cached
+            if blocks.caching and reuse:
+                self.num_prefix_queries += len(sequence.token_ids)
+                self.num_prefix_hits += num_cached
+        return True
+
+    def _look_up(self, sequence: Sequence) -> Match:
+        if not _may_reuse(sequence):
+            return Match(0)
+        return self._blocks.look_up(sequence.id, sequence.token_ids, sequence.cache_scope)
+
+    def _is_stuck(self) -> bool:
+        """Whether nothing has been freed since the sequence whose turn it is found no room."""
+        if self._no_room is None:
+            return False
+        sequence, num_freed = self._no_room
+        return (
+            num_freed == self._blocks.num_freed_ever
+            and bool(self._running)
+            and not self._by_priority
+            and sequence in self._waiting
+        )
+
+    def _make_way(self) -> None:
+        """By priority: who waits goes before whoever runs with a worse one."""
+        while self._by_priority and self._waiting and self._running:
+            first = next(iter(self._waiting))
+            last = max(self._running, key=self._waiting.turn)
+            if self._waiting.priority(last) <= self._waiting.priority(first):
+                return
+            has_seat = len(self._running) < self._max_num_seqs
+            if has_seat and self._has_room(first):
+                return
+            self._preempt(last)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        missing = self._blocks.blocks_for(len(sequence.token_ids)) + len(self._running)
+        return missing <= self._blocks.num_free_blocks
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
+        del self._running[sequence]
         self._blocks.free(sequence.id)
         sequence.num_computed_tokens = 0
-        self._waiting.appendleft(sequence)
+        sequence.num_preemptions += 1
+        sequence.draft_token_ids.clear()
+        self._waiting.add(sequence)
         self.num_preemptions += 1
+
+
+class _Step:
+    """The work of a step as it is put together, and what is left of its tokens."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.work: dict[Sequence, Scheduled] = {}
+
+    def add(self, work: Scheduled) -> None:
+        self.work[work.sequence] = work
+        self.budget -= work.num_tokens
+
+    def drop(self, sequence: Sequence) -> None:
+        work = self.work.pop(sequence, None)
+        if work is not None:
+            self.budget += work.num_tokens
+
+
+def _may_reuse(sequence: Sequence) -> bool:
+    """Who asks what the model thinks of a prompt needs it computed."""
+    return sequence.request.sampling.prompt_logprobs is None

@@ -6,6 +6,7 @@ turns ids into text (`runtime.tokenizer.IncrementalDetokenizer`), who then abort
 engine itself stops at end-of-text ids, `stop_token_ids`, `max_tokens` and the end of the context.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,7 @@ from qtool.runtime.engine.logit_rules import LogitRules, TokenMask
 from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 class PromptTooLong(QtoolError):
@@ -32,14 +33,26 @@ class PromptTooLong(QtoolError):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt to continue. `priority`: lower runs earlier; kept for the scheduler to come."""
+    """One prompt to continue.
+
+    priority    lower runs earlier, under `scheduling_policy="priority"`
+    cache_salt  the cache is shared only with requests of an equal one: who does not know it cannot
+                find out by timing what others have asked
+    timeout     seconds after which the request ends, wherever it is; None: no bound
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     priority: int = 0
+    cache_salt: str | None = None
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
+        if self.timeout is not None and not self.timeout > 0:
+            raise UsageError(
+                f"request {self.request_id}: timeout is {self.timeout}, must be above 0 seconds"
+            )
         if not self.prompt_token_ids:
             raise UsageError(
                 f"request {self.request_id}: the prompt is empty",
@@ -82,6 +95,10 @@ class Sequence:
     prefilled, in as many chunks as the token budget takes. Preemption sets num_computed_tokens
     back to 0 and keeps token_ids, so the text goes on where it stopped.
 
+    arrival             when the request came, in the engine's seconds
+    deadline            when it ends at the latest; None: whenever it is done
+    num_cached_tokens   of the prompt, found in the cache
+    num_preemptions     how often it had to give up its blocks
     draft_token_ids  guesses at what follows token_ids, for the next step to verify; set before
                      the step is scheduled, and gone after it
     index            which of the request's answers this is
@@ -97,6 +114,10 @@ class Sequence:
     num_computed_tokens: int = 0
     draft_token_ids: list[int] = field(default_factory=list)
     index: int = 0
+    arrival: float = 0.0
+    deadline: float | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
     grammar: TokenMask | None = None
     rules: LogitRules | None = field(init=False)
 
@@ -112,6 +133,11 @@ class Sequence:
         """Unique in the engine: the request's id, and behind it the index of a further answer."""
         name = self.request.request_id
         return f"{name}#{self.index}" if self.index else name
+
+    @property
+    def cache_scope(self) -> Hashable:
+        """Keys and values are shared only between sequences of an equal one."""
+        return self.request.cache_salt
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -147,6 +173,7 @@ class Sequence:
             finish_reason=finish_reason,
             num_prompt_tokens=self.num_prompt_tokens,
             num_generated_tokens=self.num_generated_tokens,
+            num_cached_tokens=self.num_cached_tokens,
             error=error,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
