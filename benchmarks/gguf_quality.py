@@ -30,8 +30,9 @@ from typing import Any
 from qtool.artifact import tool_versions
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile
-from qtool.convert.gguf.export import ExportPlan, plan_export, write_gguf
+from qtool.convert.gguf.export import write_gguf
 from qtool.convert.gguf.imatrix import ImportanceMatrix
+from qtool.convert.gguf.plan import ExportPlan, plan_export
 from qtool.convert.gguf.types import FILE_TYPES
 from qtool.convert.imatrix_command import measure
 from qtool.convert.search import BestSearch

@@ -9,19 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from qtool.convert.gguf_options import (
-    GgufOptions,
-    gguf_options,
-    plan_gguf,
-    show_tensors,
-    tensor_facts,
-)
+from qtool.convert.gguf_options import gguf_options, options_for
 from qtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from qtool.convert.gguf.export import ExportPlan
+    from qtool.convert.gguf.plan import ExportPlan
+    from qtool.convert.outcome import Outcome
     from qtool.convert.plan import ConversionPlan
-    from qtool.convert.run import Outcome
 
 EPILOG = """\b
 Examples:
@@ -91,30 +85,38 @@ def convert(
         )
     from qtool.convert.fidelity import GGUF_TARGET
     from qtool.convert.formats import open_weights
+    from qtool.convert.gguf_plan import plan_gguf, tensor_facts
+    from qtool.convert.gguf_run import check_gguf_out, default_gguf_out, write_gguf_files
     from qtool.convert.plan import check_requantize, check_target, plan_conversion
-    from qtool.convert.run import default_gguf_out, default_out, write_checkpoint, write_gguf_file
+    from qtool.convert.run import check_out, default_out, write_checkpoint
     from qtool.source import resolve
 
     check_target(target)
     check_requantize(target, requantize)
-    options = GgufOptions.of(target, gguf)
+    options = options_for(target, gguf)
     source = resolve(model)
-    reader = open_weights(source)
     if target == GGUF_TARGET:
-        export = plan_gguf(reader, type_, options)
-        facts = {"source": source.name, **_show_export(export, source.name)}
+        if out is not None:
+            check_gguf_out(source, out)
+        export = plan_gguf(open_weights(source), type_, options)
+        gguf_out = out or default_gguf_out(source, export.file_type)
+        if not dry_run:
+            check_gguf_out(source, gguf_out, num_files=len(export.layouts), force=force)
+        facts = {"source": source.name, **_show_export(export, source.name, gguf_out)}
         if dry_run:
             facts["tensor_plan"] = tensor_facts(export, options)
-            show_tensors(facts["tensor_plan"])
+            _show_tensors(facts["tensor_plan"])
             return _finish(facts, None, as_json)
-        gguf_out = out or default_gguf_out(source, export.file_type)
-        return _finish(facts, write_gguf_file(export, gguf_out, force=force), as_json)
+        return _finish(facts, write_gguf_files(export, gguf_out, force=force), as_json)
+    folder = out or default_out(source, target)
+    if not dry_run:
+        check_out(source, folder, force=force)
+    reader = open_weights(source)
     plan = plan_conversion(reader, target=target, type=type_, requantize=requantize)
     facts = {"source": source.name, **_show_plan(plan, source.name)}
     if dry_run:
         return _finish(facts, None, as_json)
-    out = out or default_out(source, target)
-    return _finish(facts, write_checkpoint(reader, plan, out, force=force), as_json)
+    return _finish(facts, write_checkpoint(reader, plan, folder, force=force), as_json)
 
 
 def _list_conversions(as_json: bool) -> None:
@@ -161,15 +163,27 @@ def _show_plan(plan: ConversionPlan, source: str) -> dict[str, Any]:
     }
 
 
-def _show_export(plan: ExportPlan, source: str) -> dict[str, Any]:
+def _show_export(plan: ExportPlan, source: str, out: Path) -> dict[str, Any]:
+    from qtool.convert.gguf.parts import part_paths
+
     rows = [_Row(t.info.name, t.held.kind, t.info.type.name, t.how) for t in plan.tensors]
     _show_table(rows, f"{source} to GGUF {plan.file_type}", plan.nbytes)
+    names = [path.name for path in part_paths(out, len(plan.layouts))]
+    files = [
+        {"name": name, "tensors": len(layout.tensors), "bytes": layout.nbytes}
+        for name, layout in zip(names, plan.layouts, strict=True)
+    ]
+    if len(files) > 1:
+        largest = max(layout.nbytes for layout in plan.layouts)
+        _say(f"{len(files)} files, {names[0]} and so on, the largest {largest / 1e6:.1f} MB")
     for warning in plan.warnings:
         _say(f"warning: {warning}")
     return {
         "target": "gguf",
         "type": plan.file_type,
         "bits_per_weight": round(plan.bits_per_weight, 3),
+        "bytes": plan.nbytes,
+        "files": files,
         "tensors": _counts(rows),
         "warnings": list(plan.warnings),
     }
@@ -188,6 +202,19 @@ def _show_table(rows: list[_Row], title: str, nbytes: int) -> None:
     for (held, writes, action), names in groups.items():
         table.add_row(_summary(names), str(len(names)), held, writes, HOW[action])
     _say(f"{title}, about {nbytes / 1e6:.1f} MB")
+    console.print(table)
+
+
+def _show_tensors(facts: list[dict[str, Any]]) -> None:
+    """The same for a reader, on stderr."""
+    from rich.table import Table
+
+    from qtool.progress import console
+
+    table = Table("tensor", "shape", "type", "bytes", "why", box=None, pad_edge=False)
+    for row in facts:
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(row["name"], shape, row["type"], f"{row['bytes']:,}", row["why"])
     console.print(table)
 
 

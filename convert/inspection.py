@@ -16,6 +16,7 @@ from typing import Any
 from qtool.artifact import MANIFEST_NAME, Manifest
 from qtool.checkpoint import Checkpoint, TensorInfo, read_safetensors_header
 from qtool.convert.gguf.container import GgufFile, KeyValue
+from qtool.convert.gguf.parts import open_parts
 from qtool.convert.gguf.types import FILE_TYPES, ValueType
 from qtool.convert.huggingface import CheckpointWeights
 from qtool.errors import FormatError, QtoolError, UnsupportedModel
@@ -247,7 +248,12 @@ def _one_file(path: Path) -> Inspection:
 
 
 def _gguf(path: Path) -> Inspection:
-    file = GgufFile.open(path)
+    notes: list[str] = []
+    try:
+        file = open_parts(path)
+    except FormatError as error:
+        file = GgufFile.open(path)  # a part by itself still has much to tell
+        notes.append(error.message)
     metadata = file.metadata
     architecture = metadata.get("general.architecture")
     family = architecture if isinstance(architecture, str) else ""
@@ -261,18 +267,21 @@ def _gguf(path: Path) -> Inspection:
         sizes.setdefault("vocabulary", len(tokens))
     number = metadata.get("general.file_type")
     file_type = next((name for name, id_ in FILE_TYPES.items() if id_ == number), None)
-    notes = () if rows else ("it holds a vocabulary and no weights",)
+    if not rows:
+        notes.append("it holds no weights")
+    elif len(file.paths) > 1:
+        notes.append(f"it is in {len(file.paths)} files, all of them counted")
     return Inspection(
         path=path,
         format=f"gguf v{file.version}" + (f", {file_type}" if file_type and rows else ""),
         architecture=family,
         sizes=sizes,
-        file_bytes=path.stat().st_size,
+        file_bytes=sum(part.stat().st_size for part in file.paths),
         tensors=rows,
         tokenizer=_gguf_tokenizer(metadata),
         metadata={entry.key: _shortened(entry) for entry in file.entries},
         origin={},
-        notes=notes,
+        notes=tuple(notes),
     )
 
 

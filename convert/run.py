@@ -11,7 +11,6 @@ reported too.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,18 +21,22 @@ from qtool.artifact import MANIFEST_NAME, Manifest, write_manifest
 from qtool.convert.fidelity import DENSE_TARGET, GGUF_TARGET
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
 from qtool.convert.gguf.blocks.legacy import unpack_q8_0
-from qtool.convert.gguf.export import ExportPlan, PlannedTensor, plan_export, write_gguf
 from qtool.convert.gguf.import_ import GgufWeights
+from qtool.convert.gguf.options import GgufOptions
 from qtool.convert.gguf.vocab import tokenizer_from_gguf
+from qtool.convert.gguf_plan import plan_gguf
+from qtool.convert.gguf_run import check_gguf_out, default_gguf_out, write_gguf_files
 from qtool.convert.huggingface import GPTQ_CONFIG_NAME
+from qtool.convert.outcome import MAX_SCALE_ERROR, TINY, Outcome
 from qtool.convert.plan import (
     PACKING,
     ConversionPlan,
     Step,
     check_requantize,
+    check_target,
     plan_conversion,
 )
-from qtool.errors import OutputExists, QtoolError, UsageError, VerificationFailed
+from qtool.errors import QtoolError, UsageError, VerificationFailed
 from qtool.json_files import write_json
 from qtool.output import OutputFolder, copy_side_files
 from qtool.progress import track
@@ -42,39 +45,8 @@ from qtool.shards import ShardWriter
 from qtool.source import Source, resolve
 from qtool.weights import BlockWeight, QuantizedWeight
 
-# bfloat16 rounds a scale by 2**-9 at most; beyond twice that it is no rounding.
-MAX_SCALE_ERROR = 2.0**-8
-# Below any scale: a zero that stays zero has changed by nothing.
-TINY = 1e-37
 # The special tokens that a Hugging Face tokenizer names.
 HF_SPECIAL = {"bos", "eos", "unk", "sep", "pad", "mask"}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What was written, as read back.
-
-    exact_layers     packed layers with the source's weights, bit for bit
-    rounded_layers   packed layers whose scales were rounded to the target's type
-    max_scale_error  the largest relative change of a scale among those
-    nbytes           of all files
-    notes            what only the data could tell, a line each
-    near_layers      packed layers whose codes and scales are kept and whose minima are rounded
-    max_rms_error    the largest change among those, in the root mean square, relative to a layer's
-    again_layers     packed layers whose weights were rounded a second time
-    max_again_error  the largest change among those, likewise
-    """
-
-    out: Path
-    exact_layers: int
-    rounded_layers: int
-    max_scale_error: float
-    nbytes: int
-    notes: tuple[str, ...] = ()
-    near_layers: int = 0
-    max_rms_error: float = 0.0
-    again_layers: int = 0
-    max_again_error: float = 0.0
 
 
 def convert_model(
@@ -85,38 +57,53 @@ def convert_model(
     out: Path | str | None = None,
     force: bool = False,
     requantize: bool = False,
+    gguf: GgufOptions | None = None,
 ) -> Path:
-    """Convert a model; returns what was written, a folder or a .gguf file.
+    """Convert a model; returns what was written: a folder, a .gguf file or the first of several.
 
     source      a folder, a .gguf file, a Hub id or builtin:NAME
     to          gguf, marlin, gptq, awq, compressed-tensors or hf
     type        a GGUF type (Q4_K_M, ...), or a dtype with hf
     out         "<model>-<to>" in the current folder where None
     requantize  round a second time what the target cannot hold as it is
+    gguf        all that an export to GGUF can be told beside its type
     """
+    check_target(to)
+    check_requantize(to, requantize)
     if isinstance(source, str):
         source = resolve(source)
-    reader = open_weights(source)
     path = None if out is None else Path(out)
     if to == GGUF_TARGET:
-        check_requantize(to, requantize)
-        export = plan_export(reader, type)
+        if path is not None:
+            check_gguf_out(source, path)
+        export = plan_gguf(open_weights(source), type, gguf or GgufOptions())
         path = path or default_gguf_out(source, export.file_type)
-        return write_gguf_file(export, path, force=force).out
+        return write_gguf_files(export, path, force=force).out
+    if gguf is not None:
+        raise UsageError(f"options for GGUF were given, and the target is {to}")
+    path = path or default_out(source, to)
+    check_out(source, path, force=force)
+    reader = open_weights(source)
     plan = plan_conversion(reader, target=to, type=type, requantize=requantize)
-    return write_checkpoint(reader, plan, path or default_out(source, to), force=force).out
+    return write_checkpoint(reader, plan, path, force=force).out
 
 
 def default_out(source: Source, suffix: str) -> Path:
     return Path(f"{source.short_name}-{suffix}")
 
 
+def check_out(source: Source, out: Path, *, force: bool = False) -> None:
+    """Refuse a folder that could not be made."""
+    if out.resolve() == source.path.resolve():
+        raise UsageError(f"{out} is the source itself", "name another --out")
+    OutputFolder(out, force=force)  # refuses what it could not replace
+
+
 def write_checkpoint(
     reader: WeightReader, plan: ConversionPlan, out: Path, *, force: bool = False
 ) -> Outcome:
     """Write, read back, compare, name."""
-    if out.resolve() == reader.source.path.resolve():
-        raise UsageError(f"{out} is the source itself", "name another --out")
+    check_out(reader.source, out, force=force)
     again: dict[str, _Again] = {}
     with OutputFolder(out, force=force, needed_bytes=plan.nbytes) as stage:
         shards = ShardWriter(stage.path)
@@ -301,75 +288,3 @@ def _source_manifest(source: Source) -> Manifest | None:
     if source.is_gguf or not (source.path / MANIFEST_NAME).is_file():
         return None
     return Manifest.load(source.path)
-
-
-def default_gguf_out(source: Source, file_type: str) -> Path:
-    return Path(f"{source.short_name}-{file_type}.gguf")
-
-
-def write_gguf_file(plan: ExportPlan, out: Path, *, force: bool = False) -> Outcome:
-    """Write under a hidden name, open it again, compare what was to stay the same, name it."""
-    if out.suffix != ".gguf":
-        raise UsageError(f"{out} does not end in .gguf, and a GGUF model is one file")
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder", "name another --out")
-    if out.resolve() == plan.reader.source.path.resolve():
-        raise UsageError(f"{out} is the source itself", "name another --out")
-    if out.exists() and not force:
-        raise OutputExists(out)
-    unchecked = out.with_name(f".{out.name}.unchecked")
-    try:
-        notes = write_gguf(plan, unchecked, force=True)
-        outcome = _compare_gguf(plan, unchecked, out, notes)
-        unchecked.replace(out)
-    finally:
-        unchecked.unlink(missing_ok=True)
-    return outcome
-
-
-def _compare_gguf(plan: ExportPlan, written_at: Path, out: Path, notes: tuple[str, ...]) -> Outcome:
-    """Weights whose codes were kept are compared; what was rounded anew is measured by eval."""
-    written = GgufWeights(Source(str(out), written_at))
-    errors, near = [], []
-    for tensor in track(plan.tensors, f"checking {out.name}"):
-        if tensor.source is None or tensor.how not in ("copy", "repack"):
-            continue
-        if tensor.how == "repack" and tensor.info.type.name == "Q4_1":
-            near.append(_minimum_error(plan.reader, written, tensor))
-            continue
-        meant = plan.reader.tensor(tensor.source).float()
-        found = written.tensor(tensor.source).float()
-        change = ((meant - found).abs() / meant.abs().clamp(min=TINY)).max().item()
-        if change > MAX_SCALE_ERROR:
-            raise VerificationFailed(f"{tensor.source} reads back other than it was written")
-        if tensor.how == "repack":
-            errors.append(change)
-    return Outcome(
-        out=out,
-        exact_layers=errors.count(0.0),
-        rounded_layers=len(errors) - errors.count(0.0),
-        max_scale_error=max(errors, default=0.0),
-        nbytes=written_at.stat().st_size,
-        notes=notes,
-        near_layers=len(near),
-        max_rms_error=max(near, default=0.0),
-    )
-
-
-def _minimum_error(reader: WeightReader, written: WeightReader, tensor: PlannedTensor) -> float:
-    """How far rounded minima move a layer, relative; raises where more than they moved.
-
-    Half precision rounds -zero * scale by 2**-11 of it, and the reader's sum rounds once more.
-    """
-    assert tensor.source is not None
-    module = tensor.source.removesuffix(".weight")
-    weight = reader.weight(module)
-    assert isinstance(weight, QuantizedWeight), type(weight)
-    assert weight.zeros is not None
-    meant, found = weight.dequantize(), written.tensor(tensor.source).float()
-    scales = weight.scales.float()
-    most = (2.0**-10 * (weight.zeros.float() + 1) * scales.abs()).unsqueeze(-1)
-    change = (found - meant).abs().view(*scales.shape, -1)
-    if not bool((change <= most).all()):
-        raise VerificationFailed(f"{tensor.source} reads back other than it was written")
-    return float((found - meant).norm() / meant.norm().clamp(min=TINY))

@@ -120,7 +120,7 @@ def _solve_gptq(
     at_site = _by_site(planned)
     for stage in stages(groups, sequential=True):
         moments = _collected(index, stage, planned, capture, result)
-        prior = _expert_prior(stage, moments)
+        prior = expert_prior(stage, moments)
         for group in stage.groups:
             linears = [linear for site in group.sites for linear in at_site.get(site, [])]
             observed = moments.pop(group.first)
@@ -139,7 +139,7 @@ def _solve_awq(
     groups = _traced(index, planned, capture)
     (stage,) = stages(groups, sequential=False) or [Stage(())]
     moments = _collected(index, stage, planned, capture, result)
-    prior = _expert_prior(stage, moments)
+    prior = expert_prior(stage, moments)
     at_site = _by_site(planned)
     smoothed = smooth(
         capture.skeleton,
@@ -207,7 +207,7 @@ def _collected(
     return moments
 
 
-def _expert_prior(stage: Stage, moments: Mapping[Site, Moments]) -> dict[str, Moments]:
+def expert_prior(stage: Stage, moments: Mapping[Site, Moments]) -> dict[str, Moments]:
     """For each fused parameter, what its experts saw together."""
     experts: dict[str, list[Moments]] = {}
     for group in stage.groups:

@@ -42,6 +42,8 @@ LAYER_OF_PREFIX = {
     "qtool.convert": "codecs",
     "qtool.convert.command": "top",
     "qtool.convert.gguf_options": "top",
+    "qtool.convert.gguf_plan": "top",
+    "qtool.convert.gguf_run": "top",
     "qtool.convert.imatrix_command": "top",
     "qtool.convert.inspect_command": "top",
     "qtool.convert.run": "top",

@@ -99,6 +99,11 @@ class GgufFile:
     def metadata(self) -> dict[str, Value]:
         return {entry.key: entry.value for entry in self.entries}
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files of the model; this one first."""
+        return tuple(dict.fromkeys([self.path, *(file.path for file in self.elsewhere.values())]))
+
     def data(self, name: str) -> Tensor:
         """The bytes of a tensor: uint8, [rows, bytes of a row] (rows: all dims but the last).
 

@@ -12,10 +12,28 @@ import re
 from pathlib import Path
 
 from qtool.convert.gguf.container import GgufFile, TensorEntry
+from qtool.convert.gguf.split import SPLIT_KEYS
 from qtool.errors import FormatError
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+
+def part_paths(path: Path, count: int) -> tuple[Path, ...]:
+    """The files of a model that is to be `path`: itself, or its parts beside where it would be."""
+    if count == 1:
+        return (path,)
+    names = [_part_name(path.stem, number, count) for number in range(1, count + 1)]
+    return tuple(path.with_name(name) for name in names)
+
+
+def _part_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}-{number:05}-of-{count:05}.gguf"
+
+
+def whole_stem(path: Path) -> str:
+    """The name of a model's file without its ending, and without a part's number."""
+    match = _PART.fullmatch(path.name)
+    return path.stem if match is None else match["stem"]
 
 
 def open_parts(path: Path) -> GgufFile:
@@ -30,7 +48,7 @@ def open_parts(path: Path) -> GgufFile:
             f"{path} is part {number + 1} of {count}, and its name does not say so",
             f"it needs the name that it was written with, ...-{number + 1:05}-of-{count:05}.gguf",
         )
-    names = [f"{match['stem']}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]
+    names = [_part_name(match["stem"], part, count) for part in range(1, count + 1)]
     if number != 0:
         raise FormatError(f"{path} is part {number + 1} of {count}", f"name the first: {names[0]}")
     tensors: dict[str, TensorEntry] = dict(first.tensors)
@@ -49,15 +67,17 @@ def open_parts(path: Path) -> GgufFile:
             elsewhere[tensor] = part
     if len(tensors) != num_tensors:
         raise FormatError(f"{path}: its parts have {len(tensors)} tensors, not {num_tensors}")
-    entries = tuple(entry for entry in first.entries if entry.key not in _KEYS)
+    entries = tuple(entry for entry in first.entries if entry.key not in SPLIT_KEYS)
     return dataclasses.replace(first, entries=entries, tensors=tensors, elsewhere=elsewhere)
 
 
 def _place(file: GgufFile) -> tuple[int, int, int]:
     """(split.no, split.count, split.tensors.count), of a whole model where the keys are missing."""
     metadata = file.metadata
-    values = [metadata.get(key, default) for key, default in zip(_KEYS, (0, 1, 0), strict=True)]
-    for key, value in zip(_KEYS, values, strict=True):
+    values = [
+        metadata.get(key, default) for key, default in zip(SPLIT_KEYS, (0, 1, 0), strict=True)
+    ]
+    for key, value in zip(SPLIT_KEYS, values, strict=True):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise FormatError(f"{file.path}: {key} is {value!r}, not a number")
     number, count, num_tensors = values

@@ -2,9 +2,10 @@
 
 The header of a GGUF file needs no tensor data: a tensor's bytes follow from its shape and type. So
 `GgufLayout` fixes the whole file beforehand (and its size, to check against the disk), and
-`GgufWriter` then takes the tensors' bytes one slab after another, in the layout's order. Memory is
-one slab. Nothing appears under the final name before the file is complete and on disk: data goes
-to ".NAME.partial" beside it, which is renamed on success and removed on failure.
+`LayoutFile` then takes the tensors' bytes one slab after another, in the layout's order. Memory is
+one slab. Nothing appears under the final name before the file is complete and on disk:
+`GgufWriter`, for small files, writes ".NAME.partial" beside it, which is renamed on success and
+removed on failure; staging.py does for models.
 
 Bytes are those of ggml's C writer: trailing dimensions of 1 are dropped from a shape (at least one
 stays), every tensor is padded with zeros, the last one too.
@@ -13,7 +14,8 @@ stays), every tensor is padded with zeros, the last one too.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +102,10 @@ class GgufLayout:
             alignment,
         )
 
+    def end_of(self, count: int) -> int:
+        """Where the first `count` tensors end, with their padding."""
+        return self.offsets[count] if count < len(self.offsets) else self.nbytes
+
 
 def encode_string(text: str) -> bytes:
     data = text.encode("utf-8", "surrogateescape")
@@ -135,6 +141,74 @@ def encode_info(info: TensorInfo, offset: int) -> bytes:
     )
 
 
+class LayoutFile:
+    """A layout's file on its way, slab after slab in the layout's order.
+
+    shown     the name that errors speak of
+    finished  tensors at its beginning that are there already; what follows them is cut off
+    """
+
+    def __init__(self, path: Path, layout: GgufLayout, *, shown: Path, finished: int = 0) -> None:
+        self.layout = layout
+        self._shown = shown
+        self._next = finished  # the tensor that is being written
+        self._written = 0  # bytes of it so far
+        try:
+            self._file = path.open("r+b" if finished else "wb")
+        except OSError as error:
+            raise QtoolError(f"{shown} cannot be made: {error.strerror or error}") from error
+        if finished:
+            self._file.truncate(layout.end_of(finished))
+            self._file.seek(0, 2)
+        else:
+            self._append(layout.header)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._next == len(self.layout.tensors)
+
+    def write(self, info: TensorInfo, slab: Tensor) -> bool:
+        """Append bytes (uint8, contiguous, CPU) of `info`, the next tensor that is not complete;
+        returns whether it is now.
+        """
+        expected = self.layout.tensors[self._next]
+        assert info == expected, f"{info.name} written where {expected.name} belongs"
+        self._written += slab.numel()
+        assert self._written <= info.nbytes, f"{info.name} has more bytes than {info.nbytes}"
+        self._append(slab.contiguous().numpy().data)
+        if self._written < info.nbytes:
+            return False
+        self._append(bytes(pad_to(info.nbytes, self.layout.alignment) - info.nbytes))
+        self._next, self._written = self._next + 1, 0
+        return True
+
+    def flush(self) -> None:
+        """Hand everything to the operating system, where it outlives this process."""
+        with self._disk_errors():
+            self._file.flush()
+
+    def close(self) -> None:
+        with self._disk_errors():
+            self._file.close()
+
+    def _append(self, data: bytes | memoryview) -> None:
+        with self._disk_errors():
+            self._file.write(data)
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DiskError(
+                f"{self._shown} cannot be written: {error.strerror or error}", "is the disk full?"
+            ) from error
+
+
+class DiskError(QtoolError):
+    """The disk took no more: the work so far is good."""
+
+
 class GgufWriter:
     """Streams a layout's data into a file that appears under its name only when whole.
 
@@ -154,37 +228,15 @@ class GgufWriter:
         self.path = path
         self.layout = layout
         self.partial = path.with_name(f".{path.name}.partial")
-        self._next = 0  # the tensor that is being written
-        self._written = 0  # bytes of it so far
 
     def __enter__(self) -> GgufWriter:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            require_disk_space(self.path.parent, self.layout.nbytes)
-            self._file = self.partial.open("wb")
-        except OSError as error:
-            raise QtoolError(f"{self.path} cannot be made: {error.strerror or error}") from error
-        self._append(self.layout.header)
+        make_folder(self.path)
+        require_disk_space(self.path.parent, self.layout.nbytes)
+        self._file = LayoutFile(self.partial, self.layout, shown=self.path)
         return self
 
     def write(self, info: TensorInfo, slab: Tensor) -> None:
-        """Append bytes (uint8, contiguous, CPU) of `info`, the next tensor that is not complete."""
-        expected = self.layout.tensors[self._next]
-        assert info == expected, f"{info.name} written where {expected.name} belongs"
-        self._written += slab.numel()
-        assert self._written <= info.nbytes, f"{info.name} has more bytes than {info.nbytes}"
-        self._append(slab.contiguous().numpy().data)
-        if self._written == info.nbytes:
-            self._append(bytes(pad_to(info.nbytes, self.layout.alignment) - info.nbytes))
-            self._next, self._written = self._next + 1, 0
-
-    def _append(self, data: bytes | memoryview) -> None:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise QtoolError(
-                f"{self.path} cannot be written: {error.strerror or error}", "is the disk full?"
-            ) from error
+        self._file.write(info, slab)
 
     def __exit__(
         self,
@@ -193,11 +245,20 @@ class GgufWriter:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None:
-            self._file.close()
+            with suppress(DiskError):
+                self._file.close()
             self.partial.unlink(missing_ok=True)
             return
-        assert self._next == len(self.layout.tensors), "not every tensor was written"
+        assert self._file.is_complete, "not every tensor was written"
         self._file.close()
         flush_to_disk(self.partial)
         self.partial.replace(self.path)
         flush_to_disk(self.path.parent)  # the rename itself, not only the data
+
+
+def make_folder(path: Path) -> None:
+    """The folder that a file is to be in."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QtoolError(f"{path} cannot be made: {error.strerror or error}") from error

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from qtool.artifact import sha256
 from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import WeightReader
-from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.import_ import FLOAT_DTYPES
+from qtool.convert.gguf.parts import open_parts
 from qtool.convert.huggingface import CheckpointWeights
 from qtool.source import Source
 
@@ -52,7 +52,7 @@ def measure(reader: WeightReader) -> ModelSize:
 def _tensor_bytes(reader: WeightReader, packed: Collection[str]) -> tuple[int, int]:
     """Of all tensors, and of those that hold packed weights with their scales and zeros."""
     if reader.source.is_gguf:
-        entries = GgufFile.open(reader.source.path).tensors.values()
+        entries = open_parts(reader.source.path).tensors.values()
         sizes = [(entry.nbytes, entry.type.name not in FLOAT_DTYPES) for entry in entries]
     else:
         assert isinstance(reader, CheckpointWeights), type(reader)
@@ -65,7 +65,7 @@ def _tensor_bytes(reader: WeightReader, packed: Collection[str]) -> tuple[int, i
 def weight_files(source: Source) -> Sequence[Path]:
     """The files that hold the weights."""
     if source.is_gguf:
-        return [source.path]
+        return open_parts(source.path).paths
     checkpoint = Checkpoint.open(source.path)
     return sorted({info.file for info in checkpoint.tensors.values()})
 

@@ -189,4 +189,4 @@ def test_a_vocabulary_alone_is_described(shared_data: Path) -> None:
     found = inspect_path(shared_data / "tokenizers" / "gguf-vocab" / "ggml-vocab-gpt-2.gguf")
     assert (found.architecture, found.tensors) == ("gpt2", ())
     assert found.tokenizer["tokens"] == 50257
-    assert found.notes == ("it holds a vocabulary and no weights",)
+    assert found.notes == ("it holds no weights",)

@@ -12,8 +12,9 @@ import torch
 from qtool.cli import main
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile
-from qtool.convert.gguf.export import plan_export, write_gguf
+from qtool.convert.gguf.export import write_gguf
 from qtool.convert.gguf.import_ import GgufWeights
+from qtool.convert.gguf.plan import plan_export
 from qtool.convert.search import BestSearch
 from qtool.errors import UnsupportedModel
 from qtool.recipe import Calibration
@@ -33,7 +34,8 @@ def test_errors_are_those_behind_the_quantized_prefix(
     plan = plan_export(reader, "Q3_K_M")
     search = BestSearch(plan, Calibration(None, num_samples=6, sequence_length=64))
     out, plain = tmp_path / "best.gguf", tmp_path / "plain.gguf"
-    notes = write_gguf(dataclasses.replace(plan, prepared=search), out, progress=lambda n: None)
+    found = dataclasses.replace(plan, prepared=search)
+    notes = write_gguf(found, out, progress=lambda n: None).notes
     write_gguf(plan, plain, progress=lambda n: None)
     assert out.stat().st_size == plain.stat().st_size
     one, other = GgufFile.open(out), GgufFile.open(plain)
@@ -57,8 +59,8 @@ def test_errors_are_those_behind_the_quantized_prefix(
     name = "model.layers.1.self_attn.q_proj.weight"
     difference = (reader.tensor(name).float() - written.tensor(name).float()).double()
     error = float((difference @ vectors.T).square().sum()) / vectors.shape[0]
-    found = next(f for f in search.found if f.name == "blk.1.attn_q.weight")
-    assert found.error == pytest.approx(error, rel=1e-3)
+    one_found = next(f for f in search.found if f.name == "blk.1.attn_q.weight")
+    assert one_found.error == pytest.approx(error, rel=1e-3)
 
 
 def test_the_command_searches(

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from qtool.convert.formats import WeightReader, open_weights
 from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS, quantize
 from qtool.convert.gguf.container import GgufFile
-from qtool.convert.gguf.export import ExportPlan, plan_export, write_gguf
+from qtool.convert.gguf.export import write_gguf
 from qtool.convert.gguf.import_ import GgufWeights
 from qtool.convert.gguf.metadata import size_label
 from qtool.convert.gguf.mix import MixOverrides
 from qtool.convert.gguf.names import interleave_rows
+from qtool.convert.gguf.plan import ExportPlan, plan_export
 from qtool.errors import FormatError, OutputExists, QtoolError, UnknownName, UnsupportedModel
 from qtool.scheme import QuantScheme
 from qtool.source import Source

@@ -19,11 +19,12 @@ from qtool.arch import ARCHITECTURES, find_family
 from qtool.convert.formats import Held, WeightReader, open_weights
 from qtool.convert.gguf.arrange import arrange
 from qtool.convert.gguf.container import KeyValue
-from qtool.convert.gguf.export import ExportPlan, plan_export, write_gguf
+from qtool.convert.gguf.export import write_gguf
 from qtool.convert.gguf.families import FAMILIES, settings_entries
 from qtool.convert.gguf.import_ import GgufWeights, read_config
 from qtool.convert.gguf.mix import MixModel, choose_types
 from qtool.convert.gguf.names import NameMap
+from qtool.convert.gguf.plan import ExportPlan, plan_export
 from qtool.convert.gguf.ropes import derived_tensors
 from qtool.convert.gguf.sizes import Sizes
 from qtool.convert.gguf.types import ValueType

@@ -17,7 +17,7 @@ from qtool.cli import main
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.blocks.codecs import quantize
 from qtool.convert.gguf.container import GgufFile
-from qtool.convert.gguf.export import plan_export, write_gguf
+from qtool.convert.gguf.export import write_gguf
 from qtool.convert.gguf.imatrix import (
     Importance,
     ImportanceMatrix,
@@ -25,6 +25,7 @@ from qtool.convert.gguf.imatrix import (
     read_imatrix,
     write_imatrix,
 )
+from qtool.convert.gguf.plan import plan_export
 from qtool.convert.imatrix_command import measure
 from qtool.errors import FormatError, OutputExists, QtoolError, UnsupportedModel
 from qtool.recipe import Calibration

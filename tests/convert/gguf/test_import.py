@@ -11,8 +11,9 @@ import torch
 
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile, KeyValue
-from qtool.convert.gguf.export import plan_export, write_gguf
+from qtool.convert.gguf.export import write_gguf
 from qtool.convert.gguf.import_ import GgufWeights
+from qtool.convert.gguf.plan import plan_export
 from qtool.convert.gguf.types import TENSOR_TYPES, ValueType
 from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
 from qtool.errors import FormatError, QtoolError

@@ -14,8 +14,9 @@ import torch
 
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile
-from qtool.convert.gguf.export import plan_export, write_gguf
+from qtool.convert.gguf.export import write_gguf
 from qtool.convert.gguf.imatrix import Importance, ImportanceMatrix
+from qtool.convert.gguf.plan import plan_export
 from qtool.convert.gguf.types import FILE_TYPES
 from qtool.source import Source
 

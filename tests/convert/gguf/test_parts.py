@@ -9,8 +9,9 @@ import pytest
 
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile, KeyValue
-from qtool.convert.gguf.export import plan_export, write_gguf
+from qtool.convert.gguf.export import write_gguf
 from qtool.convert.gguf.parts import open_parts
+from qtool.convert.gguf.plan import plan_export
 from qtool.convert.gguf.types import ValueType
 from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
 from qtool.errors import FormatError

@@ -13,9 +13,11 @@ import torch
 
 from qtool.cli import main
 from qtool.convert.formats import open_weights
+from qtool.convert.gguf.options import GgufOptions
 from qtool.convert.gguf.target import LADDER, Candidate, Rung, climb, types_for_bits
 from qtool.convert.gguf.types import TENSOR_TYPES
-from qtool.convert.gguf_options import GgufOptions, plan_gguf, tensor_facts
+from qtool.convert.gguf_options import options_for
+from qtool.convert.gguf_plan import mix_overrides, plan_gguf, tensor_facts
 from qtool.errors import UnknownName, UsageError
 from qtool.source import Source
 
@@ -24,7 +26,7 @@ TinyCheckpoint = Callable[..., Path]
 
 def planned(model: Path, type: str | None, **values: Any) -> dict[str, str]:
     reader = open_weights(Source("m", model))
-    plan = plan_gguf(reader, type, GgufOptions.of("gguf", values))
+    plan = plan_gguf(reader, type, GgufOptions(**values))
     return {tensor.info.name: tensor.info.type.name for tensor in plan.tensors}
 
 
@@ -76,10 +78,10 @@ def test_options_that_make_no_sense(
 
 def test_options_for_gguf_are_refused_elsewhere() -> None:
     with pytest.raises(UsageError, match="--target-bits is for --to gguf, not for --to gptq"):
-        GgufOptions.of("gptq", {"target_bits": 4.0})
-    assert GgufOptions.of("gptq", {"target_bits": None, "tensor_types": ()}) == GgufOptions()
+        options_for("gptq", {"target_bits": 4.0})
+    assert options_for("gptq", {"target_bits": None, "tensor_types": ()}) == GgufOptions()
     with pytest.raises(UnknownName, match="Q4_KM"):
-        GgufOptions(embedding_type="Q4_KM").overrides()
+        mix_overrides(GgufOptions(embedding_type="Q4_KM"))
 
 
 def test_the_climb_takes_the_best_step_for_its_size() -> None:

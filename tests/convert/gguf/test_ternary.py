@@ -11,7 +11,8 @@ import torch
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS, quantize
 from qtool.convert.gguf.container import GgufFile
-from qtool.convert.gguf.export import plan_export, write_gguf
+from qtool.convert.gguf.export import write_gguf
+from qtool.convert.gguf.plan import plan_export
 from qtool.source import Source
 
 TYPES = ("TQ1_0", "TQ2_0", "MXFP4")
