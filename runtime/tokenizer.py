@@ -35,14 +35,15 @@ PLAIN_TEMPLATE = """\
 # What such a model writes when it goes on to speak for the user.
 PLAIN_TEMPLATE_STOP = ("\nUser:", "\nSystem:")
 
-TemplateOrigin = Literal["model", "plain (announced)"]
+TemplateOrigin = Literal["model", "given", "plain (announced)"]
 
 
 class Tokenizer:
     """One model's vocabulary.
 
-    chat_template_origin  "model", or "plain (announced)" where the model has no template: whoever
-                          uses it tells the user so
+    chat_template_origin  "model", "given" by the user, or "plain (announced)" where there is none:
+                          whoever uses it tells the user so
+    special_ids           tokens that are no text, such as end-of-text -> their ids
     chat_stop             strings that end an answer beyond the end-of-text ids; for the plain
                           template, the next speaker's name
     """
@@ -62,6 +63,11 @@ class Tokenizer:
             dict.fromkeys((*eos_token_ids, *([] if own is None else [own])))
         )
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_ids: Mapping[str, int] = {
+            token.content: token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
         has_template = wrapped.chat_template is not None
         self.chat_template_origin: TemplateOrigin = "model" if has_template else "plain (announced)"
         self.chat_stop: tuple[str, ...] = () if has_template else PLAIN_TEMPLATE_STOP
@@ -102,6 +108,26 @@ class Tokenizer:
         )
         return cls(wrapped, found.eos_token_ids)
 
+    def use_chat_template(self, template: str) -> None:
+        """Render conversations with this Jinja template instead of the model's own."""
+        self._wrapped.chat_template = template
+        self.chat_template_origin = "given"
+        self.chat_stop = ()
+
+    def chat_template_for(self, *, tools: bool = False) -> str | None:
+        """The Jinja source that conversations are rendered with; None: the plain lines."""
+        template = self._wrapped.chat_template
+        if isinstance(template, Mapping):
+            names = ("tool_use", "default") if tools else ("default",)
+            template = next((template[name] for name in names if name in template), None)
+        return template if isinstance(template, str) else None
+
+    def special_tokens(self) -> dict[str, str | None]:
+        """The texts of the tokens that begin, end and pad."""
+        wrapped = self._wrapped
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return {name: getattr(wrapped, name, None) for name in names}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
@@ -116,7 +142,7 @@ class Tokenizer:
         Options go to the template: add_generation_prompt (True unless given), tools, ...
         """
         options = {"add_generation_prompt": True, **options}
-        plain = self.chat_template_origin != "model"
+        plain = self.chat_template_origin == "plain (announced)" and "chat_template" not in options
         try:
             text = self._wrapped.apply_chat_template(
                 _with_text_content(messages) if plain else list(messages),
@@ -179,8 +205,11 @@ class IncrementalDetokenizer:
         prompt_token_ids: Sequence[int],
         stop: Sequence[str] = (),
         include_stop: bool = False,
+        *,
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._held = ""
@@ -188,7 +217,7 @@ class IncrementalDetokenizer:
         primed = list(prompt_token_ids[-self.PRIMING_TOKENS :])
         rest = self._unfinished_tail(primed)
         self._recent = primed[: len(primed) - len(rest)]
-        self._stream = DecodeStream(ids=self._recent, skip_special_tokens=True)
+        self._stream = self._stream_from(self._recent)
         for token_id in rest:
             self._step(token_id)
 
@@ -222,13 +251,16 @@ class IncrementalDetokenizer:
                 return ids[len(ids) - length :]
         return []
 
+    def _stream_from(self, ids: list[int]) -> DecodeStream:
+        return DecodeStream(ids=ids, skip_special_tokens=self._skip_special_tokens)
+
     def _step(self, token_id: int) -> str:
         try:
             text = self._stream.step(self._tokenizer.backend, token_id)
         except Exception:
             # Some added tokens change how the text before them decodes ("Invalid prefix
             # encountered"); the stream cannot go on, one that begins at this token can.
-            self._stream = DecodeStream(ids=[], skip_special_tokens=True)
+            self._stream = self._stream_from([])
             text = self._stream.step(self._tokenizer.backend, token_id)
         return text or ""
 

@@ -15,15 +15,18 @@ from pydantic.json_schema import models_json_schema
 from qtool import __version__
 from qtool.errors import QtoolError, closest
 from qtool.runtime.server.asgi import ClientGone
+from qtool.runtime.server.chat_protocol import ChatBody
 from qtool.runtime.server.config import LOCAL_ORIGINS
 from qtool.runtime.server.errors import ApiError, from_qtool_error, internal, unavailable
 from qtool.runtime.server.exchange import json_response
 from qtool.runtime.server.middleware import ApiKeyMiddleware, RequestIdMiddleware
 from qtool.runtime.server.openai import routes
-from qtool.runtime.server.protocol import ChatBody, CompletionBody
+from qtool.runtime.server.parsing import Body
+from qtool.runtime.server.protocol import CompletionBody
 from qtool.runtime.server.service import Service, logger
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but a log
+BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody)
 SCHEMA_REFERENCE = "#/components/schemas/{model}"
 
 
@@ -146,8 +149,7 @@ def _describe_bodies(app: FastAPI) -> None:
     def with_bodies() -> dict[str, Any]:
         document = generated()
         bodies: list[tuple[type[BaseModel], Literal["validation"]]] = [
-            (ChatBody, "validation"),
-            (CompletionBody, "validation"),
+            (body, "validation") for body in BODIES
         ]
         _, definitions = models_json_schema(bodies, ref_template=SCHEMA_REFERENCE)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})

@@ -59,10 +59,16 @@ class EventStream(StreamingResponse):
     """Server-sent events, each sent at once. The generator is closed when the client goes."""
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], *, keep_alive_seconds: float = 0
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        media_type: str = "text/event-stream",
+        keep_alive_seconds: float = 0,
     ) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=STREAM_HEADERS)
-        self._events = with_keep_alive(events, keep_alive_seconds) if keep_alive_seconds else events
+        super().__init__(events, media_type=media_type, headers=STREAM_HEADERS)
+        # Only server-sent events have comments; a line of NDJSON must be an answer.
+        keeps_alive = keep_alive_seconds and media_type == "text/event-stream"
+        self._events = with_keep_alive(events, keep_alive_seconds) if keeps_alive else events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Closed here and not in _send_all, which may be cancelled before it has begun.

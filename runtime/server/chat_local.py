@@ -20,6 +20,8 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.server.chat_backends import AnswerEnd, Message, Stopwatch
+from qtool.runtime.server.chat_exchange import ChatExchange, ChatWriter
+from qtool.runtime.server.chat_protocol import ChatBody
 from qtool.runtime.server.config import ServerConfig
 from qtool.runtime.server.errors import ApiError
 from qtool.runtime.server.generation import Piece
@@ -29,11 +31,13 @@ from qtool.runtime.server.launch import (
     load,
     sampling_defaults,
 )
-from qtool.runtime.server.openai import ChatExchange
-from qtool.runtime.server.protocol import UNSUPPORTED_IN_CHAT, ChatBody, parse
+from qtool.runtime.server.message_parser import Content, Reasoning
+from qtool.runtime.server.parsing import parse
 from qtool.runtime.server.service import Service
 
 T = TypeVar("T")
+
+TEXTS = (Content, Reasoning)  # thoughts are shown in a terminal, as they pass
 
 
 class LocalChat:
@@ -65,7 +69,7 @@ class LocalChat:
     def answer(
         self, messages: Sequence[Message], sampling: Mapping[str, Any]
     ) -> Generator[str | AnswerEnd, None, None]:
-        arrived: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[tuple[str, Piece] | Exception] = queue.SimpleQueue()
         watch = Stopwatch()
         body = orjson.dumps({**sampling, "messages": list(messages)})
         num_prompt_tokens = 0
@@ -73,12 +77,15 @@ class LocalChat:
         async def generate() -> None:
             nonlocal num_prompt_tokens
             try:
-                parsed = parse(ChatBody, body, UNSUPPORTED_IN_CHAT)
-                [job] = await ChatExchange(self._service, parsed).jobs()
+                parsed = parse(ChatBody, body)
+                [job], writer = await ChatExchange(self._service, parsed).prepare()
+                assert isinstance(writer, ChatWriter)
                 num_prompt_tokens = job.num_prompt_tokens
                 async with aclosing(self._service.engine.stream(job)) as pieces:
                     async for piece in pieces:
-                        arrived.put(piece)
+                        parts = writer.read(0, piece)
+                        texts = [part.text for part in parts if isinstance(part, TEXTS)]
+                        arrived.put(("".join(texts), piece))
             except Exception as error:
                 arrived.put(error)
 
@@ -90,12 +97,13 @@ class LocalChat:
                     raise QtoolError(item.message)
                 if isinstance(item, Exception):
                     raise item
-                if item.text:
+                text, piece = item
+                if text:
                     watch.text_came()
-                    yield item.text
-                if item.finish_reason is not None:
+                    yield text
+                if piece.finish_reason is not None:
                     yield watch.end(
-                        item.finish_reason, num_prompt_tokens, item.num_generated_tokens
+                        piece.finish_reason, num_prompt_tokens, piece.num_generated_tokens
                     )
                     return
         finally:

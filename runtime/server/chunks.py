@@ -1,4 +1,4 @@
-"""The JSON of answers, whole and streamed, written as bytes.
+"""The JSON of OpenAI's streams, written as bytes.
 
 A stream writes one chunk a token, so all that does not change is encoded once: the chunk of a token
 is four joined byte strings and one `orjson.dumps` of its text. What each client needs of the order
@@ -17,96 +17,122 @@ and content of chunks:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import orjson
 
+from qtool.runtime.server.answers import Usage
 from qtool.runtime.server.errors import ApiError
+from qtool.runtime.server.protocol import GenerationBody
 
 DONE = b"data: [DONE]\n\n"
 ROLE_DELTA = b'{"role":"assistant","content":""}'
 EMPTY_DELTA = b"{}"
 
 
-@dataclass(slots=True)
-class Usage:
-    """Token counts of one HTTP request, over all its choices."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-
-
 class ChunkWriter:
-    """Chunks of one stream. `usage`: None leaves the field out."""
+    """Chunks of one stream, with usage on none, on all or at the end, as the request asks."""
 
-    def __init__(self, head: dict[str, object]) -> None:
+    def __init__(self, head: Mapping[str, Any], body: GenerationBody) -> None:
         # {"id":..,"object":..} without its closing brace
         self._head = b"data: " + orjson.dumps(head)[:-1]
+        self._includes_usage = body.include_usage
+        self._counts_up = body.usage_on_every_chunk
 
     def chat(
         self,
         index: int,
         delta: bytes,
+        usage: Usage,
         *,
+        logprobs: Mapping[str, Any] | None = None,
         finish_reason: str | None = None,
-        stop_reason: str | None = None,
-        usage: bytes | None = None,
+        stop_reason: str | int | None = None,
+        token_ids: list[int] | None = None,
     ) -> bytes:
-        return self._chunk(index, b'"delta":' + delta, finish_reason, stop_reason, usage)
+        return self._chunk(
+            index, b'"delta":' + delta, usage, logprobs, finish_reason, stop_reason, token_ids
+        )
 
     def completion(
         self,
         index: int,
         text: str,
+        usage: Usage,
         *,
+        logprobs: Mapping[str, Any] | None = None,
         finish_reason: str | None = None,
-        stop_reason: str | None = None,
-        usage: bytes | None = None,
+        stop_reason: str | int | None = None,
+        token_ids: list[int] | None = None,
     ) -> bytes:
-        return self._chunk(
-            index, b'"text":' + orjson.dumps(text), finish_reason, stop_reason, usage
-        )
+        content = b'"text":' + orjson.dumps(text)
+        return self._chunk(index, content, usage, logprobs, finish_reason, stop_reason, token_ids)
 
     def _chunk(
         self,
         index: int,
         content: bytes,
+        usage: Usage,
+        logprobs: Mapping[str, Any] | None,
         finish_reason: str | None,
-        stop_reason: str | None,
-        usage: bytes | None,
+        stop_reason: str | int | None,
+        token_ids: list[int] | None,
     ) -> bytes:
+        told = b"null" if logprobs is None else orjson.dumps(logprobs)
+        ids = b"" if token_ids is None else b',"token_ids":' + orjson.dumps(token_ids)
         if finish_reason is None:
-            ending = b',"logprobs":null,"finish_reason":null}]'
+            ending = b',"logprobs":%b,"finish_reason":null%b}]' % (told, ids)
         else:
-            ending = b',"logprobs":null,"finish_reason":"%b","stop_reason":%b}]' % (
+            ending = b',"logprobs":%b,"finish_reason":"%b","stop_reason":%b%b}]' % (
+                told,
                 finish_reason.encode(),
                 orjson.dumps(stop_reason),
+                ids,
             )
-        counts = b"" if usage is None else b',"usage":' + usage
         return b'%b,"choices":[{"index":%d,%b%b%b}\n\n' % (
             self._head,
             index,
             content,
             ending,
-            counts,
+            self._counts(usage),
         )
 
+    def _counts(self, usage: Usage) -> bytes:
+        if self._counts_up:
+            return b',"usage":' + orjson.dumps(usage.as_dict())
+        return b',"usage":null' if self._includes_usage else b""
+
     def usage(self, usage: Usage) -> bytes:
-        """The chunk without choices that closes a stream with include_usage."""
+        """The chunk without choices that closes a stream with include_usage; else nothing."""
+        if not self._includes_usage:
+            return b""
         return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, orjson.dumps(usage.as_dict()))
 
 
 def content_delta(text: str) -> bytes:
     return b'{"content":' + orjson.dumps(text) + b"}"
+
+
+def reasoning_delta(text: str) -> bytes:
+    """Under both names, since a client reads one of them."""
+    encoded = orjson.dumps(text)
+    return b'{"reasoning":%b,"reasoning_content":%b}' % (encoded, encoded)
+
+
+def call_delta(position: int, call_id: str, name: str) -> bytes:
+    function = {"name": name, "arguments": ""}
+    return orjson.dumps(
+        {
+            "tool_calls": [
+                {"index": position, "id": call_id, "type": "function", "function": function}
+            ]
+        }
+    )
+
+
+def arguments_delta(position: int, text: str) -> bytes:
+    return orjson.dumps({"tool_calls": [{"index": position, "function": {"arguments": text}}]})
 
 
 def error_event(error: ApiError) -> bytes:

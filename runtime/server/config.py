@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any
 
 from qtool.errors import UsageError
 
@@ -20,6 +22,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
 
 
@@ -43,6 +46,18 @@ class ServerConfig:
     """Seconds that running answers get after SIGTERM; below the 30 after which Kubernetes kills."""
     sse_keep_alive_seconds: float = 0.0
     """Comment on streams silent for so long, as in a long prefill behind a proxy; 0: never."""
+    request_timeout: float = 0.0
+    """Seconds that an answer may take, waiting included; 0: any time. Requests may ask for less."""
+    tool_call_parser: str | None = None
+    """The syntax of tool calls (tool_formats.py); None: by the model's chat template."""
+    reasoning_parser: str | None = None
+    """How thoughts are marked (reasoning.py); None: by the model's chat template."""
+    enable_tools: bool = True
+    """False: tool calls in an answer are left as text unless a call is required."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, below what a request gives."""
+    trust_request_template: bool = False
+    """Requests may bring a chat template of their own, which can run for ever."""
     log_requests: bool = True
 
     def __post_init__(self) -> None:
@@ -55,6 +70,7 @@ class ServerConfig:
             ("--max-num-queued-reqs", self.max_queued, 0),
             ("--shutdown-timeout", self.shutdown_timeout, 0),
             ("--sse-keep-alive-interval", self.sse_keep_alive_seconds, 0),
+            ("--request-timeout", self.request_timeout, 0),
         ):
             if value < least:
                 raise UsageError(f"{name} is {value}, it must be at least {least}")

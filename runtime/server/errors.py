@@ -94,6 +94,17 @@ def unavailable(message: str, *, code: str, retry_after_seconds: int) -> ApiErro
     )
 
 
+def deadline_passed() -> ApiError:
+    """504; not to be sent again at once, which would take as long."""
+    return ApiError(
+        504,
+        "The answer was not complete within the time that the request or the server allows",
+        type="timeout_error",
+        code="deadline_exceeded",
+        headers={"x-should-retry": "false"},
+    )
+
+
 def internal() -> ApiError:
     """500 without a word about the inside: the traceback is in the server's log."""
     return ApiError(

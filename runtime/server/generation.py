@@ -16,10 +16,12 @@ from typing import Literal, NamedTuple
 
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.engine.client import EngineClient
+from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.sequence import GenerationRequest, PromptTooLong, TokenOutput
 from qtool.runtime.server.errors import (
     ApiError,
     context_length_exceeded,
+    deadline_passed,
     from_qtool_error,
     unavailable,
 )
@@ -31,36 +33,60 @@ StopReason = Literal["stop", "length"]
 
 
 class Piece(NamedTuple):
-    """What one step added to one answer. The last one has a `finish_reason`."""
+    """What one step added to one answer. The last one has a `finish_reason`.
+
+    token_ids        of the step, the one that ended the text included
+    logprobs         one for each of them, where asked for
+    prompt_logprobs  with the first piece, where asked for: one for each token of the prompt
+    stop_reason      the stop string or stop token id that ended the text
+    """
 
     text: str
     num_generated_tokens: int
     num_cached_tokens: int = 0
     finish_reason: StopReason | None = None
-    stop_string: str | None = None
+    stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One sequence to generate."""
+    """One sequence to generate.
+
+    keep_special  special tokens stay in the text: marks of thoughts and calls are among them
+    deadline      monotonic seconds by which the answer must be complete
+    """
 
     request: GenerationRequest
-    include_stop: bool = False
     arrival: float = field(default_factory=time.monotonic)
+    keep_special: bool = False
+    deadline: float | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 
 
-class Answer(NamedTuple):
-    """A whole answer."""
+@dataclass(slots=True)
+class Answer:
+    """A whole answer: the sum of its pieces."""
 
-    text: str
-    num_generated_tokens: int
-    num_cached_tokens: int
-    finish_reason: StopReason
-    stop_string: str | None
+    text: str = ""
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+    finish_reason: StopReason = "stop"
+    stop_reason: str | int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+    @property
+    def mean_logprob(self) -> float:
+        """How likely the answer is, a token; comparable between answers of different lengths."""
+        values = [entry.logprob for entry in self.logprobs]
+        return sum(values) / len(values) if values else float("-inf")
 
 
 class TextEngine:
@@ -78,14 +104,18 @@ class TextEngine:
         """The answer piece by piece. Closing the generator early aborts the request."""
         request = job.request
         detokenizer = IncrementalDetokenizer(
-            self.tokenizer, request.prompt_token_ids, request.sampling.stop, job.include_stop
+            self.tokenizer,
+            request.prompt_token_ids,
+            request.sampling.stop,
+            request.sampling.include_stop_str_in_output,
+            skip_special_tokens=request.sampling.skip_special_tokens and not job.keep_special,
         )
         timer = SequenceTimer(self._metrics, job.arrival)
         ended_as: str | None = None
         num_cached_tokens = 0
         try:
             async with _closing(self.client.generate(request)) as outputs:
-                async for output in outputs:
+                async for output in _before(outputs, job.deadline):
                     timer.tokens(len(output.new_token_ids), time.monotonic())
                     num_cached_tokens = output.num_cached_tokens
                     if output.finish_reason in ("abort", "error"):
@@ -113,42 +143,52 @@ class TextEngine:
 
     @staticmethod
     def _piece(job: Job, detokenizer: IncrementalDetokenizer, output: TokenOutput) -> Piece:
+        sampling = job.request.sampling
         token_ids = output.new_token_ids
-        if output.finish_reason == "stop" and not job.include_stop:
+        if output.finish_reason == "stop" and not sampling.include_stop_str_in_output:
             token_ids = token_ids[:-1]  # the id that ended the text is no part of it
         delta = detokenizer.push(token_ids)
-        text, stop_string = delta.text, delta.stop
+        text = delta.text
         finish_reason: StopReason | None = None
-        if stop_string is not None:
+        stop_reason: str | int | None = delta.stop
+        if stop_reason is not None:
             finish_reason = "stop"
         elif output.finish_reason in ("stop", "length"):
             finish_reason = output.finish_reason
             tail = detokenizer.flush()
             text += tail.text
             if tail.stop is not None:
-                finish_reason, stop_string = "stop", tail.stop
+                finish_reason, stop_reason = "stop", tail.stop
+            elif finish_reason == "stop" and output.new_token_ids[-1] in sampling.stop_token_ids:
+                stop_reason = output.new_token_ids[-1]
         return Piece(
             text=text,
             num_generated_tokens=output.num_generated_tokens,
             num_cached_tokens=output.num_cached_tokens,
             finish_reason=finish_reason,
-            stop_string=stop_string,
+            stop_reason=stop_reason,
+            token_ids=output.new_token_ids,
+            logprobs=output.logprobs or (),
+            prompt_logprobs=output.prompt_logprobs or (),
         )
 
     async def answer(self, job: Job) -> Answer:
         """The whole answer at once."""
+        answer = Answer()
         texts: list[str] = []
         async with aclosing(self.stream(job)) as pieces:
             async for piece in pieces:
                 texts.append(piece.text)
+                answer.token_ids.extend(piece.token_ids)
+                answer.logprobs.extend(piece.logprobs)
+                answer.prompt_logprobs = answer.prompt_logprobs or piece.prompt_logprobs
                 if piece.finish_reason is not None:
-                    return Answer(
-                        "".join(texts),
-                        piece.num_generated_tokens,
-                        piece.num_cached_tokens,
-                        piece.finish_reason,
-                        piece.stop_string,
-                    )
+                    answer.text = "".join(texts)
+                    answer.num_generated_tokens = piece.num_generated_tokens
+                    answer.num_cached_tokens = piece.num_cached_tokens
+                    answer.finish_reason = piece.finish_reason
+                    answer.stop_reason = piece.stop_reason
+                    return answer
         raise AssertionError("a stream of pieces ends with a finish reason or an error")
 
     async def answers(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -189,6 +229,22 @@ class TextEngine:
                 yield item
         finally:
             await _cancel(tasks)
+
+
+async def _before(
+    outputs: AsyncIterator[TokenOutput], deadline: float | None
+) -> AsyncGenerator[TokenOutput, None]:
+    """The same outputs; ApiError once the deadline, in monotonic seconds, has passed."""
+    while True:
+        seconds = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        try:
+            async with asyncio.timeout(seconds):
+                output = await anext(outputs)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise deadline_passed() from None
+        yield output
 
 
 @asynccontextmanager

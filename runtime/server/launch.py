@@ -124,6 +124,7 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingDefaults:
         top_p=min(number("top_p", fallback.top_p), 1.0),
         top_k=count("top_k") or fallback.top_k,
         min_p=min(number("min_p", fallback.min_p), 1.0),
+        repetition_penalty=number("repetition_penalty", fallback.repetition_penalty),
         max_new_tokens=count("max_new_tokens"),
     )
 
@@ -148,7 +149,7 @@ def print_plan(loaded: LoadedModel, info: ModelInfo) -> None:
 def announce_template(loaded: LoadedModel) -> None:
     """Say so where a model brings no chat template: answers are then only as good as a guess."""
     assert loaded.tokenizer is not None
-    if loaded.tokenizer.chat_template_origin != "model":
+    if loaded.tokenizer.chat_template_origin.startswith("plain"):
         console.print(
             f"{loaded.source.name} has no chat template: messages are written as lines of "
             '"User: ..." and "Assistant: ..."',

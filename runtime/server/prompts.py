@@ -1,7 +1,7 @@
 """From a request body to what the engine takes: token ids, checked against the context, and
 sampling values.
 
-Nothing is ever cut off. A prompt that does not fit, or would not with the tokens asked for, is
+Nothing is cut off unasked. A prompt that does not fit, or would not with the tokens asked for, is
 refused with both numbers; the defaults for `max_tokens` are chosen so that they always fit.
 """
 
@@ -9,36 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import QtoolError
 from qtool.runtime.engine.client import ModelInfo
-from qtool.runtime.engine.sampling_params import SamplingParams
+from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from qtool.runtime.server.config import SamplingDefaults
 from qtool.runtime.server.errors import context_length_exceeded, from_qtool_error, invalid
-from qtool.runtime.server.protocol import (
-    ChatBody,
-    ChatMessage,
-    CompletionBody,
-    GenerationBody,
-    TokenIds,
-)
+from qtool.runtime.server.protocol import CompletionBody, GenerationBody, TokenIds
 from qtool.runtime.tokenizer import Tokenizer
 
 OPENAI_COMPLETION_TOKENS = 16
 # Longer texts are tokenized in a thread: about a millisecond of the event loop, the others'
 # streams run on.
 THREAD_ABOVE_CHARACTERS = 4_000
-
-
-# Arguments of transformers' apply_chat_template that are not variables of the template. A template
-# of the client's own could loop for hours inside the sandbox.
-RESERVED_TEMPLATE_OPTIONS = frozenset(
-    {
-        "chat_template", "continue_final_message", "conversation", "documents", "max_length",
-        "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors",
-        "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "tools", "truncation",
-    }
-)  # fmt: skip
 
 
 def room(info: ModelInfo) -> int:
@@ -62,49 +46,38 @@ async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -
     return await asyncio.to_thread(encode_long)
 
 
+class Prompt(NamedTuple):
+    """text: as the client wrote it; None where token ids came."""
+
+    token_ids: TokenIds
+    text: str | None
+
+
 async def completion_prompts(
     body: CompletionBody, tokenizer: Tokenizer, info: ModelInfo
-) -> list[TokenIds]:
-    """One list of ids a prompt. Ids that are given are taken as they are: no beginning-of-text id
-    is put before them.
-    """
+) -> list[Prompt]:
+    """Ids that are given are taken as they are: no beginning-of-text id is put before them."""
     add_special_tokens = body.add_special_tokens is not False
-    prompts: list[TokenIds] = []
+    prompts: list[Prompt] = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
             ids = await encode(tokenizer, prompt, add_special_tokens=add_special_tokens)
         else:
             ids = prompt
             _check_ids(ids, info.vocab_size, "prompt")
+        ids = truncated(ids, body.truncate_prompt_tokens, info)
         if not ids:
             raise invalid("`prompt` is empty: this model needs at least one token", param="prompt")
-        prompts.append(ids)
+        prompts.append(Prompt(ids, prompt if isinstance(prompt, str) else None))
     return prompts
 
 
-async def chat_prompt(body: ChatBody, tokenizer: Tokenizer) -> TokenIds:
-    """The conversation in the model's chat template, which writes the special tokens by itself."""
-    options = dict(body.chat_template_kwargs or {})
-    for name in sorted(RESERVED_TEMPLATE_OPTIONS.intersection(options)):
-        where = f"chat_template_kwargs.{name}"
-        raise invalid(f"`{where}` is not supported", param=where, code="unsupported_parameter")
-    if body.add_generation_prompt is not None:
-        options["add_generation_prompt"] = body.add_generation_prompt
-    try:
-        text = tokenizer.apply_chat_template([_as_dict(m) for m in body.messages], **options)
-    except UsageError as error:
-        raise invalid(error.message, param="messages") from None
-    ids = await encode(tokenizer, text, add_special_tokens=False)
-    if not ids:
-        raise invalid("the messages are empty: there is nothing to answer", param="messages")
-    return ids
-
-
-def _as_dict(message: ChatMessage) -> dict[str, str]:
-    # "developer" is OpenAI's newer word for "system", which is the one that models' templates know.
-    role = "system" if message.role == "developer" else message.role
-    fields = {"role": role, "content": message.content or ""}
-    return fields if message.name is None else {**fields, "name": message.name}
+def truncated(ids: TokenIds, keep: int | None, info: ModelInfo) -> TokenIds:
+    """The last tokens of a prompt, where the client asks for it; -1: as many as there is room."""
+    if keep is None:
+        return ids
+    most = room(info) - 1 if keep == -1 else keep
+    return ids[-most:] if most > 0 else ()
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
@@ -138,25 +111,43 @@ def sampling_params(
     info: ModelInfo,
     *,
     max_tokens: int,
-    extra_stop: tuple[str, ...],
+    extra_stop: tuple[str, ...] = (),
+    structured: StructuredOutputsParams | None = None,
+    num_top_logprobs: int | None = None,
+    num_top_prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    _check_ids(body.stop_token_ids or (), info.vocab_size, "stop_token_ids")
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        _check_ids(getattr(body, name) or (), info.vocab_size, name)
+    _check_ids([int(key) for key in body.logit_bias or ()], info.vocab_size, "logit_bias")
 
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
 
+    allowed = body.allowed_token_ids
     try:
         return SamplingParams(
             temperature=given(body.temperature, defaults.temperature),
             top_p=given(body.top_p, defaults.top_p),
             top_k=defaults.top_k if body.top_k is None else body.top_k,
             min_p=given(body.min_p, defaults.min_p),
+            typical_p=given(body.typical_p, 1.0),
+            presence_penalty=given(body.presence_penalty, 0.0),
+            frequency_penalty=given(body.frequency_penalty, 0.0),
+            repetition_penalty=given(body.repetition_penalty, defaults.repetition_penalty),
+            logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()} or None,
+            bad_words=tuple(body.bad_words or ()),
+            allowed_token_ids=None if allowed is None else tuple(allowed),
             max_tokens=max_tokens,
             min_tokens=body.min_tokens or 0,
             stop=(*body.stop_strings, *extra_stop),
             stop_token_ids=tuple(body.stop_token_ids or ()),
+            include_stop_str_in_output=bool(body.include_stop_str_in_output),
             ignore_eos=bool(body.ignore_eos),
+            skip_special_tokens=body.skip_special_tokens is not False,
+            logprobs=num_top_logprobs,
+            prompt_logprobs=num_top_prompt_logprobs,
             seed=body.seed,
+            structured_outputs=structured,
         )
     except QtoolError as error:
         raise from_qtool_error(error) from None

@@ -13,6 +13,7 @@ from qtool.runtime.server.errors import ApiError
 from qtool.runtime.server.generation import TextEngine
 from qtool.runtime.server.limits import Admission
 from qtool.runtime.server.metrics import Metrics
+from qtool.runtime.server.token_texts import TokenTexts
 from qtool.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger("qtool.server")
@@ -26,6 +27,7 @@ class Service:
     metrics: Metrics
     admission: Admission
     engine: TextEngine
+    texts: TokenTexts
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -33,7 +35,7 @@ class Service:
         metrics = Metrics(client.info, config.served_model_names[0], client.stats)
         admission = Admission(max_running=config.max_running, max_queued=config.max_queued)
         engine = TextEngine(client, tokenizer, metrics, admission)
-        return cls(config, client, tokenizer, metrics, admission, engine)
+        return cls(config, client, tokenizer, metrics, admission, engine, TokenTexts(tokenizer))
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer under: the client's own word for the model, which must be ours."""
