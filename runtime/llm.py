@@ -133,7 +133,7 @@ class LLM:
         tokenizer = self.get_tokenizer()
         several = _several_conversations(messages)
         parameters = _one_each(sampling_params, len(several))
-        if tokenizer.chat_template_origin != "model":
+        if tokenizer.chat_template_origin.startswith("plain"):
             console.print(
                 f"{self.loaded.source.name} has no chat template: speakers are named line by line",
                 highlight=False,
