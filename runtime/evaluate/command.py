@@ -45,6 +45,20 @@ from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
     help="Folder for report.html, report.json and report.md. Default: ./NAME-eval.",
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if it is there.")
+@click.option(
+    "--tasks",
+    metavar="NAME,FILE,...",
+    help="Also answer these questions: hellaswag, arc_easy, arc_challenge, piqa, winogrande, "
+    "lambada, openbookqa, mmlu, or files of your own (.jsonl .csv ...).",
+)
+@click.option(
+    "--task-data",
+    type=click.Path(path_type=Path),
+    help="A folder with the files of named tasks. Default: the Hub.",
+)
+@click.option(
+    "--task-limit", type=click.IntRange(min=1), help="The first N questions of each task."
+)
 @click.option("--no-speed", is_flag=True, help="Do not time generation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def evaluate(
@@ -56,6 +70,9 @@ def evaluate(
     device: Device,
     out: Path | None,
     force: bool,
+    tasks: str | None,
+    task_data: Path | None,
+    task_limit: int | None,
     no_speed: bool,
     as_json: bool,
 ) -> None:
@@ -67,6 +84,7 @@ def evaluate(
     Examples:
       qtool eval ./Qwen3-0.6B-int4 --against Qwen/Qwen3-0.6B
       qtool eval ./books-7m-int4 ./books-7m-Q4_K_M.gguf --against builtin:books-7m --out report
+      qtool eval ./Qwen3-0.6B-int4 --tasks hellaswag,arc_easy,./mine.jsonl --task-limit 500
     """
     from qtool.runtime.evaluate.report import to_json
     from qtool.runtime.evaluate.run import evaluate as run
@@ -84,6 +102,9 @@ def evaluate(
         device=device,
         force=force,
         speed=not no_speed,
+        tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+        task_data=task_data,
+        task_limit=task_limit,
     )
     if as_json:
         click.echo(json.dumps(to_json(report), allow_nan=False))

@@ -13,16 +13,19 @@ from html import escape
 from qtool.runtime.evaluate.plots import divergence_plot, layer_plots
 from qtool.runtime.evaluate.report import (
     TABLE_HEADER,
+    TASK_HEADER,
     EvaluationReport,
     ModelReport,
     divergence_rows,
     footnotes,
     grade,
     table_rows,
+    task_notes,
+    task_rows,
     verdict,
 )
 
-_WITH_ERROR = re.compile(r"^(.+) ± (\S+)( %|)$")
+_WITH_ERROR = re.compile(r"^(.+?) ± (\S+)( %|)(?:, (.+)|)$")
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -94,6 +97,7 @@ def to_html(report: EvaluationReport) -> str:
     sections = [
         _verdicts(report),
         f"<h2>Summary</h2>{_summary(report)}",
+        _tasks(report) if report.models[0].tasks else "",
         _divergences(report.models) if compared else "",
         _layers(report.models),
         _reproduce(report),
@@ -130,6 +134,13 @@ def _summary(report: EvaluationReport) -> str:
     notes = "".join(f"<li>{escape(line)}</li>" for line in footnotes(report))
     table = _table(header, rows, classes=classes, under=formats)
     return f'{table}<ul class="notes">{notes}</ul>'
+
+
+def _tasks(report: EvaluationReport) -> str:
+    header = (*TASK_HEADER, *(row.name for row in report.rows))
+    notes = "".join(f"<li>{escape(line)}</li>" for line in task_notes(report))
+    table = _table(header, task_rows(report))
+    return f'<h2>Tasks</h2>{table}<ul class="notes">{notes}</ul>'
 
 
 def _divergences(models: Sequence[ModelReport]) -> str:
@@ -227,12 +238,15 @@ def _table(
 
 
 def _cell(text: str) -> str:
-    """A number's standard error goes under it: "94.10 ± 0.21 %" is 94.10 % over ± 0.21."""
+    """A number's standard error goes under it: "94.10 ± 0.21 %" is 94.10 % over ± 0.21. What
+    follows behind a comma comes under that.
+    """
     match = _WITH_ERROR.match(text)
     if not match:
         return f"<td>{escape(text)}</td>"
-    value, error, unit = match.groups()
-    return f"<td>{escape(value + unit)}<small>± {escape(error)}</small></td>"
+    value, error, unit, more = match.groups()
+    second = f"<small>{escape(more)}</small>" if more else ""
+    return f"<td>{escape(value + unit)}<small>± {escape(error)}</small>{second}</td>"
 
 
 def _headline(text: str) -> str:

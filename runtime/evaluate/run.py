@@ -42,6 +42,7 @@ from qtool.runtime.evaluate.report import (
 )
 from qtool.runtime.evaluate.scorer import (
     DTYPES,
+    Scorer,
     TokenizedText,
     open_scorer,
     require_same_tokens,
@@ -50,6 +51,10 @@ from qtool.runtime.evaluate.sizes import weight_hashes
 from qtool.runtime.evaluate.speed import measure_speed
 from qtool.runtime.evaluate.stream import Scored, plan_passes, score
 from qtool.runtime.evaluate.subject import Subject, find_reference, open_subjects
+from qtool.runtime.evaluate.tasks.results import Answers, TaskResult
+from qtool.runtime.evaluate.tasks.results import summarize as summarize_task
+from qtool.runtime.evaluate.tasks.scoring import answer
+from qtool.runtime.evaluate.tasks.tasks import Task, open_task, require_different_names
 from qtool.runtime.evaluate.text import (
     DEFAULT_MAX_TOKENS,
     EvaluationText,
@@ -69,6 +74,7 @@ class _Outcome:
     scored: Scored
     scored_by: str
     dtype: str
+    tasks: tuple[TaskResult, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,9 @@ def evaluate(
     device: Device = "auto",
     force: bool = False,
     speed: bool = True,
+    tasks: Sequence[str] = (),
+    task_data: Path | None = None,
+    task_limit: int | None = None,
     command: str | None = None,
 ) -> EvaluationReport:
     """Perplexity of each model, and its divergence from the original.
@@ -101,15 +110,20 @@ def evaluate(
     text        a UTF-8 file; None: the text that ships, disjoint from the calibration text
     out         a folder for report.json, report.md and report.html; None: no files
     max_tokens  of the text; None: all of it
+    tasks       names of `tasks.TASKS`, or files of questions
+    task_data   a folder that holds the files of named tasks; None: the Hub
+    task_limit  questions of each task; None: all
     command     what the report names as the way to repeat it; by default `qtool eval ...`
     """
     wanted = [models] if isinstance(models, str | Source) else list(models)
     _check(wanted, dtype, max_tokens)
     stage = nullcontext() if out is None else OutputFolder(out, force=force)
     content = read_text(text)
+    opened = tuple(open_task(task, folder=task_data, limit=task_limit) for task in tasks)
+    require_different_names(opened)
     subjects = open_subjects(wanted)
     reference, note = find_reference(against, subjects)
-    scoring = _score(subjects, reference, content, max_tokens, dtype=dtype, device=device)
+    scoring = _score(subjects, reference, content, max_tokens, opened, dtype=dtype, device=device)
     reports = {
         subject.name: _model_report(subject, scoring, device=device, with_speed=speed)
         for subject in [*subjects, *([] if reference is None else [reference])]
@@ -125,7 +139,8 @@ def evaluate(
         ),
         reference=None if reference is None else reports[reference.name],
         models=tuple(reports[subject.name] for subject in subjects),
-        command=command or as_command(wanted, against, text, max_tokens, dtype),
+        command=command
+        or as_command(wanted, against, text, max_tokens, dtype, tasks, task_data, task_limit),
         environment=environment(),
         notes=() if note is None else (note,),
     )
@@ -148,6 +163,9 @@ def as_command(
     text: Path | None,
     max_tokens: int | None,
     dtype: str,
+    tasks: Sequence[str] = (),
+    task_data: Path | None = None,
+    task_limit: int | None = None,
 ) -> str:
     """The command line that repeats an evaluation."""
     words = ["qtool", "eval", *map(_as_given, models)]
@@ -156,6 +174,9 @@ def as_command(
     if max_tokens != DEFAULT_MAX_TOKENS:
         words += ["--max-tokens", str(max_tokens or 0)]
     words += [] if dtype == "float32" else ["--dtype", dtype]
+    words += ["--tasks", ",".join(tasks)] if tasks else []
+    words += [] if task_data is None else ["--task-data", str(task_data)]
+    words += [] if task_limit is None else ["--task-limit", str(task_limit)]
     return shlex.join(words)
 
 
@@ -208,6 +229,7 @@ def _score(
     reference: Subject | None,
     text: EvaluationText,
     max_tokens: int | None,
+    tasks: Sequence[Task],
     *,
     dtype: ScoringDtype,
     device: Device,
@@ -220,6 +242,7 @@ def _score(
         budget=int(MEMORY_SHARE * _memory_bytes(device)),
     )
     outcomes: dict[str, _Outcome] = {}
+    answers: dict[str, list[Answers]] = {}
     read: TokenizedText | None = None
     protocols: tuple[Protocol, ...] = ()
     used = 0
@@ -252,9 +275,32 @@ def _score(
                 shown.advance,
             )
         for scorer, result in zip(scorers, scored, strict=True):
-            outcomes[scorer.name] = _Outcome(result, scorer.scored_by, scorer.dtype)
+            if scorer.name not in answers:
+                answers[scorer.name] = _answer_all(scorer, tasks)
+            original = None
+            if reference is not None and scorer.name != reference.name:
+                original = answers[reference.name]
+            found = _task_results(tasks, answers[scorer.name], original)
+            outcomes[scorer.name] = _Outcome(result, scorer.scored_by, scorer.dtype, found)
     assert read is not None
     return _Scoring(read.ids.numel(), used, protocols, outcomes)
+
+
+def _answer_all(scorer: Scorer, tasks: Sequence[Task]) -> list[Answers]:
+    answers = []
+    for task in tasks:
+        with bar(f"{task.name} by {scorer.name}", total=len(task.items)) as shown:
+            answers.append(answer(scorer, task, shown.advance))
+    return answers
+
+
+def _task_results(
+    tasks: Sequence[Task], answers: Sequence[Answers], original: Sequence[Answers] | None
+) -> tuple[TaskResult, ...]:
+    return tuple(
+        summarize_task(task, answers[index], None if original is None else original[index])
+        for index, task in enumerate(tasks)
+    )
 
 
 def _model_report(
@@ -285,6 +331,7 @@ def _model_report(
         divergence=(
             None if outcome.scored.divergence is None else summarize(outcome.scored.divergence)
         ),
+        tasks=outcome.tasks,
         speed=speed,
         layers=manifest.layers if manifest else (),
         unquantized=dict(manifest.unquantized) if manifest else {},

@@ -11,7 +11,7 @@ tokenizers of one evaluation are run on the text, and the first difference is an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +24,13 @@ from qtool.convert.formats import open_weights
 from qtool.errors import QtoolError, UnsupportedModel
 from qtool.progress import bar
 from qtool.runtime.config import Device
+from qtool.runtime.evaluate.tasks.likelihood import (
+    Continuation,
+    Likelihood,
+    batches,
+    grow,
+    score_trees,
+)
 from qtool.runtime.evaluate.text import ScoringDtype
 from qtool.runtime.loading import LoadedModel, choose_device, load_model
 from qtool.runtime.tokenizer import Tokenizer
@@ -71,6 +78,15 @@ class Scorer(Protocol):
         """[batch, tokens] int64, independent sequences -> [batch, tokens, vocab] float32."""
         ...
 
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    def likelihoods(
+        self, questions: Sequence[Sequence[Continuation]], advance: Callable[[int], None]
+    ) -> list[list[Likelihood]]:
+        """Of every continuation of every question; `advance` is told of questions as they end."""
+        ...
+
 
 def open_scorer(source: Source, name: str, *, dtype: ScoringDtype, device: Device) -> Scorer:
     """Load a model for scoring: by the runtime if it has the family, else by transformers."""
@@ -103,8 +119,22 @@ class RuntimeScorer:
     def tokenize(self, text: str) -> TokenizedText:
         return tokenize(self.name, self.loaded.tokenizer, text)
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.loaded.tokenizer
+
     def logits(self, tokens: Tensor) -> Tensor:
         return self.loaded.logits(tokens)
+
+    def likelihoods(
+        self, questions: Sequence[Sequence[Continuation]], advance: Callable[[int], None]
+    ) -> list[list[Likelihood]]:
+        context = self.loaded.max_position_embeddings
+        results: list[list[Likelihood]] = []
+        for batch in batches([grow(question, context) for question in questions]):
+            results += score_trees(self.loaded.decoder, batch)
+            advance(len(batch))
+        return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +180,26 @@ class TransformersScorer:
             output = self.model(input_ids=tokens.to(self.model.device), use_cache=False)
         logits: Tensor = output.logits
         return logits.float()
+
+    def likelihoods(
+        self, questions: Sequence[Sequence[Continuation]], advance: Callable[[int], None]
+    ) -> list[list[Likelihood]]:
+        """One text at a time: a foreign model's cache and masks are its own."""
+        results = []
+        for question in questions:
+            results.append([self._likelihood(continuation) for continuation in question])
+            advance(1)
+        return results
+
+    def _likelihood(self, continuation: Continuation) -> Likelihood:
+        context = self.model.config.get_text_config().max_position_embeddings
+        tree = grow([continuation], context)
+        logits = self.logits(torch.tensor([tree.token_ids]))[0].cpu()
+        rows, targets = torch.tensor(tree.predictions[0]).unbind(dim=-1)
+        chosen = logits[rows]
+        logprobs = chosen.log_softmax(dim=-1).gather(-1, targets[:, None])
+        greedy = bool((chosen.argmax(dim=-1) == targets).all())
+        return Likelihood(float(logprobs.double().sum()), greedy)
 
 
 @contextmanager

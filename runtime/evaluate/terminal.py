@@ -13,6 +13,8 @@ from qtool.runtime.evaluate.report import (
     EvaluationReport,
     footnotes,
     table_rows,
+    task_notes,
+    task_rows,
     verdict_line,
 )
 
@@ -39,7 +41,9 @@ def print_report(report: EvaluationReport, folder: Path | None = None) -> None:
         line = verdict_line(model, report.reference)
         console.print(f"[bold]{escape(model.name)}[/bold]: {escape(line)}")
     console.print(report_table(report))
-    for line in footnotes(report):
+    if report.models[0].tasks:
+        console.print(task_table(report))
+    for line in [*footnotes(report), *task_notes(report)]:
         console.print(f"- {line}", markup=False, style="dim")
     if folder is not None:
         console.print(f"\nreport: {folder / 'report.html'}", markup=False, soft_wrap=True)
@@ -54,6 +58,19 @@ def report_table(report: EvaluationReport) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name, kind, *numbers in table_rows(report):
         table.add_row(f"{escape(name)}\n[dim]{escape(kind)}[/dim]", *map(_two_lines, numbers))
+    return table
+
+
+def task_table(report: EvaluationReport) -> Table:
+    """A row a task, a column a model."""
+    table = Table(header_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task\n[dim]metric[/dim]", overflow="fold")
+    for row in report.rows:
+        table.add_column(escape(row.name), justify="right", overflow="fold")
+    for name, metric, *cells in task_rows(report):
+        table.add_row(
+            f"{escape(name)}\n[dim]{metric}[/dim]", *(cell.replace(", ", "\n") for cell in cells)
+        )
     return table
 
 
