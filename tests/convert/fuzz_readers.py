@@ -283,6 +283,14 @@ def size_of(files: dict[str, bytes]) -> int:
     return sum(map(len, files.values()))
 
 
+def write_anew(file: Path, data: bytes) -> None:
+    """A new file under the name. To cut the old one would take its pages from under a reader that
+    still maps it, and file systems write to disk at once what replaces a file in that way.
+    """
+    file.unlink(missing_ok=True)
+    file.write_bytes(data)
+
+
 def read_mutant(source: Source, nbytes: int) -> bool:
     """Whether it was read. Whatever else happens is raised."""
     try:
@@ -326,7 +334,7 @@ def main(root: Path, count: int, seed: int) -> int:
     path = place / "model.gguf" if "model.gguf" in originals else place
     source = Source("mutant", path)
     for name, data in originals.items():
-        (place / name).write_bytes(data)
+        write_anew(place / name, data)
     assert read_mutant(source, size_of(originals)), "the original is refused"
     mutations = mutations_of(originals)
     limit_memory()
@@ -339,7 +347,7 @@ def main(root: Path, count: int, seed: int) -> int:
         rng.choice(mutations)(rng, files)
         for name, data in files.items():
             if data is not originals[name] or name in changed:
-                (place / name).write_bytes(data)
+                write_anew(place / name, data)
         changed = {name for name, data in files.items() if data is not originals[name]}
         signal.alarm(SECONDS)
         try:
