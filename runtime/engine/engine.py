@@ -21,6 +21,7 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.batch import Batch, make_batch
 from qtool.runtime.engine.blocks import BlockManager
 from qtool.runtime.engine.client import EngineStats, ModelInfo
+from qtool.runtime.engine.embedding import Pooling, embed
 from qtool.runtime.engine.pace import Pace
 from qtool.runtime.engine.runner import ModelRunner, block_bytes, choose_num_blocks
 from qtool.runtime.engine.sampler import Sampled, sample
@@ -72,6 +73,7 @@ class Engine:
             caching=config.enable_prefix_caching,
             window=widest_window(spec.window for spec in decoder.attention),
         )
+        self._model = decoder
         self._runner = ModelRunner(decoder, num_blocks=num_blocks, block_size=config.block_size)
         self._scheduler = Scheduler(
             self.blocks,
@@ -124,6 +126,10 @@ class Engine:
         )
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
+
+    def embed(self, token_ids: tuple[int, ...], pooling: Pooling) -> list[float]:
+        """A vector for a text, now; see `runtime.engine.embedding`."""
+        return embed(self._model, token_ids, pooling)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         """End a request and free its blocks now; None if it is not here (any more)."""

@@ -62,11 +62,20 @@ def causal_logits(model: Model, tokens: Tensor) -> Tensor:
     """One full pass without a cache: [batch, tokens] int64 -> float32 [batch, tokens, vocab]."""
     batch, length = tokens.shape
     model = model.for_context(length)
+    with torch.inference_mode():
+        hidden = causal_hidden(model, tokens)
+        return model.logits(hidden.flatten(0, 1)).view(batch, length, -1)
+
+
+def causal_hidden(model: Model, tokens: Tensor) -> Tensor:
+    """The last block's output of such a pass, [batch, tokens, hidden]."""
+    batch, length = tokens.shape
+    model = model.for_context(length)
     positions = torch.arange(length, device=model.device)
     with torch.inference_mode():
         flat = tokens.reshape(-1).to(model.device)
         hidden = model.hidden(flat, positions.repeat(batch), _causal(model, batch, length))
-        return model.logits(hidden).view(batch, length, -1)
+        return hidden.view(batch, length, -1)
 
 
 def _causal(model: Model, batch: int, length: int) -> Attend:
