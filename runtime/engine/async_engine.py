@@ -18,7 +18,8 @@ from queue import Empty, SimpleQueue
 
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.config import EngineConfig
-from qtool.runtime.engine.client import EngineStats, ModelInfo
+from qtool.runtime.engine.client import EngineStats, ModelInfo, QueueFull
+from qtool.runtime.engine.embedding import Pooling
 from qtool.runtime.engine.engine import Engine, validate
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
 from qtool.runtime.loading import LoadedModel, load_model
@@ -37,11 +38,18 @@ class _Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class _Embed:
+    token_ids: tuple[int, ...]
+    pooling: Pooling
+    vector: Future[list[float]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     """End every request and the thread."""
 
 
-_Message = _Add | _Abort | _Stop
+_Message = _Add | _Abort | _Embed | _Stop
 
 
 class EngineStopped(QtoolError):
@@ -62,6 +70,8 @@ class AsyncEngine:
         )
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._outputs: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._num_inside = 0
+        self._max_inside = config.max_num_seqs + config.num_waiting_limit
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._nothing_running = asyncio.Event()
@@ -123,11 +133,19 @@ class AsyncEngine:
         validate(request, self.info)
         if request.request_id in self._outputs:
             raise UsageError(f"request {request.request_id} is already running")
+        self._check_room(request)
         return self._stream(request)
 
+    def _check_room(self, request: GenerationRequest) -> None:
+        # An empty engine takes whatever one request asks for.
+        if self._num_inside and self._num_inside + _num_sequences(request) > self._max_inside:
+            raise QueueFull(self._num_inside, self._max_inside)
+
     async def _stream(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        self._check_room(request)  # others may have come since the call
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
         self._outputs[request.request_id] = queue
+        self._num_inside += _num_sequences(request)
         self._nothing_running.clear()
         self._inbox.put(_Add(request))
         finished = False
@@ -136,18 +154,27 @@ class AsyncEngine:
                 output = await queue.get()
                 finished = output.finish_reason is not None
                 if finished:
-                    self._forget(request.request_id)
+                    self._forget(request)
                 yield output
         finally:
             if not finished:
-                self._forget(request.request_id)
+                self._forget(request)
                 self.abort(request.request_id)
+
+    async def embed(self, token_ids: tuple[int, ...], pooling: Pooling) -> list[float]:
+        """A vector for a text, computed between two steps."""
+        if not self._accepting or not self.healthy():
+            raise EngineStopped("the engine is not taking requests")
+        vector: Future[list[float]] = Future()
+        self._inbox.put(_Embed(token_ids, pooling, vector))
+        return await asyncio.wrap_future(vector)
 
     def abort(self, request_id: str) -> None:
         self._inbox.put(_Abort(request_id))
 
-    def _forget(self, request_id: str) -> None:
-        self._outputs.pop(request_id, None)
+    def _forget(self, request: GenerationRequest) -> None:
+        if self._outputs.pop(request.request_id, None) is not None:
+            self._num_inside -= _num_sequences(request)
         if not self._outputs:
             self._nothing_running.set()
 
@@ -184,6 +211,8 @@ class AsyncEngine:
             elif isinstance(message, _Abort):
                 aborted = engine.abort(message.request_id)
                 outputs.extend([aborted] if aborted else [])
+            elif isinstance(message, _Embed):
+                self._embed(engine, message)
             else:
                 going_on = False
         outputs.extend(engine.step() if going_on else engine.abort_all())
@@ -200,6 +229,15 @@ class AsyncEngine:
             ]
         return []
 
+    @staticmethod
+    def _embed(engine: Engine, message: _Embed) -> None:
+        if not message.vector.set_running_or_notify_cancel():
+            return  # the client has gone while it waited
+        try:
+            message.vector.set_result(engine.embed(message.token_ids, message.pooling))
+        except Exception as error:
+            message.vector.set_exception(error)
+
     def _messages(self, *, wait: bool) -> list[_Message]:
         messages: list[_Message] = []
         if wait:
@@ -215,3 +253,7 @@ class AsyncEngine:
         if not outputs or self._loop is None or self._loop.is_closed():
             return
         self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+
+def _num_sequences(request: GenerationRequest) -> int:
+    return request.sampling.num_sequences

@@ -9,7 +9,19 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from qtool.errors import QtoolError
+from qtool.runtime.engine.embedding import Pooling
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
+
+
+class QueueFull(QtoolError):
+    """As many requests wait as may; coming back later is worth it."""
+
+    def __init__(self, num_inside: int, limit: int) -> None:
+        super().__init__(
+            f"the queue is full: {num_inside} sequences run or wait, and at most {limit} may",
+            hint="come back later, or let more wait (--max-num-queued-reqs)",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +63,13 @@ class EngineClient(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Outputs of one request, ending with the one that has a finish_reason.
 
-        Raises PromptTooLong before the first output. Leaving the iteration early (break, a
-        cancelled task, aclose) aborts the request.
+        Raises PromptTooLong or QueueFull before the first output. Leaving the iteration early
+        (break, a cancelled task, aclose) aborts the request.
         """
+        ...
+
+    async def embed(self, token_ids: tuple[int, ...], pooling: Pooling) -> list[float]:
+        """One vector for a text, between two steps; see `runtime.engine.embedding`."""
         ...
 
     def abort(self, request_id: str) -> None:

@@ -70,7 +70,8 @@ class Pace:
         cost = self.seconds_per_token
         if cost is None:
             return min(budget, MIN_TOKENS)
-        fitting = int(max(self.target_seconds - self.decode_seconds, 0.0) / cost)
+        left = max(self.target_seconds - self.decode_seconds, 0.0)
+        fitting = int(left / cost) if left < budget * cost else budget
         return min(budget, max(MIN_TOKENS, min(fitting, int(MAX_GROWTH * self._latest_tokens))))
 
 

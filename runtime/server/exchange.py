@@ -106,6 +106,7 @@ class Exchange(ABC):
                 prompt_token_ids=token_ids,
                 sampling=replace(sampling, seed=None if seed is None else seed + choice),
                 priority=body.priority or 0,
+                cache_salt=body.cache_salt,
             )
             deadline = self.arrival + seconds if seconds else None
             jobs.append(Job(request, self.arrival, keep_special, deadline))

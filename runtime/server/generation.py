@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from qtool.errors import QtoolError, UsageError
-from qtool.runtime.engine.client import EngineClient
+from qtool.runtime.engine.client import EngineClient, QueueFull
 from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.sequence import GenerationRequest, PromptTooLong, TokenOutput
 from qtool.runtime.server.errors import (
@@ -118,7 +118,7 @@ class TextEngine:
                 async for output in _before(outputs, job.deadline):
                     timer.tokens(len(output.new_token_ids), time.monotonic())
                     num_cached_tokens = output.num_cached_tokens
-                    if output.finish_reason in ("abort", "error"):
+                    if output.finish_reason in ("abort", "timeout", "error"):
                         ended_as = output.finish_reason
                         raise _ended_early(output)
                     piece = self._piece(job, detokenizer, output)
@@ -275,6 +275,8 @@ def _as_api_error(error: QtoolError) -> ApiError:
         )
     if isinstance(error, UsageError):
         return from_qtool_error(error)
+    if isinstance(error, QueueFull):
+        return unavailable(error.message, code="queue_full", retry_after_seconds=1)
     # The engine has stopped or cannot go on; the request itself is not at fault.
     return unavailable(error.message, code="engine_unavailable", retry_after_seconds=5)
 
@@ -286,5 +288,7 @@ def _ended_early(output: TokenOutput) -> ApiError:
             code="aborted",
             retry_after_seconds=5,
         )
+    if output.finish_reason == "timeout":
+        return deadline_passed()
     reason = output.error or "no reason given"
     return ApiError(500, f"The engine failed on this request: {reason}", type="server_error")

@@ -35,7 +35,7 @@ REQUEST_BUCKETS = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60,
     120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
-FINISHED_REASONS = ("stop", "length", "abort", "error")
+FINISHED_REASONS = ("stop", "length", "abort", "timeout", "error")
 INTER_TOKEN_LATENCY = "vllm:inter_token_latency_seconds"
 TIME_PER_OUTPUT_TOKEN = "vllm:time_per_output_token_seconds"
 
@@ -198,6 +198,16 @@ class _EngineCollector:
             yield gauge
         counters = (
             ("vllm:num_preemptions", "Times KV blocks ran out.", stats.num_preemptions),
+            (
+                "vllm:prefix_cache_queries",
+                "Prompt tokens that the KV cache was searched for.",
+                stats.prefix_cache_queries_total,
+            ),
+            (
+                "vllm:prefix_cache_hits",
+                "Prompt tokens that were found there.",
+                stats.prefix_cache_hits_total,
+            ),
             ("vllm:prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total),
             ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens_total),
         )

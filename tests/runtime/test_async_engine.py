@@ -11,7 +11,7 @@ import pytest
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine, EngineStopped
-from qtool.runtime.engine.client import EngineClient
+from qtool.runtime.engine.client import EngineClient, QueueFull
 from qtool.runtime.engine.sequence import (
     GenerationRequest,
     PromptTooLong,
@@ -135,6 +135,37 @@ def test_a_request_that_cannot_run_is_refused_by_the_call(loaded: LoadedModel) -
         assert engine.stats().num_requests_running == 1
 
     with_engine(loaded, work)
+
+
+def test_a_full_queue_refuses_and_takes_again_when_there_is_room(loaded: LoadedModel) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        streams = [engine.generate(request(name, [1], None)) for name in "abc"]
+        for stream in streams[:2]:
+            await anext(stream)
+        late = asyncio.ensure_future(anext(streams[2]))  # type: ignore[arg-type]
+        await until(lambda: engine.stats().num_requests_waiting == 1)
+        with pytest.raises(QueueFull, match="3 sequences run or wait, and at most 3 may") as raised:
+            engine.generate(request("d", [1]))
+        assert "--max-num-queued-reqs" in str(raised.value.hint)
+        engine.abort("a")
+        await collect(streams[0])
+        fourth = engine.generate(request("d", [1], 1))
+        await late
+        for stream in streams[1:]:
+            await stream.aclose()  # type: ignore[attr-defined]
+        assert len(await collect(fourth)) == 1
+
+    with_engine(loaded, work, max_num_seqs=2, max_num_waiting=1)
+
+
+def test_a_stream_that_begins_late_finds_the_queue_as_it_is_then(loaded: LoadedModel) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        first, second = (engine.generate(request(name, [1], None)) for name in "ab")
+        await anext(first)
+        with pytest.raises(QueueFull):
+            await anext(second)
+
+    with_engine(loaded, work, max_num_seqs=1, max_num_waiting=0)
 
 
 def test_stopping_drains_what_runs_and_refuses_what_comes(loaded: LoadedModel) -> None:

@@ -155,6 +155,27 @@ def test_a_request_without_numbers_fails_alone_and_poisons_nobody(
     assert made.blocks.usage == 0.0
 
 
+def test_a_request_ends_at_its_deadline_running_or_waiting(tiny: LoadedModel) -> None:
+    seconds = 0.0
+    made = Engine(tiny, EngineConfig("tiny", max_num_seqs=1), clock=lambda: seconds)
+    sampling = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+    made.add(GenerationRequest("runs", (1, 2), sampling, timeout=5.0))
+    made.add(GenerationRequest("waits", (1, 2), sampling, timeout=2.5))
+    assert [output.request_id for output in made.step()] == ["runs"]
+    seconds = 3.0
+    waits, runs = made.step()
+    assert (waits.request_id, waits.finish_reason) == ("waits", "timeout")
+    assert waits.error == "the request's timeout of 2.5 s has passed"
+    assert (runs.finish_reason, runs.num_generated_tokens) == (None, 2)
+    seconds = 5.0
+    (ended,) = made.step()
+    assert (ended.finish_reason, ended.num_generated_tokens) == ("timeout", 2)
+    assert not made.has_work
+    assert made.blocks.usage == 0.0
+    with pytest.raises(UsageError, match="timeout is 0, must be above 0 seconds"):
+        GenerationRequest("never", (1,), sampling, timeout=0)
+
+
 def test_an_operator_that_raises_ends_its_own_request_only(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
