@@ -21,6 +21,7 @@ EPILOG = """\b
 Examples:
   qtool convert Qwen/Qwen3-0.6B --to gguf --type Q4_K_M   # one step, no intermediate file
   qtool convert Qwen/Qwen3-0.6B --to gguf --type Q3_K_M --imatrix qwen3.imatrix.gguf
+  qtool convert Qwen/Qwen3-8B --to gguf --type Q8_0 --split-max-size 2G   # several files
   qtool convert ./Qwen3-0.6B-int4 --to gguf               # int4 codes kept: Q4_0
   qtool convert ./Qwen3-0.6B-int4 --to marlin             # tiles as the CUDA kernel takes them
   qtool convert ./Qwen3-0.6B-int4 --to gptq --out ./gptq  # for stacks that read GPTQ
@@ -53,6 +54,7 @@ Examples:
     is_flag=True,
     help="Round a second time what FORMAT cannot hold as it is, in place of leaving it in 16 bit.",
 )
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a Hub model.")
 @click.option("--list", "list_", is_flag=True, help="Print what can become what, and how closely.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -64,6 +66,7 @@ def convert(
     type_: str | None,
     out: Path | None,
     requantize: bool,
+    revision: str | None,
     list_: bool,
     force: bool,
     dry_run: bool,
@@ -94,7 +97,7 @@ def convert(
     check_target(target)
     check_requantize(target, requantize)
     options = options_for(target, gguf)
-    source = resolve(model)
+    source = resolve(model, revision)
     if target == GGUF_TARGET:
         if out is not None:
             check_gguf_out(source, out)

@@ -74,7 +74,8 @@ class GgufOptions:
             raise UnknownName("search", self.search, SEARCHES)
         if self.search != "best":
             for name, option in _SEARCH_OPTIONS.items():
-                if getattr(self, name) not in (None, False):
+                given = getattr(self, name)
+                if given is not None and given is not False:
                     raise UsageError(
                         f"{option} is of the search that runs the model, and --search is plain",
                         "add --search best, or leave it out",

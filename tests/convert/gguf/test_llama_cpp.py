@@ -17,6 +17,7 @@ from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.export import write_gguf
 from qtool.convert.gguf.imatrix import Importance, ImportanceMatrix
 from qtool.convert.gguf.plan import plan_export
+from qtool.convert.gguf.split import SplitLimits
 from qtool.convert.gguf.types import FILE_TYPES
 from qtool.source import Source
 
@@ -47,6 +48,23 @@ def test_llama_cpp_continues_a_text_as_transformers_does(
     assert llama.tokenize(PROMPT.encode(), add_bos=False) == inputs.input_ids[0].tolist()
     found = llama.create_completion(PROMPT, max_tokens=16, temperature=0)
     assert found["choices"][0]["text"] == expected
+
+
+@pytest.mark.parametrize("metadata_first", [False, True])
+def test_llama_cpp_loads_all_parts_from_the_first(
+    metadata_first: bool, books_7m: Path, tmp_path: Path
+) -> None:
+    whole = written(books_7m, tmp_path / "whole.gguf", "Q8_0")
+    reader = open_weights(Source("parts", books_7m))
+    limits = SplitLimits(max_bytes=2_000_000, metadata_first=metadata_first)
+    parts = write_gguf(plan_export(reader, "Q8_0", limits=limits), tmp_path / "model.gguf").paths
+    assert len(parts) > 3
+    texts = []
+    for path in (whole, parts[0]):
+        llama = llama_cpp.Llama(str(path), n_ctx=128, verbose=False, n_threads=1)
+        found = llama.create_completion(PROMPT, max_tokens=24, temperature=0)
+        texts.append(found["choices"][0]["text"])
+    assert texts[0] == texts[1] != ""
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "Q4_K_M"])
