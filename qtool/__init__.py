@@ -11,13 +11,35 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qtool.runtime.engine.sampling_params import SamplingParams
+    from qtool.runtime.async_llm import AsyncEngineArgs, AsyncLLMEngine
+    from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutputsParams
+    from qtool.runtime.llama import Llama
     from qtool.runtime.llm import LLM
+    from qtool.runtime.outputs import CompletionOutput, RequestOutput
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLMEngine",
+    "CompletionOutput",
+    "Llama",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 # What is loaded on first use, and from where.
-_LAZY = {"LLM": "qtool.runtime.llm", "SamplingParams": "qtool.runtime.engine.sampling_params"}
+_LAZY = {
+    "LLM": "qtool.runtime.llm",
+    "AsyncEngineArgs": "qtool.runtime.async_llm",
+    "AsyncLLMEngine": "qtool.runtime.async_llm",
+    "CompletionOutput": "qtool.runtime.outputs",
+    "Llama": "qtool.runtime.llama",
+    "RequestOutput": "qtool.runtime.outputs",
+    "SamplingParams": "qtool.runtime.engine.sampling_params",
+    "StructuredOutputsParams": "qtool.runtime.engine.sampling_params",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from qtool.errors import QtoolError, UsageError
@@ -21,6 +21,7 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.client import EngineStats, ModelInfo, QueueFull
 from qtool.runtime.engine.embedding import Pooling
 from qtool.runtime.engine.engine import Engine, validate
+from qtool.runtime.engine.grammar import GrammarCompiler
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
 from qtool.runtime.loading import LoadedModel, load_model
 
@@ -35,6 +36,7 @@ class _Add:
 @dataclass(frozen=True, slots=True)
 class _Abort:
     request_id: str
+    index: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class AsyncEngine:
         self._nothing_running.set()
         self._accepting = False
         self._info: ModelInfo | None = None
+        self._grammars: GrammarCompiler | None = None
         self._stats = EngineStats()
 
     @classmethod
@@ -142,22 +145,26 @@ class AsyncEngine:
             raise QueueFull(self._num_inside, self._max_inside)
 
     async def _stream(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        wanted = request.sampling.structured_outputs
+        if wanted is not None and self._grammars is not None:
+            # Not in the engine's thread, where everybody would wait for it.
+            await asyncio.to_thread(self._grammars.check, wanted)
         self._check_room(request)  # others may have come since the call
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
         self._outputs[request.request_id] = queue
         self._num_inside += _num_sequences(request)
         self._nothing_running.clear()
         self._inbox.put(_Add(request))
-        finished = False
+        num_unfinished = request.sampling.num_sequences
         try:
-            while not finished:
+            while num_unfinished:
                 output = await queue.get()
-                finished = output.finish_reason is not None
-                if finished:
+                num_unfinished -= output.finish_reason is not None
+                if not num_unfinished:
                     self._forget(request)
                 yield output
         finally:
-            if not finished:
+            if num_unfinished:
                 self._forget(request)
                 self.abort(request.request_id)
 
@@ -169,8 +176,8 @@ class AsyncEngine:
         self._inbox.put(_Embed(token_ids, pooling, vector))
         return await asyncio.wrap_future(vector)
 
-    def abort(self, request_id: str) -> None:
-        self._inbox.put(_Abort(request_id))
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        self._inbox.put(_Abort(request_id, index))
 
     def _forget(self, request: GenerationRequest) -> None:
         if self._outputs.pop(request.request_id, None) is not None:
@@ -192,6 +199,7 @@ class AsyncEngine:
         except BaseException as error:
             ready.set_exception(error)
             return
+        self._grammars = engine.grammars
         ready.set_result(engine.info)
         try:
             while self._turn(engine):
@@ -209,8 +217,7 @@ class AsyncEngine:
             if isinstance(message, _Add):
                 outputs.extend(self._add(engine, message.request))
             elif isinstance(message, _Abort):
-                aborted = engine.abort(message.request_id)
-                outputs.extend([aborted] if aborted else [])
+                outputs.extend(engine.abort(message.request_id, message.index))
             elif isinstance(message, _Embed):
                 self._embed(engine, message)
             else:
@@ -223,10 +230,15 @@ class AsyncEngine:
         try:
             engine.add(request)
         except QtoolError as error:
-            num_tokens = len(request.prompt_token_ids)
-            return [
-                TokenOutput(request.request_id, (), "error", num_tokens, 0, error=error.message)
-            ]
+            failed = TokenOutput(
+                request.request_id,
+                (),
+                "error",
+                len(request.prompt_token_ids),
+                0,
+                error=error.message,
+            )
+            return [replace(failed, index=i) for i in range(request.sampling.num_sequences)]
         return []
 
     @staticmethod

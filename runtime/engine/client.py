@@ -61,7 +61,8 @@ class EngineClient(Protocol):
     def info(self) -> ModelInfo: ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
-        """Outputs of one request, ending with the one that has a finish_reason.
+        """Outputs of one request, ending with the one with which the last of its answers has a
+        finish_reason.
 
         Raises PromptTooLong or QueueFull before the first output. Leaving the iteration early
         (break, a cancelled task, aclose) aborts the request.
@@ -72,8 +73,10 @@ class EngineClient(Protocol):
         """One vector for a text, between two steps; see `runtime.engine.embedding`."""
         ...
 
-    def abort(self, request_id: str) -> None:
-        """End a request now; its iterator gets a last output with finish_reason "abort"."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its answers, now; its iterator gets last outputs with
+        finish_reason "abort".
+        """
         ...
 
     def stats(self) -> EngineStats: ...

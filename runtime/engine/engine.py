@@ -13,18 +13,20 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Series
-
-from torch import Tensor
+from concurrent.futures import ThreadPoolExecutor
 
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
-from qtool.runtime.engine.batch import Batch, make_batch
+from qtool.runtime.engine.batch import make_batch
 from qtool.runtime.engine.blocks import BlockManager
 from qtool.runtime.engine.client import EngineStats, ModelInfo
+from qtool.runtime.engine.draw import Drawn, draw
 from qtool.runtime.engine.embedding import Pooling, embed
+from qtool.runtime.engine.grammar import GrammarCompiler
+from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.pace import Pace
 from qtool.runtime.engine.runner import ModelRunner, block_bytes, choose_num_blocks
-from qtool.runtime.engine.sampler import Sampled, sample
+from qtool.runtime.engine.sampler import Sampled
 from qtool.runtime.engine.scheduler import Scheduled, Scheduler
 from qtool.runtime.engine.sequence import (
     FinishReason,
@@ -87,6 +89,14 @@ class Engine:
         self._eos_token_ids = loaded.eos_token_ids
         self._seeds = random.Random(config.seed)
         self._sequences: dict[str, Sequence] = {}
+        # Of the answers that wait for their prompt: who computes it.
+        self._prompted_by: dict[str, Sequence] = {}
+        backend = None if loaded.tokenizer is None else loaded.tokenizer.backend
+        self.grammars = GrammarCompiler(
+            None if backend is None else backend.to_str, decoder.vocab_size, loaded.eos_token_ids
+        )
+        # Starts its thread with the first grammar.
+        self._mask_worker = ThreadPoolExecutor(1, "qtool-grammar")
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
@@ -111,38 +121,71 @@ class Engine:
         validate(request, self.info)
         if request.request_id in self._sequences:
             raise UsageError(f"request {request.request_id} is already running")
+        first, *others = answers = self._answers(request)
+        self._sequences.update({sequence.id: sequence for sequence in answers})
+        self._start(first, others)
+
+    def _start(self, first: Sequence, others: list[Sequence]) -> None:
+        """Queue a request's first answer, which computes the prompt for the others."""
+        first.siblings = others
+        self._prompted_by.update({sibling.id: first for sibling in others})
+        self._scheduler.add(first)
+
+    def _answers(self, request: GenerationRequest) -> list[Sequence]:
+        """A sequence for each answer asked for; the first computes the prompt for all."""
         sampling = request.sampling
-        room = self.info.max_model_len - len(request.prompt_token_ids)
+        num_prompt_tokens = len(request.prompt_token_ids)
+        room = self.info.max_model_len - num_prompt_tokens
         new_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
         eos = () if sampling.ignore_eos else self._eos_token_ids
+        wanted = sampling.structured_outputs
         now = self._clock()
-        sequence = Sequence(
-            request=request,
-            seed=self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed,
-            stop_token_ids=frozenset((*eos, *sampling.stop_token_ids)),
-            max_total_tokens=len(request.prompt_token_ids) + new_tokens,
-            arrival=now,
-            deadline=None if request.timeout is None else now + request.timeout,
-        )
-        self._sequences[request.request_id] = sequence
-        self._scheduler.add(sequence)
+        return [
+            Sequence(
+                request=request,
+                index=index,
+                # Numbered on from the given seed: answer 1 of seed 7 is what seed 8 writes.
+                seed=self._seeds.getrandbits(64)
+                if sampling.seed is None
+                else sampling.seed + index,
+                stop_token_ids=frozenset((*eos, *sampling.stop_token_ids)),
+                max_total_tokens=num_prompt_tokens + new_tokens,
+                arrival=now,
+                deadline=None if request.timeout is None else now + request.timeout,
+                grammar=self.grammars.grammar(wanted, num_prompt_tokens) if wanted else None,
+            )
+            for index in range(sampling.num_sequences)
+        ]
 
     def embed(self, token_ids: tuple[int, ...], pooling: Pooling) -> list[float]:
         """A vector for a text, now; see `runtime.engine.embedding`."""
         return embed(self._model, token_ids, pooling)
 
-    def abort(self, request_id: str) -> TokenOutput | None:
-        """End a request and free its blocks now; None if it is not here (any more)."""
-        sequence = self._sequences.get(request_id)
-        return None if sequence is None else self._finish(sequence, "abort")
+    def abort(self, request_id: str, index: int | None = None) -> list[TokenOutput]:
+        """End a request, or one of its answers, and free its blocks now; nothing if it is not here
+        (any more).
+        """
+        return self._end(
+            [
+                sequence
+                for sequence in self._sequences.values()
+                if sequence.request.request_id == request_id and index in (None, sequence.index)
+            ],
+            "abort",
+        )
 
     def abort_all(self, error: str | None = None) -> list[TokenOutput]:
         """End every request, with an error if one is given."""
-        reason: FinishReason = "abort" if error is None else "error"
-        return [
-            self._finish(sequence, reason, error=error)
-            for sequence in list(self._sequences.values())
-        ]
+        return self._end(
+            list(self._sequences.values()), "abort" if error is None else "error", error
+        )
+
+    def _end(
+        self, sequences: Series[Sequence], reason: FinishReason, error: str | None = None
+    ) -> list[TokenOutput]:
+        # The last answers of a request first: none is left to compute the prompt for the others.
+        ended = [self._finish(sequence, reason, error=error) for sequence in reversed(sequences)]
+        return ended[::-1]
 
     def step(self) -> list[TokenOutput]:
         """Compute what the scheduler chose; one output for each sequence that got a token."""
@@ -161,9 +204,7 @@ class Engine:
             results = [self._compute_alone(work) for work in scheduled]
         self._observe(scheduled, self._clock() - started)
         for work, result in zip(scheduled, results, strict=True):
-            output = self._advance(work, result)
-            if output is not None:
-                outputs.append(output)
+            outputs.extend(self._advance(work, result))
         return outputs
 
     def _observe(self, scheduled: Series[Scheduled], seconds: float) -> None:
@@ -174,43 +215,85 @@ class Engine:
             seconds, num_prompt_tokens=num_prompt_tokens, num_decoding=num_decoding
         )
 
-    def _compute(self, scheduled: Series[Scheduled]) -> list[Sampled | Exception | None]:
-        """For each sequence what it drew, its own failure, or None if it draws nothing yet."""
+    def _compute(self, scheduled: Series[Scheduled]) -> list[Drawn | Exception]:
+        """For each sequence what it drew, or its own failure."""
+        for work in scheduled:
+            grammar = work.sequence.grammar
+            if grammar is not None and work.samples:
+                drafts = work.sequence.draft_token_ids[: work.num_draft_tokens]
+                grammar.prepare(self._mask_worker, work.sequence.token_ids, drafts)
         batch = make_batch(scheduled, self.blocks.table, self._device)
         logits = self._runner.run(batch)
-        return _draw(logits, batch, scheduled)
+        return draw(logits, batch, scheduled)
 
-    def _compute_alone(self, work: Scheduled) -> Sampled | Exception | None:
+    def _compute_alone(self, work: Scheduled) -> Drawn | Exception:
         try:
             return self._compute([work])[0]
         except Exception as error:
             logger.exception("request %s failed", work.sequence.id)
             return error
 
-    def _advance(self, work: Scheduled, result: Sampled | Exception | None) -> TokenOutput | None:
+    def _advance(self, work: Scheduled, result: Drawn | Exception) -> list[TokenOutput]:
         sequence = work.sequence
         if isinstance(result, Exception):
-            return self._finish(sequence, "error", error=str(result) or type(result).__name__)
+            return self._end([sequence, *sequence.siblings], "error", _text_of(result))
         num_computed = sequence.num_computed_tokens + work.num_tokens - work.num_draft_tokens
-        if result is None:
+        sampled = result.sampled
+        if sampled is None:
             self._scheduler.computed(sequence, num_computed)
-            return None
+            return []
         if sequence.num_generated_tokens == 0:
             self._prompt_tokens += sequence.num_prompt_tokens
         sequence.draft_token_ids.clear()
-        taken: list[int] = []
+        if sequence.siblings:
+            # First of all, as they share the blocks that this one gives back if it ends here.
+            self._scheduler.computed(sequence, num_computed)
+        others = [
+            self._begin(sequence, sibling, drawn)
+            for sibling, drawn in zip(list(sequence.siblings), result.siblings, strict=True)
+        ]
+        return [self._take(sequence, sampled, num_computed), *others]
+
+    def _begin(
+        self, parent: Sequence, sibling: Sequence, drawn: Sampled | Exception
+    ) -> TokenOutput:
+        """Take up a further answer, whose first token has been drawn."""
+        if isinstance(drawn, Exception):
+            return self._finish(sibling, "error", error=_text_of(drawn))
+        output = self._take(sibling, drawn, num_computed=None)
+        if output.finish_reason is None:
+            self._leave(sibling)
+            self._scheduler.fork(parent, sibling)
+        return output
+
+    def _leave(self, sibling: Sequence) -> bool:
+        """Wait no longer for another's prompt; False if it did not."""
+        parent = self._prompted_by.pop(sibling.id, None)
+        if parent is not None:
+            parent.siblings.remove(sibling)
+        return parent is not None
+
+    def _take(self, sequence: Sequence, sampled: Sampled, num_computed: int | None) -> TokenOutput:
+        """Append what was drawn, as far as the answer goes.
+
+        num_computed  tokens that the cache holds, drafts not counted; None: none of its own yet
+        """
+        num_taken = 0
         reason: FinishReason | None = None
-        for token in result.token_ids:
-            taken.append(token)
-            reason = sequence.append(token)
+        for token_id in sampled.token_ids:
+            num_taken += 1
+            reason = sequence.append(token_id)
             if reason is not None:
                 break
-        self._generation_tokens += len(taken)
-        # Of the drafts, the cache keeps those that were drawn; behind them it is written anew.
-        self._scheduler.computed(sequence, num_computed + len(taken) - 1)
+        self._generation_tokens += num_taken
+        if num_computed is not None:
+            # Of the drafts, the cache keeps those that were drawn; behind them it is written anew.
+            self._scheduler.computed(sequence, num_computed + num_taken - 1)
+        logprobs = None if sampled.logprobs is None else sampled.logprobs[:num_taken]
+        new_token_ids = sampled.token_ids[:num_taken]
         if reason is not None:
-            return self._finish(sequence, reason, tuple(taken))
-        return sequence.output(tuple(taken))
+            return self._finish(sequence, reason, new_token_ids, logprobs=logprobs)
+        return sequence.output(new_token_ids, logprobs=logprobs)
 
     def _expire(self, sequence: Sequence) -> TokenOutput:
         timeout = sequence.request.timeout
@@ -224,28 +307,21 @@ class Engine:
         reason: FinishReason,
         new_token_ids: tuple[int, ...] = (),
         error: str | None = None,
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
     ) -> TokenOutput:
-        self._scheduler.remove(sequence, failed=reason == "error")
+        if not self._leave(sequence):
+            self._scheduler.remove(sequence, failed=reason == "error")
+        if sequence.siblings:
+            # Somebody has to compute the prompt for them.
+            heir, *others = sequence.siblings
+            self._leave(heir)
+            self._start(heir, others)
         del self._sequences[sequence.id]
-        return sequence.output(new_token_ids, reason, error)
+        return sequence.output(new_token_ids, reason, error, logprobs)
 
 
-def _draw(
-    logits: Tensor, batch: Batch, scheduled: Series[Scheduled]
-) -> list[Sampled | Exception | None]:
-    """What each sequence's rows of the logits [sampled, vocab] give; None where it has none."""
-    drawing = [index for index, work in enumerate(scheduled) if work.samples]
-    results: list[Sampled | Exception | None] = [None] * len(scheduled)
-    if not drawing:
-        return results
-    counts = [scheduled[index].num_draw_rows for index in drawing]
-    if logits.shape[0] != sum(counts):
-        ranges = [batch.row_ranges[index] for index in drawing]
-        logits = logits[[row for of, n in zip(ranges, counts, strict=True) for row in of[-n:]]]
-    drawn = sample(logits, [scheduled[index].sequence for index in drawing], counts)
-    for index, result in zip(drawing, drawn, strict=True):
-        results[index] = result
-    return results
+def _text_of(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def widest_window(windows: Iterable[int | None]) -> int | None:

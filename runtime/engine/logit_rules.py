@@ -99,7 +99,10 @@ class LogitRules:
             if _ends_with(token_ids, accepted, run[:-1]):
                 logits[run[-1]] = -torch.inf
         if self.ending is not None and num_answer < self.min_tokens:
+            ends = logits[self.ending]
             logits[self.ending] = -torch.inf
+            if self.grammar is not None and bool(logits.max() == -torch.inf):
+                logits[self.ending] = ends  # the grammar is at its end, and nothing else may follow
         if self.biased is not None and self.biases is not None:
             logits[self.biased] += self.biases.to(logits.device)
         if self.penalties is not None:

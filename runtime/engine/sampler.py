@@ -17,7 +17,8 @@ token for token, what would have come out one step at a time.
 top_p needs the smallest set of likeliest tokens that holds its share. Sorting 150,000 tokens for it
 takes 10 ms; instead the set's lower bound is found by bisection on the bits of the probability
 (positive floats compare as their bits do), after leaving out all tokens so unlikely that together
-they cannot matter, until so few are in question that sorting them is sooner done. Tokens exactly as likely as the last one of the set belong to it, too.
+they cannot matter, until so few are in question that sorting them is sooner done. Tokens exactly as
+likely as the last one of the set belong to it, too.
 """
 
 import math
@@ -105,7 +106,7 @@ def _sample_rows(
             raise NotFinite("the model's output is not finite")
         scores, likeliest = logits[row], greedy[row]
         if rules is not None:
-            if sampling.logprobs is not None:
+            if sampling.num_logprobs is not None:
                 scores = scores.clone()  # the row's own numbers are needed below
             rules.apply(scores, sequence.token_ids, accepted)
             best, index = scores.max(dim=-1)
@@ -121,10 +122,10 @@ def _sample_rows(
         accepted.append(token_id)
         if token_id in sequence.stop_token_ids or [token_id] != drafted:
             break
-    if sampling.logprobs is None:
+    if sampling.num_logprobs is None:
         return Sampled(tuple(accepted))
     used = logits[rows.start : rows.start + len(accepted)]
-    tops = [sampling.logprobs] * len(accepted)
+    tops = [sampling.num_logprobs] * len(accepted)
     return Sampled(tuple(accepted), tuple(token_logprobs(used, accepted, tops)))
 
 

@@ -176,6 +176,12 @@ class SamplingParams:
                     )
 
     @property
+    def num_logprobs(self) -> int | None:
+        """What `logprobs` asks for, or what choosing the best answers needs."""
+        chooses = self.logprobs is None and self.num_sequences > self.n
+        return 0 if chooses else self.logprobs
+
+    @property
     def num_sequences(self) -> int:
         """Answers to generate, of which n are returned."""
         return self.best_of or self.n

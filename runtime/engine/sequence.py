@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qtool.errors import QtoolError, UsageError
-from qtool.runtime.engine.logit_rules import LogitRules, TokenMask
+from qtool.runtime.engine.grammar import Grammar
+from qtool.runtime.engine.logit_rules import LogitRules
 from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.sampling_params import SamplingParams
 
@@ -95,15 +96,17 @@ class Sequence:
     prefilled, in as many chunks as the token budget takes. Preemption sets num_computed_tokens
     back to 0 and keeps token_ids, so the text goes on where it stopped.
 
-    arrival             when the request came, in the engine's seconds
-    deadline            when it ends at the latest; None: whenever it is done
-    num_cached_tokens   of the prompt, found in the cache
-    num_preemptions     how often it had to give up its blocks
     draft_token_ids  guesses at what follows token_ids, for the next step to verify; set before
                      the step is scheduled, and gone after it
     index            which of the request's answers this is
+    arrival          when the request came, in the engine's seconds
+    deadline         when it ends at the latest; None: whenever it is done
+    num_cached_tokens  of the prompt, found in the cache
+    num_preemptions  how often it had to give up its blocks
     grammar          what the answer must look like, compiled; None: anything
     rules            what the request changes in the logits; None: nothing
+    siblings         further answers to the same prompt, which begin when its prefill is done
+    prompt_logprobs  what the model thought of the prompt, as far as it is known; empty: not asked
     """
 
     request: GenerationRequest
@@ -118,8 +121,10 @@ class Sequence:
     deadline: float | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    grammar: TokenMask | None = None
+    grammar: Grammar | None = None
     rules: LogitRules | None = field(init=False)
+    siblings: "list[Sequence]" = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         prompt = self.request.prompt_token_ids
@@ -164,8 +169,10 @@ class Sequence:
         finish_reason: FinishReason | None = None,
         error: str | None = None,
         logprobs: tuple[TokenLogprobs, ...] | None = None,
-        prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None,
     ) -> TokenOutput:
+        # With the first tokens of the first answer, and never again.
+        is_first = new_token_ids and self.num_generated_tokens == len(new_token_ids)
+        prompt_logprobs = tuple(self.prompt_logprobs) if is_first else ()
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.index,
@@ -176,5 +183,5 @@ class Sequence:
             num_cached_tokens=self.num_cached_tokens,
             error=error,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=prompt_logprobs or None,
         )
