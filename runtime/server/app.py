@@ -14,25 +14,62 @@ from pydantic.json_schema import models_json_schema
 
 from qtool import __version__
 from qtool.errors import QtoolError, closest
+from qtool.runtime.server import (
+    anthropic,
+    embeddings,
+    ollama,
+    openai,
+    plain,
+    responses,
+    tgi,
+    tokens,
+)
 from qtool.runtime.server.asgi import ClientGone
 from qtool.runtime.server.chat_protocol import ChatBody
 from qtool.runtime.server.config import LOCAL_ORIGINS
+from qtool.runtime.server.dialects import in_dialect
+from qtool.runtime.server.embeddings import EmbeddingBody
 from qtool.runtime.server.errors import ApiError, from_qtool_error, internal, unavailable
 from qtool.runtime.server.exchange import json_response
 from qtool.runtime.server.middleware import ApiKeyMiddleware, RequestIdMiddleware
-from qtool.runtime.server.openai import routes
 from qtool.runtime.server.parsing import Body
 from qtool.runtime.server.protocol import CompletionBody
+from qtool.runtime.server.responses_protocol import ResponsesBody
 from qtool.runtime.server.service import Service, logger
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but a log
-BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody)
+ROUTES = (
+    openai.routes,
+    responses.routes,
+    embeddings.routes,
+    anthropic.routes,
+    ollama.routes,
+    tgi.routes,
+    plain.routes,
+    tokens.routes,
+)
+BODIES: tuple[type[Body], ...] = (
+    ChatBody,
+    CompletionBody,
+    ResponsesBody,
+    EmbeddingBody,
+    anthropic.MessagesBody,
+    ollama.OllamaChatBody,
+    ollama.OllamaGenerateBody,
+    ollama.OllamaModelBody,
+    ollama.OllamaEmbedBody,
+    tgi.TgiBody,
+    plain.PlainBody,
+    tokens.TokenizeBody,
+    tokens.DetokenizeBody,
+)
 SCHEMA_REFERENCE = "#/components/schemas/{model}"
 
 
 def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="qtool", version=__version__, description="An OpenAI-compatible server.")
-    app.include_router(routes(service))
+    for routes in ROUTES:
+        app.include_router(routes(service))
     _add_operations(app, service)
     _add_error_handlers(app, service)
     _add_middleware(app, service)
@@ -82,11 +119,11 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
         if service.config.log_requests:
             path, message = printable(request.url.path[:200]), printable(error.message)
             logger.info("%s %s: %d, %s", request.method, path, error.status, message)
-        return error.response()
+        return in_dialect(request.url.path, error)
 
     async def misused(request: Request, error: Exception) -> Response:
         assert isinstance(error, QtoolError)
-        return from_qtool_error(error).response()
+        return in_dialect(request.url.path, from_qtool_error(error))
 
     async def client_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -95,23 +132,29 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
         path = request.url.path
         guess = closest(path, app.openapi()["paths"])
         hint = f"; did you mean {guess}?" if guess else ""
-        return ApiError(
-            404, f"There is no {path:.200}{hint}", type="not_found_error", code="unknown_url"
-        ).response()
+        return in_dialect(
+            path,
+            ApiError(
+                404, f"There is no {path:.200}{hint}", type="not_found_error", code="unknown_url"
+            ),
+        )
 
     async def wrong_method(request: Request, error: Exception) -> Response:
         allowed = getattr(error, "headers", None) or {}
         ways = allowed.get("Allow", "another method")
-        return ApiError(
-            405,
-            f"{request.url.path:.200} does not take {request.method}; use {ways}",
-            code="method_not_allowed",
-            headers=allowed,
-        ).response()
+        return in_dialect(
+            request.url.path,
+            ApiError(
+                405,
+                f"{request.url.path:.200} does not take {request.method}; use {ways}",
+                code="method_not_allowed",
+                headers=allowed,
+            ),
+        )
 
     async def failed(request: Request, error: Exception) -> Response:
         # Starlette raises the error on after this answer, and uvicorn logs its traceback.
-        return internal().response()
+        return in_dialect(request.url.path, internal())
 
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(QtoolError, misused)

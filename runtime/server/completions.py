@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qtool.runtime.server.answers import AnswerWriter, Head, Timing, Usage
@@ -22,13 +22,18 @@ from qtool.runtime.server.service import Service
 from qtool.runtime.server.structured import structured_outputs
 from qtool.runtime.server.token_texts import TokenTexts, completion_logprobs, prompt_logprobs
 
+WriterFactory = Callable[[Head, CompletionBody, TokenTexts, Sequence[Prompt]], AnswerWriter]
+
 
 class CompletionExchange(Exchange):
     id_prefix = "cmpl"
 
-    def __init__(self, service: Service, body: CompletionBody) -> None:
+    def __init__(
+        self, service: Service, body: CompletionBody, writer: WriterFactory | None = None
+    ) -> None:
         super().__init__(service, body)
         self._completion = body
+        self._writer = writer or CompletionWriter
 
     async def prepare(self) -> tuple[list[Job], AnswerWriter]:
         body, service = self._completion, self.service
@@ -56,7 +61,7 @@ class CompletionExchange(Exchange):
             )
             count = body.num_generated_choices
             jobs += self.jobs_for(prompt.token_ids, sampling, count, first_index=len(jobs))
-        return jobs, CompletionWriter(self.head, body, service.texts, self._echoes(prompts))
+        return jobs, self._writer(self.head, body, service.texts, self._echoes(prompts))
 
     @property
     def _num_top_logprobs(self) -> int | None:

@@ -11,15 +11,14 @@ from typing import Any
 
 import click
 import orjson
-import torch
 
-from qtool.errors import UnsupportedModel, UsageError
+from qtool.errors import UnsupportedModel
 from qtool.json_files import read_json
 from qtool.progress import bar, console
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine
 from qtool.runtime.engine.client import ModelInfo
-from qtool.runtime.loading import LoadedModel, load_model
+from qtool.runtime.loading import LoadedModel, load_for
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
 from qtool.runtime.server.serve import ServerRun, bind, stop_signals, url_of
 from qtool.runtime.server.service import Service
@@ -35,16 +34,12 @@ def launch(
     host: str,
     port: int,
     use_generation_config: bool,
-    gpu_memory_utilization: float | None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     bound = bind(host, port)
     try:
         with bar(f"Loading {engine_config.model}"):
             loaded = load(engine_config)
-        if gpu_memory_utilization is not None and loaded.device.type == "cuda":
-            kv_bytes = gpu_kv_bytes(gpu_memory_utilization)
-            engine_config = replace(engine_config, kv_cache_memory_bytes=kv_bytes)
         if use_generation_config:
             defaults = sampling_defaults(generation_config(loaded.source))
             server_config = replace(server_config, sampling=defaults)
@@ -52,19 +47,6 @@ def launch(
         asyncio.run(_serve(loaded, engine_config, server_config, bound))
     finally:
         bound.close()
-
-
-def gpu_kv_bytes(utilization: float) -> int:
-    """What is left for the KV cache of a share of the GPU's memory, the weights being loaded."""
-    free, total = torch.cuda.mem_get_info()
-    left = int(total * utilization) - (total - free)
-    if left <= 0:
-        raise UsageError(
-            f"--gpu-memory-utilization {utilization:g} of {total / 1e9:.1f} GB leaves no room: "
-            f"{(total - free) / 1e9:.1f} GB are in use",
-            "raise it, or serve a model with fewer bits",
-        )
-    return left
 
 
 async def _serve(
@@ -87,12 +69,7 @@ async def _serve(
 
 
 def load(engine_config: EngineConfig) -> LoadedModel:
-    loaded = load_model(
-        engine_config.model,
-        dtype=engine_config.dtype,
-        device=engine_config.device,
-        revision=engine_config.revision,
-    )
+    loaded = load_for(engine_config)
     if loaded.tokenizer is None:
         raise UnsupportedModel(
             f"{engine_config.model} has no tokenizer, so text cannot be served from it",

@@ -12,10 +12,14 @@ import uuid
 from collections.abc import Iterable, Sequence
 
 from qtool.runtime.server.asgi import App, Message, Receive, Scope, Send
+from qtool.runtime.server.dialects import in_dialect
 from qtool.runtime.server.errors import ApiError
 
-# What needs a key. Probes and scrapers (/health, /metrics, /version) carry none.
-GUARDED_PREFIXES = ("/v1/",)
+# What needs no key: probes and scrapers carry none, and a page must load before it can ask for one.
+OPEN_PATHS = frozenset(
+    {"/health", "/ping", "/version", "/load", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}
+)
+OPEN_PREFIXES = ("/web/",)
 MAX_REQUEST_ID_BYTES = 128
 
 
@@ -50,14 +54,16 @@ def _printable(value: bytes) -> bool:
 
 
 class ApiKeyMiddleware:
-    """Bearer keys for `/v1/`. Digests are compared in constant time: nothing about a key leaks."""
+    """Keys, as `Authorization: Bearer` or, as Anthropic's clients send them, as `x-api-key`.
+    Digests are compared in constant time: nothing about a key leaks.
+    """
 
     def __init__(self, app: App, keys: Sequence[str]) -> None:
         self.app = app
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and scope["path"].startswith(GUARDED_PREFIXES)
+        guarded = scope["type"] == "http" and not self._is_open(scope)
         if not guarded or scope["method"] == "OPTIONS" or self._allows(scope["headers"]):
             await self.app(scope, receive, send)
             return
@@ -68,12 +74,18 @@ class ApiKeyMiddleware:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await refusal.response()(scope, receive, send)
+        await in_dialect(scope["path"], refusal)(scope, receive, send)
+
+    @staticmethod
+    def _is_open(scope: Scope) -> bool:
+        path = scope["path"]
+        is_page = path == "/" and scope["method"] in ("GET", "HEAD")
+        return is_page or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
     def _allows(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         scheme, _, key = (header(headers, b"authorization") or b"").partition(b" ")
         if scheme.lower() != b"bearer":
-            return False
+            key = header(headers, b"x-api-key") or b""
         given = hashlib.sha256(key.strip()).digest()
         # Every key is compared, so that the time does not tell which one matched.
         return any([hmac.compare_digest(given, digest) for digest in self._digests])

@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
 
 
 async def completion_prompts(
-    body: CompletionBody, tokenizer: Tokenizer, info: ModelInfo
+    body: CompletionBody, tokenizer: Tokenizer, info: ModelInfo, *, param: str = "prompt"
 ) -> list[Prompt]:
     """Ids that are given are taken as they are: no beginning-of-text id is put before them."""
     add_special_tokens = body.add_special_tokens is not False
@@ -64,10 +64,10 @@ async def completion_prompts(
             ids = await encode(tokenizer, prompt, add_special_tokens=add_special_tokens)
         else:
             ids = prompt
-            _check_ids(ids, info.vocab_size, "prompt")
+            _check_ids(ids, info.vocab_size, param)
         ids = truncated(ids, body.truncate_prompt_tokens, info)
         if not ids:
-            raise invalid("`prompt` is empty: this model needs at least one token", param="prompt")
+            raise invalid(f"`{param}` is empty: this model needs at least one token", param=param)
         prompts.append(Prompt(ids, prompt if isinstance(prompt, str) else None))
     return prompts
 

@@ -61,7 +61,6 @@ class GenerationBody(Body):
     priority: Annotated[Int, Field(ge=-INT32, lt=INT32)] | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     response_format: dict[str, Any] | None = None

@@ -51,6 +51,10 @@ class TokenTexts:
             return bytes([int(found[1], 16)])
         return str(token).replace("▁", " ").encode()
 
+    def is_special(self, token_id: int) -> bool:
+        added = self._added.get(token_id)
+        return added is not None and bool(added.special)
+
     def text_of(self, token_id: int, *, as_id: bool = False) -> str:
         """`as_id`: "token_id:5", vLLM's unambiguous form."""
         if as_id:

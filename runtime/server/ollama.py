@@ -1,0 +1,438 @@
+"""Ollama's API: `/api/chat`, `/api/generate` and what its clients ask before them.
+
+Streams are lines of JSON, not events, and are the default. Durations are nanoseconds. `options`
+are Ollama's names of sampling values; those that shape the process (`num_ctx`, `num_thread`,
+`num_gpu`) were settled when the server started and are passed over. Source:
+github.com/ollama/ollama, docs/api.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import Field
+
+from qtool import __version__
+from qtool.runtime.server.answers import NDJSON, AnswerWriter, Head, Timing, Usage
+from qtool.runtime.server.call_readers import CallArguments, CallStart
+from qtool.runtime.server.chat_exchange import ChatExchange, ChatHead, ChatWriter
+from qtool.runtime.server.chat_protocol import ChatBody
+from qtool.runtime.server.completions import CompletionExchange
+from qtool.runtime.server.embeddings import EmbeddingBody, embed
+from qtool.runtime.server.errors import ApiError, invalid
+from qtool.runtime.server.exchange import json_response
+from qtool.runtime.server.generation import Answer, Piece
+from qtool.runtime.server.message_parser import Call, Content, Part, Reasoning
+from qtool.runtime.server.openai import body_schema, parsed_body
+from qtool.runtime.server.parsing import Body, validated
+from qtool.runtime.server.prompts import Prompt
+from qtool.runtime.server.protocol import CompletionBody
+from qtool.runtime.server.service import Service
+from qtool.runtime.server.token_texts import TokenTexts
+
+# Ollama's name of an option -> ours.
+OPTIONS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "seed": "seed",
+    "stop": "stop",
+    "repeat_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+}
+ENDLESS = (-1, -2)  # num_predict: no limit; until the context is full
+LATEST = ":latest"
+
+
+class OllamaBody(Body):
+    model: str | None = None
+    stream: bool | None = None
+    format: str | dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    think: bool | str | None = None
+    keep_alive: str | float | int | None = None
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The fields that OpenAI's bodies have as well."""
+        given = self.options or {}
+        fields = {
+            ours: given[name] for name, ours in OPTIONS.items() if given.get(name) is not None
+        }
+        count = given.get("num_predict")
+        if count is not None and count not in ENDLESS:
+            fields["max_tokens"] = count
+        if self.format == "json":
+            fields["response_format"] = {"type": "json_object"}
+        elif isinstance(self.format, dict):
+            fields["guided_json"] = self.format
+        elif self.format:
+            raise invalid('`format` must be "json" or a JSON schema', param="format")
+        if isinstance(self.think, str):
+            fields["reasoning_effort"] = self.think
+        elif self.think is not None:
+            fields["reasoning"] = self.think
+        return {**fields, "model": without_tag(self.model), "stream": self.stream is not False}
+
+
+def without_tag(model: str | None) -> str | None:
+    return model.removesuffix(LATEST) if model else None
+
+
+class OllamaChatBody(OllamaBody):
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class OllamaGenerateBody(OllamaBody):
+    prompt: str | None = None
+    system: str | None = None
+    raw: bool | None = None
+    images: Annotated[list[Any], Field(max_length=0)] | None = None
+    suffix: str | None = None
+
+
+class OllamaModelBody(Body):
+    model: str | None = None
+    name: str | None = None
+
+    @property
+    def asked(self) -> str | None:
+        return without_tag(self.model or self.name)
+
+
+class OllamaEmbedBody(Body):
+    model: str | None = None
+    input: str | list[str] | None = None
+    prompt: str | None = None
+    dimensions: int | None = None
+    truncate: bool | None = None
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/api")
+
+    @router.post("/chat", openapi_extra=body_schema(OllamaChatBody))
+    async def chat(request: Request) -> Response:
+        body = await parsed_body(service, OllamaChatBody, request)
+        if not body.messages:
+            return json_response(_loaded(service, body, {"message": _message("")}))
+        messages = [_openai_message(message) for message in body.messages]
+        fields = {**body.shared, "messages": messages, "tools": body.tools}
+        return await ChatExchange(service, validated(ChatBody, fields), OllamaChat).response(
+            request
+        )
+
+    @router.post("/generate", openapi_extra=body_schema(OllamaGenerateBody))
+    async def generate(request: Request) -> Response:
+        body = await parsed_body(service, OllamaGenerateBody, request)
+        if body.suffix:
+            raise invalid("`suffix` is not supported: the model cannot fill a gap", param="suffix")
+        if not body.prompt:
+            return json_response(_loaded(service, body, {"response": ""}))
+        if body.raw:
+            fields = {"max_tokens": None, **body.shared, "prompt": body.prompt}
+            fields["max_tokens"] = fields["max_tokens"] or _room_behind(service, body.prompt)
+            completion = validated(CompletionBody, fields)
+            return await CompletionExchange(service, completion, OllamaRaw).response(request)
+        messages = [{"role": "user", "content": body.prompt}]
+        if body.system:
+            messages.insert(0, {"role": "system", "content": body.system})
+        fields = {**body.shared, "messages": messages}
+        return await ChatExchange(service, validated(ChatBody, fields), OllamaGenerate).response(
+            request
+        )
+
+    @router.get("/tags")
+    async def tags() -> Response:
+        return json_response({"models": [_entry(service, name) for name in _names(service)]})
+
+    @router.get("/ps")
+    async def ps() -> Response:
+        info = service.client.info
+        size = info.weight_bytes + info.kv_cache_bytes
+        on_gpu = size if info.device.startswith("cuda") else 0
+        running = {"size": size, "size_vram": on_gpu, "context_length": info.max_model_len}
+        never = {"expires_at": "9999-12-31T23:59:59Z"}
+        return json_response(
+            {"models": [{**_entry(service, name), **running, **never} for name in _names(service)]}
+        )
+
+    @router.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+    @router.post("/show", openapi_extra=body_schema(OllamaModelBody))
+    async def show(request: Request) -> Response:
+        body = await parsed_body(service, OllamaModelBody, request)
+        return json_response(_shown(service, service.model_name(body.asked)))
+
+    @router.post("/pull", openapi_extra=body_schema(OllamaModelBody))
+    async def pull(request: Request) -> Response:
+        # The model that is served is here; another one is fetched beside a running server.
+        body = await parsed_body(service, OllamaModelBody, request)
+        service.model_name(body.asked)
+        return json_response({"status": "success"})
+
+    @router.post("/create", include_in_schema=False)
+    @router.post("/copy", include_in_schema=False)
+    @router.delete("/delete", include_in_schema=False)
+    async def not_here(request: Request) -> Response:
+        command = {"copy": "cp", "delete": "rm"}.get(request.url.path.rsplit("/", 1)[1], "create")
+        raise ApiError(
+            501,
+            f"Models are made and removed on the command line: qtool {command}",
+            code="not_offered",
+        )
+
+    @router.post("/embed", openapi_extra=body_schema(OllamaEmbedBody))
+    @router.post("/embeddings", include_in_schema=False)
+    async def embeddings(request: Request) -> Response:
+        body = await parsed_body(service, OllamaEmbedBody, request)
+        older = body.input is None
+        wanted = EmbeddingBody.model_validate(
+            {
+                "model": without_tag(body.model),
+                "input": (body.prompt or "") if older else body.input,
+                "dimensions": body.dimensions,
+            }
+        )
+        found = await embed(service, wanted, request)
+        if older:
+            return json_response({"embedding": found.vectors[0]})
+        return json_response(
+            {
+                "model": body.model or _names(service)[0],
+                "embeddings": found.vectors,
+                "total_duration": int(found.seconds * 1e9),
+                "load_duration": 0,
+                "prompt_eval_count": found.num_tokens,
+            }
+        )
+
+    return router
+
+
+def _room_behind(service: Service, prompt: str) -> int | None:
+    info = service.client.info
+    free = info.max_model_len - len(service.tokenizer.encode(prompt))
+    return free if free > 0 else None
+
+
+def _names(service: Service) -> Sequence[str]:
+    return service.config.served_model_names
+
+
+def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Ollama's message: images apart, thoughts as `thinking`, a tool's result by its name."""
+    if message.get("images"):
+        raise invalid("images are not supported: this server takes text", param="messages.images")
+    fields = {**message, "content": message.get("content") or ""}
+    if "thinking" in fields:
+        fields["reasoning"] = fields["thinking"]
+    if message.get("role") == "tool":
+        fields.setdefault("name", message.get("tool_name"))
+    return fields
+
+
+def _message(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def _loaded(service: Service, body: OllamaBody, empty: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request without a prompt, with which clients load and unload models."""
+    model = service.model_name(without_tag(body.model))
+    reason = "unload" if body.keep_alive in (0, "0", "0s") else "load"
+    return {
+        "model": model, "created_at": timestamp(), **empty, "done": True, "done_reason": reason
+    }  # fmt: skip
+
+
+def timestamp(seconds: float | None = None) -> str:
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def _details(service: Service) -> dict[str, Any]:
+    info = service.client.info
+    return {
+        "parent_model": "",
+        "format": "gguf" if info.format.startswith("gguf") else "safetensors",
+        "family": info.format,
+        "families": [info.format],
+        "parameter_size": "",
+        "quantization_level": info.format,
+    }
+
+
+def _entry(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": timestamp(service.created),
+        "size": service.client.info.weight_bytes,
+        "digest": "",
+        "details": _details(service),
+    }
+
+
+def _shown(service: Service, name: str) -> dict[str, Any]:
+    info, template = service.client.info, service.tokenizer.chat_template_for() or ""
+    capabilities = ["completion", "tools", "embedding"]
+    if "</think>" in template:
+        capabilities.append("thinking")
+    return {
+        "modelfile": f"FROM {name}\n",
+        "parameters": "",
+        "template": template,
+        "details": _details(service),
+        "model_info": {
+            "general.architecture": info.format,
+            "general.name": name,
+            f"{info.format}.context_length": info.max_model_len,
+            f"{info.format}.vocab_size": info.vocab_size,
+        },
+        "capabilities": capabilities,
+        "modified_at": timestamp(service.created),
+    }
+
+
+def durations(usage: Usage, timing: Timing) -> dict[str, Any]:
+    return {
+        "total_duration": int(timing.total * 1e9),
+        "load_duration": 0,
+        "prompt_eval_count": usage.prompt_tokens,
+        "prompt_eval_duration": int(timing.to_first_token * 1e9),
+        "eval_count": usage.completion_tokens,
+        "eval_duration": int((timing.total - timing.to_first_token) * 1e9),
+    }
+
+
+def line(document: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(document) + b"\n"
+
+
+class _Lines:
+    """What all three kinds of answer share: their head and their last line."""
+
+    def __init__(self, head: Head) -> None:
+        self._model = head.model
+        self._reason = "stop"
+
+    def line(self, content: Mapping[str, Any], *, done: bool = False) -> dict[str, Any]:
+        return {"model": self._model, "created_at": timestamp(), **content, "done": done}
+
+    def last(self, content: Mapping[str, Any], usage: Usage, timing: Timing) -> dict[str, Any]:
+        return {
+            **self.line(content, done=True),
+            "done_reason": self._reason,
+            **durations(usage, timing),
+        }
+
+    def ended(self, reason: str | None) -> None:
+        if reason is not None:
+            self._reason = "length" if reason == "length" else "stop"
+
+
+def _call(call: Call) -> dict[str, Any]:
+    try:
+        arguments = orjson.loads(call.arguments or "{}")
+    except orjson.JSONDecodeError:  # cut short by max_tokens
+        arguments = {"": call.arguments}
+    return {"function": {"name": call.name, "arguments": arguments}}
+
+
+class OllamaChat(ChatWriter):
+    """A call is sent when it is complete: Ollama's arguments are an object."""
+
+    media_type = NDJSON
+
+    def __init__(self, head: ChatHead) -> None:
+        super().__init__(head)
+        self._lines = _Lines(head.head)
+        self._call: Call | None = None
+
+    def content(self, **fields: Any) -> dict[str, Any]:
+        return {"message": {**_message(fields.pop("content", "")), **fields}}
+
+    def document(self, answers: Sequence[Answer], usage: Usage, timing: Timing) -> dict[str, Any]:
+        read = self.message(0, answers[0])
+        self._lines.ended(answers[0].finish_reason)
+        fields: dict[str, Any] = {"content": read.content}
+        if read.reasoning:
+            fields["thinking"] = read.reasoning
+        if read.calls:
+            fields["tool_calls"] = [_call(call) for call in read.calls]
+        return self._lines.last(self.content(**fields), usage, timing)
+
+    def piece(self, index: int, piece: Piece, usage: Usage) -> bytes:
+        self._lines.ended(piece.finish_reason)
+        contents = [content for part in self.read(index, piece) for content in self._contents(part)]
+        if piece.finish_reason is not None:
+            contents += self._finished_call()
+        return b"".join(line(self._lines.line(content)) for content in contents)
+
+    def _contents(self, part: Part) -> list[dict[str, Any]]:
+        match part:
+            case Content(text):
+                return [*self._finished_call(), self.content(content=text)]
+            case Reasoning(text):
+                return [self.content(thinking=text)]
+            case CallStart(name):
+                finished = self._finished_call()
+                self._call = Call(name)
+                return finished
+            case CallArguments(text):
+                assert self._call is not None
+                self._call.arguments += text
+                return []
+
+    def _finished_call(self) -> list[dict[str, Any]]:
+        call, self._call = self._call, None
+        return [] if call is None else [self.content(tool_calls=[_call(call)])]
+
+    def closing(self, usage: Usage, timing: Timing) -> bytes:
+        return line(self._lines.last(self.content(), usage, timing))
+
+    def error(self, error: ApiError) -> bytes:
+        return line({"error": error.message})
+
+
+class OllamaGenerate(OllamaChat):
+    """The same with the text under `response`."""
+
+    def content(self, **fields: Any) -> dict[str, Any]:
+        return {"response": fields.pop("content", ""), **fields}
+
+
+class OllamaRaw(AnswerWriter):
+    """`raw`: the prompt goes to the model as it is."""
+
+    media_type = NDJSON
+
+    def __init__(
+        self, head: Head, body: CompletionBody, texts: TokenTexts, prompts: Sequence[Prompt]
+    ) -> None:
+        self._lines = _Lines(head)
+
+    def document(self, answers: Sequence[Answer], usage: Usage, timing: Timing) -> dict[str, Any]:
+        self._lines.ended(answers[0].finish_reason)
+        return self._lines.last({"response": answers[0].text}, usage, timing)
+
+    def piece(self, index: int, piece: Piece, usage: Usage) -> bytes:
+        self._lines.ended(piece.finish_reason)
+        return line(self._lines.line({"response": piece.text})) if piece.text else b""
+
+    def closing(self, usage: Usage, timing: Timing) -> bytes:
+        return line(self._lines.last({"response": ""}, usage, timing))
+
+    def error(self, error: ApiError) -> bytes:
+        return line({"error": error.message})
