@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from qtool.errors import UsageError
-from qtool.runtime.config import Device, Dtype, EngineConfig
+from qtool.runtime.config import (
+    TARGET_ITL_MS,
+    WAITING_PER_RUNNING,
+    Device,
+    Dtype,
+    EngineConfig,
+    SchedulingPolicy,
+)
 
 if TYPE_CHECKING:
     from qtool.runtime.server.chat_backends import ChatBackend
@@ -22,7 +29,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 URL_SCHEMES = ("http://", "https://")
-QUEUED_PER_RUNNING = 16
 
 
 def default_of(name: str) -> Any:
@@ -51,10 +57,23 @@ ENGINE_OPTIONS = (
         help="Longest prompt plus answer.  [default: what the model was made for]",
     ),
     click.option(
+        "--gpu-memory-utilization",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        metavar="SHARE",
+        help="Of the GPU's memory, or of the memory free at the start on a CPU: for weights and KV "
+        "cache together.  [default on a CPU: a quarter of what the weights leave]",
+    ),
+    click.option(
         "--kv-cache-memory-bytes",
         type=click.IntRange(min=1),
         metavar="BYTES",
-        help="Size of the KV cache.  [default: by free memory]",
+        help="Size of the KV cache, exactly.  [default: by the memory's share]",
+    ),
+    click.option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        default=default_of("enable_prefix_caching"),
+        show_default=True,
+        help="Compute the beginning that prompts share once.",
     ),
     click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
 )
@@ -84,17 +103,26 @@ def engine_options(command: F) -> F:
     type=click.IntRange(min=1),
     default=default_of("max_num_batched_tokens"),
     show_default=True,
-    help="Tokens in one step: bounds how long a prompt holds up the other answers.",
+    help="Tokens in one step, prompts and answers together.",
 )
 @click.option(
     "--max-num-queued-reqs",
     type=click.IntRange(min=0),
-    help=f"Waiting sequences; above it 503.  [default: {QUEUED_PER_RUNNING} x --max-num-seqs]",
+    help=f"Waiting sequences; above it 503.  [default: {WAITING_PER_RUNNING} x --max-num-seqs]",
 )
 @click.option(
-    "--gpu-memory-utilization",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    help="Share of the GPU's memory to use in all; no effect on a CPU.",
+    "--scheduling-policy",
+    type=click.Choice(get_args(SchedulingPolicy)),
+    default=default_of("scheduling_policy"),
+    show_default=True,
+    help="First come, first served, or by the requests' priority, lower first.",
+)
+@click.option(
+    "--target-itl-ms",
+    type=click.FloatRange(min=0),
+    metavar="MS",
+    help="Longest step beside which others decode; 0: no bound.  "
+    f"[default: {TARGET_ITL_MS['cpu']:g} on a CPU, {TARGET_ITL_MS['cuda']:g} on a GPU]",
 )
 @click.option(
     "--seed",
@@ -149,13 +177,11 @@ def engine_options(command: F) -> F:
 @click.option("--quantization", "-q", hidden=True)
 @click.option("--tensor-parallel-size", "-tp", type=int, default=1, hidden=True)
 @click.option("--enforce-eager", is_flag=True, hidden=True)
-@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, hidden=True)
 def serve(
     model: str,
     host: str,
     port: int,
     max_num_queued_reqs: int | None,
-    gpu_memory_utilization: float | None,
     served_model_name: tuple[str, ...],
     api_key: tuple[str, ...],
     allowed_origins: tuple[str, ...],
@@ -166,7 +192,6 @@ def serve(
     quantization: str | None,
     tensor_parallel_size: int,
     enforce_eager: bool,
-    enable_prefix_caching: bool,
     **engine_flags: Any,
 ) -> None:
     """Serve MODEL with an OpenAI-compatible API.
@@ -184,18 +209,17 @@ def serve(
             f"--tensor-parallel-size is {tensor_parallel_size}; one device is used in this version",
             "leave it out",
         )
-    engine = engine_config(model, **engine_flags)
+    engine = engine_config(model, max_num_waiting=max_num_queued_reqs, **engine_flags)
     from qtool.runtime.server.config import ServerConfig
     from qtool.runtime.server.launch import launch
 
-    queued = max_num_queued_reqs
     server = ServerConfig(
         served_model_names=served_model_name or (model.rstrip("/") or model,),
         model_root=model,
         api_keys=api_key,
         allowed_origins=tuple(origin for text in allowed_origins for origin in _origins(text)),
         max_running=engine.max_num_seqs,
-        max_queued=QUEUED_PER_RUNNING * engine.max_num_seqs if queued is None else queued,
+        max_queued=engine.num_waiting_limit,
         shutdown_timeout=shutdown_timeout,
         sse_keep_alive_seconds=sse_keep_alive_interval,
         log_requests=not disable_log_requests,
@@ -211,7 +235,6 @@ def serve(
         host=host,
         port=port,
         use_generation_config=generation_config == "auto",
-        gpu_memory_utilization=gpu_memory_utilization,
     )
 
 

@@ -44,8 +44,11 @@ class EngineConfig:
                              GPU; 0: no bound
     enable_prefix_caching    use again what the cache holds of a prompt's beginning
     block_size               tokens in one KV block
-    kv_cache_memory_bytes    size of the KV pool; None: a fraction of free memory, never more than
-                             max_num_seqs sequences of max_model_len tokens can use
+    gpu_memory_utilization   share of the memory, 0 to 1, for weights and KV pool together: of all
+                             of a GPU's, or of what is free at the start on a CPU; None: a quarter
+                             of what is free once the weights are there
+    kv_cache_memory_bytes    size of the KV pool, exactly; None: by the share above, and never more
+                             than max_num_seqs sequences of max_model_len tokens can use
     seed                     what requests without a seed of their own are sampled from
     """
 
@@ -61,6 +64,7 @@ class EngineConfig:
     target_itl_ms: float | None = None
     enable_prefix_caching: bool = True
     block_size: int = 32
+    gpu_memory_utilization: float | None = None
     kv_cache_memory_bytes: int | None = None
     seed: int = 0
 
@@ -72,6 +76,9 @@ class EngineConfig:
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             known = get_args(SchedulingPolicy)
             raise UnknownName("scheduling policy", self.scheduling_policy, known)
+        share = self.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise UsageError(f"gpu_memory_utilization is {share}, must be above 0 and at most 1")
         for name in ("max_num_waiting", "target_itl_ms"):
             value = getattr(self, name)
             if value is not None and not value >= 0:

@@ -22,7 +22,6 @@ HARMLESS: Mapping[str, tuple[object, ...] | None] = {
     "enforce_eager": None,
     "disable_log_stats": None,
     "disable_log_requests": None,
-    "gpu_memory_utilization": None,
     "swap_space": None,
     "max_logprobs": None,
     "skip_tokenizer_init": (False,),

@@ -22,7 +22,7 @@ from qtool.runtime.engine.engine import Engine
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.sequence import GenerationRequest
 from qtool.runtime.engine_args import engine_config
-from qtool.runtime.loading import LoadedModel, load_model
+from qtool.runtime.loading import LoadedModel, load_for
 from qtool.runtime.outputs import Answers, RequestOutput
 from qtool.runtime.requests import (
     Messages,
@@ -42,10 +42,7 @@ class LLM:
         `EngineConfig`, which are vLLM's names.
         """
         config = engine_config(model, engine_args)
-        loaded = load_model(
-            config.model, dtype=config.dtype, device=config.device, revision=config.revision
-        )
-        self._set_up(loaded, config)
+        self._set_up(load_for(config), config)
 
     @classmethod
     def from_loaded(cls, loaded: LoadedModel, config: EngineConfig) -> LLM:

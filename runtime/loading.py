@@ -15,7 +15,8 @@ from qtool.arch import find_architecture
 from qtool.convert.formats import open_weights
 from qtool.decoder_config import DecoderConfig
 from qtool.errors import UnknownName, UsageError
-from qtool.runtime.config import Device, Dtype
+from qtool.runtime.config import Device, Dtype, EngineConfig
+from qtool.runtime.memory import MemoryBudget, least_weight_bytes
 from qtool.runtime.models.build import KernelUse, build_decoder
 from qtool.runtime.models.model import Model, causal_logits
 from qtool.runtime.models.tensors import check_tensors
@@ -70,10 +71,29 @@ class LoadedModel:
         )
 
 
+def load_for(config: EngineConfig) -> LoadedModel:
+    """Load the model that an engine is to run, if it fits into the memory that it may have."""
+    return load_model(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        revision=config.revision,
+        budget=MemoryBudget.measure(config, choose_device(config.device)),
+    )
+
+
 def load_model(
-    model: str, *, dtype: Dtype = "auto", device: Device = "auto", revision: str | None = None
+    model: str,
+    *,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: str | None = None,
+    budget: MemoryBudget | None = None,
 ) -> LoadedModel:
-    """Load any model this tool writes or reads: a folder, a GGUF file, builtin:NAME or a Hub id."""
+    """Load any model this tool writes or reads: a folder, a GGUF file, builtin:NAME or a Hub id.
+
+    budget  what the weights have to fit into; None: that is the caller's affair
+    """
     source = resolve(model, revision)
     reader = open_weights(source)
     architecture = find_architecture(reader.config)
@@ -81,6 +101,8 @@ def load_model(
     where = choose_device(device)
     chosen, reason = choose_dtype(dtype, config.dtype, where)
     check_tensors(reader, architecture, config)
+    if budget is not None:
+        budget.check_weights(source.name, least_weight_bytes(reader, chosen))
     with torch.inference_mode():
         built = build_decoder(reader, architecture, config, chosen, where)
     tokenizer = Tokenizer.load(source, reader)

@@ -55,6 +55,7 @@ LAYER_OF_PREFIX = {
     "qtool.runtime.engine": "engine",
     "qtool.runtime.layers": "engine",
     "qtool.runtime.loading": "engine",
+    "qtool.runtime.memory": "engine",
     "qtool.runtime.models": "engine",
     "qtool.runtime.tokenizer": "engine",
     "qtool.calibration": "calibration",

@@ -23,7 +23,7 @@ from qtool.runtime.engine.embedding import Pooling
 from qtool.runtime.engine.engine import Engine, validate
 from qtool.runtime.engine.grammar import GrammarCompiler
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
-from qtool.runtime.loading import LoadedModel, load_model
+from qtool.runtime.loading import LoadedModel, load_for
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,7 @@ class AsyncEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._load: Callable[[], LoadedModel] = lambda: load_model(
-            config.model, dtype=config.dtype, device=config.device, revision=config.revision
-        )
+        self._load: Callable[[], LoadedModel] = lambda: load_for(config)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._outputs: dict[str, asyncio.Queue[TokenOutput]] = {}
         self._num_inside = 0

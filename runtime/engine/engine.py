@@ -25,7 +25,7 @@ from qtool.runtime.engine.embedding import Pooling, embed
 from qtool.runtime.engine.grammar import GrammarCompiler
 from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.pace import Pace
-from qtool.runtime.engine.runner import ModelRunner, block_bytes, choose_num_blocks
+from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.engine.sampler import Sampled
 from qtool.runtime.engine.scheduler import Scheduled, Scheduler
 from qtool.runtime.engine.sequence import (
@@ -36,6 +36,7 @@ from qtool.runtime.engine.sequence import (
     TokenOutput,
 )
 from qtool.runtime.loading import LoadedModel
+from qtool.runtime.memory import MemoryBudget, block_bytes, plan_pool
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,13 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         decoder = loaded.decoder
-        num_blocks, max_model_len = choose_num_blocks(
-            config, decoder, loaded.max_position_embeddings
-        )
-        decoder = decoder.for_context(max_model_len)
+        budget = MemoryBudget.measure(config, loaded.device, weight_bytes=loaded.nbytes)
+        pool = plan_pool(config, decoder, loaded.max_position_embeddings, budget)
+        num_blocks = pool.num_blocks
+        decoder = decoder.for_context(pool.max_model_len)
         self.info = ModelInfo(
             name=loaded.source.name,
-            max_model_len=max_model_len,
+            max_model_len=pool.max_model_len,
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=loaded.device.type,
             format=loaded.format,

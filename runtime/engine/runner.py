@@ -6,24 +6,17 @@ wants to gather them. On a CPU its pages are touched as they are first used, so 
 nothing until it is needed. Layers of one window share a step's plan.
 """
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.errors import UsageError
 from qtool.kernels.cpu import attention
-from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.blocks import Copy
 from qtool.runtime.models.attention_spec import AttentionSpec
 from qtool.runtime.models.model import Model, sinks_of
-
-# Share of the memory that is free after loading which the pool may take.
-CPU_MEMORY_SHARE = 0.25
-CUDA_MEMORY_SHARE = 0.85
 
 
 class ModelRunner:
@@ -112,67 +105,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     # numpy asks the system for zero pages (calloc), torch writes the zeros.
     words = np.zeros(shape, dtype=np.uint16 if dtype.itemsize == 2 else np.uint32)
     return torch.from_numpy(words).view(dtype)
-
-
-def block_bytes(model: Model, block_size: int) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    channels = sum(spec.cached_channels for spec in model.attention)
-    return channels * block_size * model.dtype.itemsize
-
-
-def choose_max_model_len(asked: int | None, trained: int, pool_tokens: int) -> int:
-    """The longest sequence: as asked, or what the model was made for and the pool can hold."""
-    if asked is None:
-        return min(trained, pool_tokens)
-    if asked > trained:
-        raise UsageError(
-            f"max_model_len is {asked}, and the model was made for {trained} tokens",
-            hint=f"use --max-model-len {trained} or less",
-        )
-    if asked > pool_tokens:
-        raise UsageError(
-            f"max_model_len is {asked}, and the KV cache has room for {pool_tokens} tokens",
-            hint=f"use --max-model-len {pool_tokens}, or give the cache more memory "
-            "(--kv-cache-memory-bytes)",
-        )
-    return asked
-
-
-def choose_num_blocks(
-    engine: EngineConfig, model: Model, max_position_embeddings: int
-) -> tuple[int, int]:
-    """(blocks in the pool, longest sequence), within memory and within what can ever be used."""
-    each = block_bytes(model, engine.block_size)
-    budget = engine.kv_cache_memory_bytes
-    if budget is None:
-        budget = free_memory_share(model.device)
-    affordable = budget // each
-    if affordable < 1:
-        raise UsageError(
-            f"the KV cache may take {budget:,} bytes, and one block of {engine.block_size} tokens "
-            f"takes {each:,}",
-            hint="give it more memory (--kv-cache-memory-bytes), or use smaller blocks",
-        )
-    max_model_len = choose_max_model_len(
-        engine.max_model_len, max_position_embeddings, affordable * engine.block_size
-    )
-    useful = engine.max_num_seqs * -(-max_model_len // engine.block_size)
-    return min(affordable, useful), max_model_len
-
-
-def free_memory_share(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * CUDA_MEMORY_SHARE)
-    return int(free_ram() * CPU_MEMORY_SHARE)
-
-
-def free_ram() -> int:
-    """Bytes that can be had without swapping; page cache counts as free."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        # Not Linux: half of what is built in.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
