@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.kernels.cpu import attention, native_linear, torch_ops
-from qtool.kernels.cpu.native import Native, load, plan_spans
-from qtool.kernels.cpu.native_blocks import BlockParts, bind
+from qtool.kernels.cpu.native import Native, load, make_cache, make_rule, plan_spans
+from qtool.kernels.cpu.native_blocks import BlockParts, NativeBlocks, NativeLinears, bind
 from qtool.kernels.reference import Span
 from qtool.native_build import Missing
 from qtool.scheme import QuantScheme
@@ -227,14 +227,6 @@ def show_linear(result: LinearResult) -> None:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Cache:
-    """keys, values [kv_heads, slots, head_dim] of one layer."""
-
-    keys: Tensor
-    values: Tensor
-
-
 def decode_spans(batch: int, context: int) -> list[Span]:
     held = -(-context // BLOCK_SIZE)
     return [Span(1, context, range(row * held, (row + 1) * held)) for row in range(batch)]
@@ -253,25 +245,22 @@ class NativeModel:
 def make_native_model(native: Native, batch: int, context: int) -> NativeModel:
     weights = {name: random_codes(*shape, "int4-g128-sym") for name, shape in LINEARS.items()}
     norm = torch.ones(HIDDEN, dtype=BF16)
-    biases = torch.zeros(LINEARS["qkv"][0], dtype=BF16)
+    biases = {"qkv": torch.zeros(LINEARS["qkv"][0], dtype=BF16)}
     spans = decode_spans(batch, context)
-    blocks = []
-    for cache in make_caches(batch, context):
-        linears = {name: native_linear.pack_for(native, each) for name, each in weights.items()}
-        blocks.append(
-            BlockParts(
-                attn_norm=norm,
-                mlp_norm=norm,
-                qk_norm=None,
-                qkv_bias=biases,
-                o_bias=None,
-                gate_up_bias=None,
-                down_bias=None,
-                keys=cache.keys,
-                values=cache.values,
-                **linears,
-            )
+    rule = make_rule(heads=HEADS, scale=SCALE)
+    blocks = [
+        BlockParts(
+            attn_norm=norm,
+            mlp_norm=norm,
+            cache=make_cache(keys, values),
+            rule=rule,
+            **{
+                name: NativeLinears((native_linear.pack_for(native, each),), biases.get(name))
+                for name, each in weights.items()
+            },
         )
+        for keys, values in make_pools(batch, context)
+    ]
     slots = [span.block_ids[-1] * BLOCK_SIZE + (context - 1) % BLOCK_SIZE for span in spans]
     return NativeModel(
         blocks,
@@ -290,45 +279,49 @@ def rotations(batch: int) -> tuple[Tensor, Tensor]:
 
 def native_step(native: Native, model: NativeModel) -> Step:
     """A decode step of native operations, eager, as a decoder would call them."""
-    matmul, batch = native_linear.matmul, len(model.spans)
+    batch = len(model.spans)
+
+    def matmul(x: Tensor, linears: NativeLinears) -> Tensor:
+        return native_linear.matmul(x, linears.parts[0], linears.bias)
 
     def step(part_done: Callable[[], None]) -> Tensor:
-        table = plan_spans(model.spans, block_size=BLOCK_SIZE, window=None)
+        table = plan_spans(model.spans, block_size=BLOCK_SIZE)
         cos, sin = rotations(batch)
         x = model.embedded.clone()
         more: Tensor | None = None
         for block in model.blocks:
             normed = native.rms_norm(x, block.attn_norm, EPS, residual=more)
-            qkv = matmul(normed, block.qkv, block.qkv_bias).view(batch, -1, HEAD_DIM)
-            query = native.rope_and_write(qkv, cos, sin, block.keys, block.values, model.slots)
-            attended = native.paged_attention(
-                query, block.keys, block.values, table, block_size=BLOCK_SIZE, scale=SCALE
-            )
-            more = matmul(attended.view(batch, -1), block.o, None)
+            qkv = matmul(normed, block.qkv).view(batch, -1, HEAD_DIM)
+            query = native.rope_and_write(qkv, cos, sin, block.cache, model.slots)
+            attended = native.paged_attention(query, block.cache, table, block.rule)
+            more = matmul(attended.view(batch, -1), block.o)
             normed = native.rms_norm(x, block.mlp_norm, EPS, residual=more)
-            gate_up = matmul(normed, block.gate_up, None)
-            more = matmul(native.silu_mul(gate_up), block.down, None)
+            more = matmul(native.gate_mul(matmul(normed, block.gate_up)), block.down)
             part_done()
-        logits = matmul(native.rms_norm(x, model.norm, EPS, residual=more), model.head, None)
+        normed = native.rms_norm(x, model.norm, EPS, residual=more)
+        logits = native_linear.matmul(normed, model.head, None)
         part_done()
         return logits
 
     return step
 
 
-def native_step_by_blocks(native: Native, model: NativeModel) -> Step:
-    """The same by `native_blocks`; a call for each block, so that each can be timed."""
-    matmul = native_linear.matmul
-    bound = [bind([block], heads=HEADS, eps=EPS, scale=SCALE) for block in model.blocks]
+def native_step_by_blocks(native: Native, model: NativeModel, at_once: int) -> Step:
+    """The same by `native_blocks`, so many blocks a call."""
+
+    def several(first: int) -> NativeBlocks:
+        return bind(model.blocks[first : first + at_once], hidden=HIDDEN, eps=EPS, dtype=BF16)
+
+    bound = [several(first) for first in range(0, len(model.blocks), at_once)]
 
     def step(part_done: Callable[[], None]) -> Tensor:
-        table = plan_spans(model.spans, block_size=BLOCK_SIZE, window=None)
+        table = plan_spans(model.spans, block_size=BLOCK_SIZE)
         cos, sin = rotations(len(model.spans))
         x = model.embedded.clone()
-        for block in bound:
-            block(x, cos, sin, model.slots, table)
+        for blocks in bound:
+            blocks(x, cos[None], sin[None], model.slots, table)
             part_done()
-        logits = matmul(native.rms_norm(x, model.norm, EPS), model.head, None)
+        logits = native_linear.matmul(native.rms_norm(x, model.norm, EPS), model.head, None)
         part_done()
         return logits
 
@@ -346,7 +339,7 @@ def torch_step(batch: int, context: int) -> Step:
     head = random_weight(VOCAB, HIDDEN, None).dequantize(BF16)
     norm = torch.ones(HIDDEN, dtype=BF16)
     spans = decode_spans(batch, context)
-    caches = make_caches(batch, context)
+    caches = make_pools(batch, context)
     embedded = torch.randn(batch, HIDDEN).to(BF16)
     matmul = torch_ops.int4_matmul
 
@@ -355,14 +348,14 @@ def torch_step(batch: int, context: int) -> Step:
         angles = torch.full((batch, 1, HEAD_DIM), 0.5)
         cos, sin = angles.cos().to(BF16), angles.sin().to(BF16)
         x = embedded.clone()
-        for layer, cache in zip(layers, caches, strict=True):
+        for layer, (keys, values) in zip(layers, caches, strict=True):
             qkv = matmul(torch_ops.rms_norm(x, norm, EPS), layer["qkv"], None)
             heads = qkv.view(batch, -1, HEAD_DIM)
             qk = torch_ops.rope(heads[:, : HEADS + KV_HEADS], cos, sin)
             key, value = qk[:, HEADS:], heads[:, HEADS + KV_HEADS :]
-            attention.write(cache.keys, cache.values, key, value, plan.slots)
+            attention.write(keys, values, key, value, plan.slots)
             attended = attention.attend(
-                qk[:, :HEADS], cache.keys, cache.values, plan, block_size=BLOCK_SIZE, scale=SCALE
+                qk[:, :HEADS], keys, values, plan, block_size=BLOCK_SIZE, scale=SCALE
             )
             x = x.add_(matmul(attended.reshape(batch, -1), layer["o"], None))
             gate_up = matmul(torch_ops.rms_norm(x, norm, EPS), layer["gate_up"], None)
@@ -375,10 +368,11 @@ def torch_step(batch: int, context: int) -> Step:
     return step
 
 
-def make_caches(batch: int, context: int) -> list[Cache]:
+def make_pools(batch: int, context: int) -> list[tuple[Tensor, Tensor]]:
+    """keys and values [kv_heads, slots, head_dim] of each layer."""
     slots = -(-context // BLOCK_SIZE) * BLOCK_SIZE * batch
     shape = (KV_HEADS, slots, HEAD_DIM)
-    return [Cache(torch.randn(shape).to(BF16), torch.randn(shape).to(BF16)) for _ in range(LAYERS)]
+    return [(torch.randn(shape).to(BF16), torch.randn(shape).to(BF16)) for _ in range(LAYERS)]
 
 
 def measure_decode(
@@ -389,7 +383,8 @@ def measure_decode(
         model = make_native_model(native, batch, context)
         steps = {
             "native": native_step(native, model),
-            "native, blocks": native_step_by_blocks(native, model),
+            "native, block": native_step_by_blocks(native, model, 1),
+            "native, blocks": native_step_by_blocks(native, model, LAYERS),
             "torch": torch_step(batch, context),
         }
         for path, step in steps.items():

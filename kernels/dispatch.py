@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qtool.errors import UnsupportedModel
 from qtool.kernels.cpu import native_linear, torch_ops
+from qtool.settings import Activations
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
 
@@ -24,7 +25,8 @@ class LinearKernel:
 
     takes         the weights it is made for, in words; `is_for` says the same of one weight
     keeps_packed  False: quantized weights are dequantized when they are packed
-    refuses       (weight it is made for, activation dtype, device) -> why it cannot, or None
+    refuses       (weight it is made for, activation dtype, device, what the user asked of
+                  activations) -> why it cannot, or None
     pack          the weight in the kernel's own layout; called once, at load
     matmul        (x, packed, bias [out] or None) -> [tokens, out]
     """
@@ -33,7 +35,7 @@ class LinearKernel:
     takes: str
     is_for: Callable[[Weight], bool]
     keeps_packed: bool
-    refuses: Callable[[Any, torch.dtype, torch.device], str | None]
+    refuses: Callable[[Any, torch.dtype, torch.device, Activations | None], str | None]
     pack: Callable[[Any, torch.dtype, torch.device], Any]
     matmul: Callable[[Tensor, Any, Tensor | None], Tensor]
 
@@ -64,7 +66,9 @@ def _has_codes_of(bits: int) -> Callable[[Weight], bool]:
     return lambda weight: isinstance(weight, QuantizedWeight) and weight.scheme.bits == bits
 
 
-def _takes_all(weight: Weight, dtype: torch.dtype, device: torch.device) -> None:
+def _takes_all(
+    weight: Weight, dtype: torch.dtype, device: torch.device, activations: Activations | None
+) -> None:
     return None
 
 
@@ -72,7 +76,7 @@ def _takes_all(weight: Weight, dtype: torch.dtype, device: torch.device) -> None
 KERNELS: tuple[LinearKernel, ...] = (
     LinearKernel(
         "native_w4a8",
-        "codes of 2 to 8 bits, activations in 8",
+        "codes of 2 to 8 bits and GGUF blocks, activations in 8",
         native_linear.takes,
         True,
         native_linear.refuses,
@@ -131,9 +135,13 @@ def choose(
     weight: Weight,
     dtype: torch.dtype,
     device: torch.device,
+    activations: Activations | None = None,
     kernels: tuple[LinearKernel, ...] = KERNELS,
 ) -> Choice:
     """The first kernel that takes the weight with activations of `dtype` on `device`.
+
+    activations  "int8": they may be rounded to 8 bits, also in float32; "bf16": they may not;
+                 None: as the kernels' defaults are
 
     The reason of a fallback names what each kernel made for this weight had against it.
     """
@@ -141,7 +149,7 @@ def choose(
     for kernel in kernels:
         if not kernel.is_for(weight):
             continue
-        refusal = kernel.refuses(weight, dtype, device)
+        refusal = kernel.refuses(weight, dtype, device, activations)
         if refusal is None:
             unpacked = _is_quantized(weight) and not kernel.keeps_packed
             first = f"{kernel.takes}, unpacked at load" if unpacked else kernel.takes

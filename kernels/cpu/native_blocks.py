@@ -1,8 +1,8 @@
 """All blocks of a decoder in one call of the compiled library.
 
 The same operations in the same order as calling them one by one, and so the same bits; what is
-saved is nine ways into the library and back for every block. `runtime.models.decoder` says what a
-block computes.
+saved is the way into the library and back for each of them, and most of the waits of threads for
+each other. `csrc/blocks.cpp` says what a block computes.
 """
 
 import ctypes
@@ -13,19 +13,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.kernels.cpu.native import ELEMENT_TYPES, MAX_HEAD_DIM, Native, SpanTable
+from qtool.kernels.cpu.native import (
+    ACTIVATIONS,
+    ELEMENT_TYPES,
+    MAX_HEAD_DIM,
+    Cache,
+    CacheRecord,
+    Native,
+    Rule,
+    RuleRecord,
+    SpanTable,
+)
 from qtool.kernels.cpu.native_linear import NativePacked
+
+MAX_PARTS = 3
+
+
+class _Linears(ctypes.Structure):
+    """QtoolLinears of csrc/interface.h."""
+
+    _fields_ = (
+        ("parts", c_void_p * MAX_PARTS),
+        ("bias", c_void_p),
+        ("count", c_int64),
+        ("out_features", c_int64),
+    )
 
 
 class _Block(ctypes.Structure):
     """QtoolBlock of csrc/interface.h."""
 
-    _fields_ = tuple(
-        (name, c_void_p)
-        for name in (
-            *("attn_norm", "qkv", "qkv_bias", "qk_norm", "o", "o_bias"),
-            *("mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "keys", "values"),
-        )
+    _fields_ = (
+        ("attn_norm", c_void_p),
+        ("qkv", _Linears),
+        ("qk_norm", c_void_p),
+        ("o", _Linears),
+        ("post_attn_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("gate_up", _Linears),
+        ("down", _Linears),
+        ("post_mlp_norm", c_void_p),
+        ("cache", CacheRecord),
+        ("rule", RuleRecord),
+        ("rotation", c_int64),
     )
 
 
@@ -37,35 +67,47 @@ class _Decoder(ctypes.Structure):
         ("num_blocks", c_int64),
         ("hidden", c_int64),
         ("ffn", c_int64),
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("head_dim", c_int64),
-        ("pool_slots", c_int64),
         ("eps", c_float),
-        ("scale", c_float),
         ("type", c_int32),
+        ("activation", c_int32),
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class NativeLinears:
+    """Packed linears of one input, side by side; bias [out of all of them] or None."""
+
+    parts: tuple[NativePacked, ...]
+    bias: Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class BlockParts:
-    """One block: norms [hidden], packed linears with their biases [out] or None, qk_norm
-    [heads + kv_heads, head_dim] or None, and its layer of the pools [kv_heads, slots, head_dim].
+    """One block. Norms [hidden], None where the model has none; qk_norm [heads + kv_heads,
+    head_dim] or None; qkv's rows are the heads of q, of k and of v, gate_up's the gates and then
+    the ups. rotation: which table of angles its heads are turned by.
     """
 
-    attn_norm: Tensor
-    qkv: NativePacked
-    qkv_bias: Tensor | None
-    qk_norm: Tensor | None
-    o: NativePacked
-    o_bias: Tensor | None
-    mlp_norm: Tensor
-    gate_up: NativePacked
-    gate_up_bias: Tensor | None
-    down: NativePacked
-    down_bias: Tensor | None
-    keys: Tensor
-    values: Tensor
+    qkv: NativeLinears
+    o: NativeLinears
+    gate_up: NativeLinears
+    down: NativeLinears
+    cache: Cache
+    rule: Rule
+    attn_norm: Tensor | None = None
+    mlp_norm: Tensor | None = None
+    post_attn_norm: Tensor | None = None
+    post_mlp_norm: Tensor | None = None
+    qk_norm: Tensor | None = None
+    rotation: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,28 +119,31 @@ class NativeBlocks:
     records: ctypes.Array[_Block]
     decoder: _Decoder
     dtype: torch.dtype
+    head_dim: int
+    slots: int
+    rotations: int
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, spans: SpanTable
     ) -> Tensor:
         """x [tokens, hidden] through all blocks, in place; writes the tokens' keys and values.
 
-        cos, sin  [tokens, head_dim / 2] float32; slots [tokens] int64
+        cos, sin  [rotations, tokens, head_dim / 2] float32; slots [tokens] int64
         """
         tokens, hidden = x.shape
-        decoder = self.decoder
         assert x.dtype == self.dtype
         assert x.is_contiguous()
-        assert hidden == decoder.hidden
+        assert hidden == self.decoder.hidden
         assert spans.tokens == tokens
-        assert spans.highest_slot < decoder.pool_slots
+        assert spans.highest_slot < self.slots
         for part in (cos, sin):
-            assert part.shape == (tokens, decoder.head_dim // 2)
+            assert part.shape == (self.rotations, tokens, self.head_dim // 2)
             assert part.dtype == torch.float32
             assert part.is_contiguous()
         assert slots.shape == (tokens,)
         assert slots.dtype == torch.int64
-        library, address = self.native.library, ctypes.addressof(decoder)
+        assert slots.is_contiguous()
+        library, address = self.native.library, ctypes.addressof(self.decoder)
         scratch = torch.empty(library.qtool_blocks_scratch(address, tokens), dtype=torch.uint8)
         done = library.qtool_blocks(
             address,
@@ -116,59 +161,96 @@ class NativeBlocks:
         return x
 
 
-def bind(blocks: Sequence[BlockParts], *, heads: int, eps: float, scale: float) -> NativeBlocks:
+def bind(
+    blocks: Sequence[BlockParts],
+    *,
+    hidden: int,
+    eps: float,
+    dtype: torch.dtype,
+    activation: str = "silu",
+) -> NativeBlocks:
     """The blocks of a decoder, checked once; their tensors must not be moved afterwards."""
-    first = blocks[0]
-    native, dtype = first.qkv.native, first.attn_norm.dtype
-    kv_heads, pool_slots, head_dim = first.keys.shape
-    hidden, ffn = first.attn_norm.shape[0], first.down.in_features
-    rows = {"qkv": (heads + 2 * kv_heads) * head_dim, "o": hidden}
-    rows |= {"gate_up": 2 * ffn, "down": hidden}
-    columns = {"qkv": hidden, "o": heads * head_dim, "gate_up": hidden, "down": ffn}
-    assert head_dim <= MAX_HEAD_DIM
-    assert heads % kv_heads == 0
     assert dtype in (torch.float32, torch.bfloat16)
+    first = blocks[0]
+    native, ffn = first.qkv.parts[0].native, first.down.in_features
+    head_dim, slots = first.cache.record.key_dim, first.cache.record.slots
     for block in blocks:
-        _check(block, dtype)
-        assert block.attn_norm.shape == block.mlp_norm.shape == (hidden,)
-        assert block.keys.shape == block.values.shape == first.keys.shape
-        assert block.qk_norm is None or block.qk_norm.shape == (heads + kv_heads, head_dim)
-        for name in rows:
-            packed: NativePacked = getattr(block, name)
-            bias: Tensor | None = getattr(block, f"{name}_bias")
-            assert (packed.out_features, packed.in_features) == (rows[name], columns[name])
-            assert packed.native is native
-            assert bias is None or bias.shape == (rows[name],)
+        _check(block, native, hidden, ffn, head_dim, slots, dtype)
     records = (_Block * len(blocks))(*(_record(block) for block in blocks))
     decoder = _Decoder(
         ctypes.addressof(records),
         len(blocks),
         hidden,
         ffn,
-        heads,
-        kv_heads,
-        head_dim,
-        pool_slots,
         eps,
-        scale,
         ELEMENT_TYPES[dtype],
+        ACTIVATIONS[activation],
     )
-    return NativeBlocks(native, tuple(blocks), records, decoder, dtype)
+    rotations = 1 + max(block.rotation for block in blocks)
+    return NativeBlocks(native, tuple(blocks), records, decoder, dtype, head_dim, slots, rotations)
 
 
-def _check(block: BlockParts, dtype: torch.dtype) -> None:
-    for name in BlockParts.__slots__:
-        part = getattr(block, name)
-        if isinstance(part, Tensor):
-            assert part.dtype == dtype, name
-            assert part.is_contiguous(), name
+def _check(
+    block: BlockParts,
+    native: Native,
+    hidden: int,
+    ffn: int,
+    head_dim: int,
+    slots: int,
+    dtype: torch.dtype,
+) -> None:
+    cache, heads = block.cache.record, block.rule.record.heads
+    assert cache.key_dim == cache.value_dim == head_dim <= MAX_HEAD_DIM
+    assert cache.slots == slots
+    assert block.cache.dtype in (dtype, torch.int8)
+    assert heads % cache.kv_heads == 0
+    assert block.rotation >= 0
+    shapes = {
+        "qkv": ((heads + 2 * cache.kv_heads) * head_dim, hidden),
+        "o": (hidden, heads * head_dim),
+        "gate_up": (2 * ffn, hidden),
+        "down": (hidden, ffn),
+    }
+    for name, shape in shapes.items():
+        linears: NativeLinears = getattr(block, name)
+        assert 1 <= len(linears.parts) <= MAX_PARTS
+        assert (linears.out_features, linears.in_features) == shape, name
+        assert all(part.native is native for part in linears.parts)
+        assert all(part.in_features == shape[1] for part in linears.parts)
+        _check_tensor(linears.bias, (shape[0],), dtype)
+    for name in ("attn_norm", "mlp_norm", "post_attn_norm", "post_mlp_norm"):
+        _check_tensor(getattr(block, name), (hidden,), dtype)
+    _check_tensor(block.qk_norm, (heads + cache.kv_heads, head_dim), dtype)
+
+
+def _check_tensor(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor is not None:
+        assert tensor.shape == shape
+        assert tensor.dtype == dtype
+        assert tensor.is_contiguous()
 
 
 def _record(block: BlockParts) -> _Block:
-    def address(name: str) -> int | None:
-        part: Tensor | NativePacked | None = getattr(block, name)
-        if part is None:
-            return None
-        return part.data_ptr() if isinstance(part, Tensor) else ctypes.addressof(part.record)
+    return _Block(
+        _address(block.attn_norm),
+        _linears(block.qkv),
+        _address(block.qk_norm),
+        _linears(block.o),
+        _address(block.post_attn_norm),
+        _address(block.mlp_norm),
+        _linears(block.gate_up),
+        _linears(block.down),
+        _address(block.post_mlp_norm),
+        block.cache.record,
+        block.rule.record,
+        block.rotation,
+    )
 
-    return _Block(*(address(name) for name in BlockParts.__slots__))
+
+def _linears(linears: NativeLinears) -> _Linears:
+    parts = (c_void_p * MAX_PARTS)(*(ctypes.addressof(part.record) for part in linears.parts))
+    return _Linears(parts, _address(linears.bias), len(linears.parts), linears.out_features)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtool.settings import Activations
 from qtool.weights import QuantizedWeight, Weight
 
 # Rows that the layout is made for. 32 serves 1 as well as 512, a layout made for 1 does not.
@@ -85,7 +86,12 @@ def dense_matmul(x: Tensor, packed: DensePacked, bias: Tensor | None) -> Tensor:
     return F.linear(x, packed.values, bias)
 
 
-def onednn_refuses(weight: Weight, dtype: torch.dtype, device: torch.device) -> str | None:
+def onednn_refuses(
+    weight: Weight,
+    dtype: torch.dtype,
+    device: torch.device,
+    activations: Activations | None,
+) -> str | None:
     refusal = _refuses_activations(dtype, device)
     if refusal is not None:
         return refusal
@@ -106,7 +112,12 @@ def onednn_matmul(x: Tensor, packed: OneDnnPacked, bias: Tensor | None) -> Tenso
     return y
 
 
-def int4_refuses(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+def int4_refuses(
+    weight: QuantizedWeight,
+    dtype: torch.dtype,
+    device: torch.device,
+    activations: Activations | None,
+) -> str | None:
     group = weight.scheme.group_width(weight.shape[1])
     if group not in INT4_GROUPS:
         return f"takes groups of {', '.join(map(str, INT4_GROUPS))}, these have {group}"
@@ -202,7 +213,12 @@ def _words_lie_in_rows_of_64() -> bool:
     return torch.equal(_unpack_panels(words, plain, 32).t(), codes.float() - 8)
 
 
-def int8_refuses(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+def int8_refuses(
+    weight: QuantizedWeight,
+    dtype: torch.dtype,
+    device: torch.device,
+    activations: Activations | None,
+) -> str | None:
     scheme = weight.scheme
     if not scheme.symmetric:
         return "takes symmetric codes, these have zero points"

@@ -1,5 +1,7 @@
 """Every linear kernel computes what `reference.linear` says, on shapes that fit and that do not."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -145,7 +147,7 @@ def test_a_choice_says_why_a_packed_kernel_was_passed_over() -> None:
 def test_when_no_kernel_is_left_every_candidate_says_why() -> None:
     packed_only = tuple(kernel for kernel in KERNELS if kernel.name.endswith("pack"))
     with pytest.raises(NoKernel) as raised:
-        choose(quantized(64, 128, "int4-g64-asym"), torch.float16, CPU, packed_only)
+        choose(quantized(64, 128, "int4-g64-asym"), torch.float16, CPU, None, packed_only)
     assert "int4-g64-asym" in raised.value.message
     assert raised.value.hint is not None
     assert "int4pack takes bfloat16 activations, these are float16" in raised.value.hint
@@ -159,14 +161,16 @@ def test_a_kernel_is_one_more_row_of_the_table() -> None:
     def matmul(x: Tensor, packed: tuple[Tensor], bias: Tensor | None) -> Tensor:
         return x @ packed[0]
 
-    def refuses_large(weight: DenseWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    def refuses_large(
+        weight: DenseWeight, dtype: torch.dtype, device: torch.device, activations: Any
+    ) -> str | None:
         return "takes at most 8 rows" if weight.shape[0] > 8 else None
 
     is_for = next(kernel.is_for for kernel in KERNELS if kernel.name == "dense")
     small = LinearKernel("small", "small matrices", is_for, True, refuses_large, pack, matmul)
     kernels = (small, *KERNELS)
-    assert choose(DenseWeight(random(8, 4)), torch.float32, CPU, kernels).kernel is small
-    large = choose(DenseWeight(random(9, 4).bfloat16()), torch.bfloat16, CPU, kernels)
+    assert choose(DenseWeight(random(8, 4)), torch.float32, CPU, None, kernels).kernel is small
+    large = choose(DenseWeight(random(9, 4).bfloat16()), torch.bfloat16, CPU, None, kernels)
     assert large.kernel is not small
     assert "; small takes at most 8 rows" in large.reason
 

@@ -1,5 +1,6 @@
 """The compiled linears: exact where they are whole numbers, the same bits at any batch size."""
 
+import ctypes
 import math
 
 import pytest
@@ -123,12 +124,14 @@ def test_activations_are_rounded_as_described(native: Native, dtype: torch.dtype
     x[0, 128:256] = 0.0
     x[0, 256] = 1e-33
     for unit in (32, 64, 128):
-        q = torch.empty(384, dtype=torch.int8)
-        scales, sums = torch.empty(384 // unit), torch.empty(384 // unit, dtype=torch.int32)
+        packed = native_linear.pack_for(native, quantized(4, 384, f"int4-g{unit}-sym"))
+        record = ctypes.addressof(packed.record)
+        scratch = torch.empty(native.library.qtool_linear_scratch(record, 1), dtype=torch.uint8)
         kind = native_linear.ELEMENT_TYPES[dtype]
-        native.library.qtool_quantize_row(
-            x.data_ptr(), kind, 384, unit, q.data_ptr(), scales.data_ptr(), sums.data_ptr()
-        )
+        native.library.qtool_round_row(record, x.data_ptr(), kind, scratch.data_ptr())
+        q, rest = scratch[:384].view(torch.int8), scratch[384:]
+        size = 384 // unit * 4
+        scales, sums = rest[:size].view(torch.float32), rest[size : 2 * size].view(torch.int32)
         expected_q, expected_scales = rounded(x, unit)
         assert torch.equal(q.view(-1, unit).float(), expected_q[0])
         assert torch.equal(scales, expected_scales[0])
@@ -140,14 +143,14 @@ def test_units_are_added_in_order_by_fused_multiply_adds(native: Native, word: s
     weight = quantized(40, 512, word)
     packed = native_linear.pack_for(native, weight)
     x = random(5, 512, seed=1)
-    q, token_scales = rounded(x, packed.unit)
+    q, token_scales = rounded(x, packed.record.span)
     zeros = torch.full_like(weight.scales, weight.scheme.midpoint)
     if weight.zeros is not None:
         zeros = weight.zeros.float()
-    repeat = 512 // packed.unit // weight.scales.shape[1]
+    repeat = 512 // packed.record.span // weight.scales.shape[1]
     zeros = zeros.repeat_interleave(repeat, dim=1)
     scales = weight.scales.repeat_interleave(repeat, dim=1)
-    whole = weight.codes.float().view(40, -1, packed.unit) - zeros[..., None]
+    whole = weight.codes.float().view(40, -1, packed.record.span) - zeros[..., None]
     sums = torch.einsum("tui,oui->uto", q.double(), whole.double())
     expected = torch.zeros(5, 40)
     for unit, total in enumerate(sums):
@@ -213,7 +216,7 @@ def test_scales_that_float16_cannot_hold_stay_float32(native: Native) -> None:
     packed = native_linear.pack_for(native, fine)
     assert packed.scales.dtype == torch.float32
     x = random(2, 64, seed=1)
-    q, scales = rounded(x, packed.unit)
+    q, scales = rounded(x, packed.record.span)
     expected = reference.linear((q * scales[..., None]).view(2, 64), fine)
     torch.testing.assert_close(
         native_linear.matmul(x, packed, None), expected, rtol=1e-5, atol=1e-6
@@ -259,7 +262,7 @@ def test_the_choice_of_activations_is_the_users(monkeypatch: pytest.MonkeyPatch)
     assert exact.kernel.name == "dequantized"
     assert "which float32 is there to avoid" in exact.reason
     monkeypatch.setenv("QTOOL_ACTIVATIONS", "bf16")
-    assert "asks for bf16" in choose(weight, torch.bfloat16, CPU).reason
+    assert "bf16 was asked for" in choose(weight, torch.bfloat16, CPU).reason
     monkeypatch.setenv("QTOOL_ACTIVATIONS", "int8")
     assert choose(weight, torch.float32, CPU).kernel.name == "native_w4a8"
 
@@ -267,13 +270,13 @@ def test_the_choice_of_activations_is_the_users(monkeypatch: pytest.MonkeyPatch)
 def test_refusals_say_what_would_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOL_ACTIVATIONS", "int8")
     refuses = native_linear.refuses
-    odd = refuses(quantized(4, 86, "int4-g43-sym"), torch.bfloat16, CPU)
+    odd = refuses(quantized(4, 86, "int4-g43-sym"), torch.bfloat16, CPU, None)
     assert odd == "takes groups of a multiple of 32 inputs, these have 43"
     fine = quantized(4, 64, "int4-g32-sym")
-    assert refuses(fine, torch.float16, CPU) == (
+    assert refuses(fine, torch.float16, CPU, None) == (
         "takes bfloat16 or float32 activations, these are float16"
     )
-    assert refuses(fine, torch.bfloat16, torch.device("cuda")) == "runs on cpu, not cuda"
+    assert refuses(fine, torch.bfloat16, torch.device("cuda"), None) == "runs on cpu, not cuda"
 
 
 @pytest.mark.usefixtures("natives")

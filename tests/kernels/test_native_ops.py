@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qtool.kernels import reference
-from qtool.kernels.cpu.native import Native
+from qtool.kernels.cpu.native import Native, make_cache
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -55,16 +55,25 @@ def test_rms_norm_adds_a_residual_first_and_keeps_the_sum(
 @pytest.mark.parametrize("channels", [8, 100, 1000])
 def test_silu_mul(native: Native, threads: int, channels: int, dtype: torch.dtype) -> None:
     gate_up = (random(41, 2 * channels) * 4).to(dtype)
-    check(native.silu_mul(gate_up), reference.silu_mul(gate_up))
+    check(native.gate_mul(gate_up), reference.silu_mul(gate_up))
 
 
 def test_silu_mul_of_large_and_special_numbers(native: Native) -> None:
     gates = [0.0, -0.0, 88.0, -88.0, 200.0, -200.0, 1e30, -1e30, math.inf, math.nan]
     gate_up = torch.tensor([[*gates, *([1.0] * len(gates))]])
-    found = native.silu_mul(gate_up)
+    found = native.gate_mul(gate_up)
     torch.testing.assert_close(
         found, reference.silu_mul(gate_up), rtol=1e-6, atol=1e-30, equal_nan=True
     )
+
+
+@DTYPES
+def test_gelu_mul(native: Native, threads: int, dtype: torch.dtype) -> None:
+    gate_up = (random(41, 2000) * 4).to(dtype)
+    # PyTorch's own in float32 cancels digits where tanh is near -1.
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    check(native.gate_mul(gate_up, "gelu_tanh"), expected.to(dtype))
 
 
 def angles_of(positions: list[int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +116,8 @@ def test_rope_and_write(
     slots = torch.randperm(128, generator=torch.Generator().manual_seed(3))[:tokens]
     keys, values = (torch.full((kv_heads, 128, head_dim), 7.0).to(dtype) for _ in range(2))
     gains = random(heads + kv_heads, head_dim, seed=4).to(dtype) if with_norm else None
-    query = native.rope_and_write(qkv, cos, sin, keys, values, slots, qk_norm=gains, eps=1e-5)
+    cache = make_cache(keys, values)
+    query = native.rope_and_write(qkv, cos, sin, cache, slots, qk_norm=gains, eps=1e-5)
 
     rotated = qkv[:, : heads + kv_heads]
     if gains is not None:
@@ -129,5 +139,5 @@ def test_a_row_has_the_same_bits_in_any_batch(native: Native, threads: int) -> N
     together = native.rms_norm(x, weight, 1e-6)
     alone = torch.cat([native.rms_norm(row[None], weight, 1e-6) for row in x])
     assert torch.equal(together, alone)
-    together = native.silu_mul(x)
-    assert torch.equal(together, torch.cat([native.silu_mul(row[None]) for row in x]))
+    together = native.gate_mul(x)
+    assert torch.equal(together, torch.cat([native.gate_mul(row[None]) for row in x]))

@@ -1,6 +1,7 @@
 // Causal attention over a paged cache, for one new token of a sequence or many.
 //
-// The pools are [kv_heads][pool_slots][head_dim]; token t of a span lies in slot
+// The pools are [kv_heads][slots][dim], in the type of the queries or in whole numbers of 8 bits with
+// a scale for each token and head; token t of a span lies in slot
 // block_ids[t / block_size] * block_size + t % block_size. The `heads / kv_heads` query heads that
 // read one KV head, times the span's queries, are rows that share keys and values; kTileRows of
 // them are worked on together.
@@ -14,11 +15,12 @@
 //
 // A chunk is first brought to float, the keys transposed, so that both products are the same small
 // matrix multiplication with tokens or channels along the lanes, and no lane is ever summed across.
+//
+// Scores may be capped, cap * tanh(score / cap), before they are masked; a head may have a sink, a
+// logit with no value, which joins the softmax last.
 
-#include "interface.h"
-#include "isa.h"
+#include "attention.h"
 
-#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -27,26 +29,25 @@ namespace {
 constexpr int kChunk = 32;
 constexpr int kPart = 512;
 constexpr int kTileRows = 32;
-constexpr int kMaxHeadDim = 512;
 constexpr int kRowsAtOnce = kLanes == 16 ? 8 : 3;
 constexpr int kVectorsAtOnce = kLanes == 16 ? 2 : 4;
-// Tokens times channels of both products below which a second thread does not pay.
-constexpr int64_t kSerialWork = 1 << 17;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class T>
+// T: of queries and results; K: of the cache.
+template <class T, class K>
 struct Call {
   const T* query;
-  const T* keys;
-  const T* values;
   T* y;
+  const QtoolCache& cache;
   const QtoolSpans& spans;
-  int64_t heads, kv_heads, head_dim, pool_slots;
-  float scale;
+  const QtoolAttention& rule;
+  Pool keys, values;
 
-  int64_t group() const { return heads / kv_heads; }
-  int64_t width() const { return ceil_div(head_dim, kLanes) * kLanes; }
+  int64_t group() const { return rule.heads / cache.kv_heads; }
+  // Channels in memory of a query and of a result, in whole vectors.
+  int64_t key_width() const { return ceil_div(cache.key_dim, kLanes) * kLanes; }
+  int64_t width() const { return ceil_div(cache.value_dim, kLanes) * kLanes; }
 };
 
 // Rows first .. first + rows - 1 of one KV head of one span; row r is query r / group.
@@ -63,11 +64,11 @@ struct Range {
   int64_t begin, end;
 };
 
-template <class T>
-Range visible(const Call<T>& call, int64_t span, int64_t row) {
+template <class C>
+Range visible(const C& call, int64_t span, int64_t row) {
   const int64_t position =
       call.spans.lengths[span] - call.spans.num_queries[span] + row / call.group();
-  const int64_t window = call.spans.window;
+  const int64_t window = call.rule.window;
   return {window == 0 ? 0 : std::max<int64_t>(0, position - window + 1), position + 1};
 }
 
@@ -171,10 +172,24 @@ QTOOL_INLINE void transpose_block(const Bfloat16* const* from, int64_t first, in
   }
 }
 
+// The same of whole numbers, widened.
+QTOOL_INLINE void transpose_block(const int8_t* const* from, int64_t first, int64_t tokens,
+                                  int64_t at, int64_t count, float* to) {
+  Floats block[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    block[i] = first + i >= tokens ? zeros()
+               : count >= kLanes   ? load(from[first + i] + at)
+                                   : load_part(from[first + i] + at, count);
+  transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(to + i * kChunk, block[i]);
+}
+
 // tokens rows of head_dim -> [head_dim, and what fills the last block][kChunk].
 template <class T>
 void transpose_keys(const T* const* from, int64_t tokens, int64_t head_dim, float* to) {
-  constexpr int kElements = kLanes * 4 / static_cast<int>(sizeof(T));
+  constexpr int kElements = sizeof(T) == 2 ? 2 * kLanes : kLanes;
   for (int64_t token = 0; token < kChunk; token += kLanes)
     for (int64_t channel = 0; channel < head_dim; channel += kElements)
       transpose_block(from, token, tokens, channel, head_dim - channel,
@@ -191,17 +206,25 @@ struct Workspace {
   alignas(64) float total[kTileRows * (1 + kLanes + kMaxHeadDim)];
 };
 
-template <class T>
-void load_query(const Call<T>& call, const Tile& tile, Workspace& work) {
-  const int64_t width = call.width(), group = call.group();
+template <class C>
+void load_query(const C& call, const Tile& tile, Workspace& work) {
+  const int64_t width = call.key_width(), group = call.group(), dim = call.cache.key_dim;
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t row = tile.first + r;
     const int64_t head = tile.kv_head * group + row % group;
-    const T* from =
-        call.query + ((tile.first_token + row / group) * call.heads + head) * call.head_dim;
+    const auto* from = call.query + ((tile.first_token + row / group) * call.rule.heads + head) * dim;
     for (int64_t channel = 0; channel < width; channel += kLanes)
       store(work.query + r * width + channel,
-            mul(load_channels(from, channel, call.head_dim), set1(call.scale)));
+            mul(load_channels(from, channel, dim), set1(call.rule.scale)));
+  }
+}
+
+// cap * tanh(score / cap), by tanh(x) = 1 - 2 / (e^2x + 1).
+void cap_scores(float* scores, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats power = exponential(mul(load(scores + i), set1(2.0f / cap)));
+    const Floats share = div(set1(-2.0f), add(power, set1(1.0f)));
+    store(scores + i, mul(set1(cap), add(set1(1.0f), share)));
   }
 }
 
@@ -235,28 +258,40 @@ void soften(float* scores, Range seen, State& state, int64_t row, int64_t width)
 }
 
 // Chunk `chunk` of the sequence into the state.
-template <class T>
-void add_chunk(const Call<T>& call, const Tile& tile, int64_t chunk, Workspace& work,
+template <class T, class K>
+void add_chunk(const Call<T, K>& call, const Tile& tile, int64_t chunk, Workspace& work,
                State& state) {
-  const int64_t width = call.width(), head_dim = call.head_dim;
+  const int64_t width = call.width(), key_width = call.key_width();
+  const int64_t key_dim = call.cache.key_dim, value_dim = call.cache.value_dim;
   const int64_t start = chunk * kChunk;
   const int64_t end = visible(call, tile.span, tile.first + tile.rows - 1).end;
   const int64_t tokens = std::min<int64_t>(kChunk, end - start);
   const int64_t block_size = call.spans.block_size;
   const int64_t* blocks = call.spans.block_ids + call.spans.first_blocks[tile.span];
-  const T* key_rows[kChunk];
-  const T* value_rows[kChunk];
+  const K* key_rows[kChunk];
+  const K* value_rows[kChunk];
+  alignas(64) float key_scales[kChunk] = {}, value_scales[kChunk] = {};
   int64_t block = start / block_size, offset = start % block_size;
   for (int64_t t = 0; t < tokens; ++block, offset = 0) {
-    const int64_t slot = tile.kv_head * call.pool_slots + blocks[block] * block_size;
+    const int64_t first = tile.kv_head * call.cache.slots + blocks[block] * block_size;
     for (; t < tokens && offset < block_size; ++t, ++offset) {
-      key_rows[t] = call.keys + (slot + offset) * head_dim;
-      value_rows[t] = call.values + (slot + offset) * head_dim;
+      const int64_t slot = first + offset;
+      key_rows[t] = static_cast<const K*>(call.keys.data) + slot * call.keys.stride;
+      value_rows[t] = static_cast<const K*>(call.values.data) + slot * call.values.stride;
+      if constexpr (sizeof(K) == 1) {
+        key_scales[t] = call.keys.scales[slot];
+        value_scales[t] = call.values.scales[slot];
+      }
     }
   }
-  transpose_keys(key_rows, tokens, head_dim, work.keys);
+  transpose_keys(key_rows, tokens, key_dim, work.keys);
   std::fill(work.scores, work.scores + tile.rows * kChunk, 0.0f);
-  multiply<kRowsAtOnce>(work.query, width, work.keys, kChunk, head_dim, work.scores, kChunk, kChunk, tile.rows);
+  multiply<kRowsAtOnce>(work.query, key_width, work.keys, kChunk, key_dim, work.scores, kChunk,
+                        kChunk, tile.rows);
+  if constexpr (sizeof(K) == 1)
+    for (int64_t i = 0; i < tile.rows * kChunk; i += kLanes)
+      store(work.scores + i, mul(load(work.scores + i), load(key_scales + i % kChunk)));
+  if (call.rule.softcap > 0.0f) cap_scores(work.scores, tile.rows * kChunk, call.rule.softcap);
   for (int64_t r = 0; r < tile.rows; ++r) {
     const Range range = visible(call, tile.span, tile.first + r);
     const Range seen = {std::clamp<int64_t>(range.begin - start, 0, kChunk),
@@ -264,14 +299,18 @@ void add_chunk(const Call<T>& call, const Tile& tile, int64_t chunk, Workspace& 
     soften(work.scores + r * kChunk, seen, state, r, width);
   }
   for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t channel = 0; channel < width; channel += kLanes)
-      store(work.values + t * width + channel, load_channels(value_rows[t], channel, head_dim));
-  multiply<kRowsAtOnce>(work.scores, kChunk, work.values, width, tokens, state.mixed, width, width, tile.rows);
+    for (int64_t channel = 0; channel < width; channel += kLanes) {
+      Floats value = load_channels(value_rows[t], channel, value_dim);
+      if constexpr (sizeof(K) == 1) value = mul(value, set1(value_scales[t]));
+      store(work.values + t * width + channel, value);
+    }
+  multiply<kRowsAtOnce>(work.scores, kChunk, work.values, width, tokens, state.mixed, width, width,
+                        tile.rows);
 }
 
 // Tokens of part `part` that any row of the tile sees, into a fresh state.
-template <class T>
-void add_part(const Call<T>& call, const Tile& tile, int64_t part, Workspace& work, State& state) {
+template <class C>
+void add_part(const C& call, const Tile& tile, int64_t part, Workspace& work, State& state) {
   const int64_t begin = visible(call, tile.span, tile.first).begin;
   const int64_t end = visible(call, tile.span, tile.first + tile.rows - 1).end;
   const int64_t first = std::max(part * (kPart / kChunk), begin / kChunk);
@@ -295,17 +334,23 @@ void merge(State& total, const State& part, int64_t rows, int64_t width) {
   }
 }
 
-template <class T>
-void write_result(const Call<T>& call, const Tile& tile, const State& state) {
-  const int64_t width = call.width(), group = call.group();
+template <class C>
+void write_result(const C& call, const Tile& tile, const State& state) {
+  const int64_t width = call.width(), group = call.group(), dim = call.cache.value_dim;
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t row = tile.first + r;
     const int64_t head = tile.kv_head * group + row % group;
-    T* to = call.y + ((tile.first_token + row / group) * call.heads + head) * call.head_dim;
-    const Floats share = set1(1.0f / reduce_add(load(state.sum + r * kLanes)));
-    for (int64_t channel = 0; channel < call.head_dim; channel += kLanes) {
-      const Floats result = mul(load(state.mixed + r * width + channel), share);
-      const int64_t left = call.head_dim - channel;
+    auto* const to = call.y + ((tile.first_token + row / group) * call.rule.heads + head) * dim;
+    float sum = reduce_add(load(state.sum + r * kLanes)), share = 1.0f;
+    if (call.rule.sinks != nullptr) {
+      const float sink = call.rule.sinks[head], top = std::max(state.maximum[r], sink);
+      share = exponential(state.maximum[r] - top);
+      sum = sum * share + exponential(sink - top);
+    }
+    const Floats factor = set1(share / sum);
+    for (int64_t channel = 0; channel < dim; channel += kLanes) {
+      const Floats result = mul(load(state.mixed + r * width + channel), factor);
+      const int64_t left = dim - channel;
       if (left >= kLanes)
         store(to + channel, result);
       else
@@ -314,14 +359,14 @@ void write_result(const Call<T>& call, const Tile& tile, const State& state) {
   }
 }
 
-template <class T>
-Range parts_of(const Call<T>& call, const Tile& tile) {
+template <class C>
+Range parts_of(const C& call, const Tile& tile) {
   return {visible(call, tile.span, tile.first).begin / kPart,
           ceil_div(visible(call, tile.span, tile.first + tile.rows - 1).end, kPart)};
 }
 
-template <class T>
-void attend_whole(const Call<T>& call, const Tile& tile, Workspace& work) {
+template <class C>
+void attend_whole(const C& call, const Tile& tile, Workspace& work) {
   const int64_t width = call.width();
   load_query(call, tile, work);
   State total(work.total, tile.rows, width);
@@ -334,90 +379,120 @@ void attend_whole(const Call<T>& call, const Tile& tile, Workspace& work) {
   write_result(call, tile, total);
 }
 
-template <class T>
-bool attend(const Call<T>& call, int threads) {
-  const QtoolSpans& spans = call.spans;
-  int64_t num_tiles = 0, num_parts = 0, work_size = 0;
-  for (int64_t span = 0; span < spans.spans; ++span) {
-    const int64_t rows = spans.num_queries[span] * call.group();
-    const int64_t tiles = ceil_div(rows, kTileRows) * call.kv_heads;
-    num_tiles += tiles;
-    num_parts += tiles * ceil_div(spans.lengths[span], kPart);
-    work_size += rows * call.kv_heads * spans.lengths[span] * call.head_dim;
-  }
-  if (work_size < kSerialWork) threads = 1;
-  // Few tiles of long sequences: the parts are spread over the threads and merged afterwards.
-  const bool split = threads > 1 && num_tiles < 4 * threads && num_parts > num_tiles;
-  struct Piece {
-    int64_t tile, part, offset;
+}  // namespace
+
+// Tile `first` of a span's KV head and what a part of it left, in the plan's memory.
+struct AttentionPlan::Piece {
+  Tile tile;
+  int64_t tile_number, part, offset;
+};
+
+AttentionPlan::AttentionPlan() = default;
+AttentionPlan::~AttentionPlan() = default;
+
+bool AttentionPlan::make(const QtoolSpans& spans, const QtoolAttention& rule,
+                         const QtoolCache& cache, int threads) {
+  const int64_t group = rule.heads / cache.kv_heads;
+  const int64_t width = ceil_div(cache.value_dim, kLanes) * kLanes;
+  const auto range_of = [&](int64_t span, int64_t row) {
+    const int64_t position = spans.lengths[span] - spans.num_queries[span] + row / group;
+    return Range{rule.window == 0 ? 0 : std::max<int64_t>(0, position - rule.window + 1),
+                 position + 1};
   };
-  const std::unique_ptr<Tile[]> tiles(new (std::nothrow) Tile[num_tiles]);
-  const std::unique_ptr<Piece[]> pieces(new (std::nothrow) Piece[split ? num_parts : 0]);
-  if (!tiles || !pieces) return false;
-  int64_t filled = 0, first_token = 0, num_pieces = 0, floats = 0;
+  int64_t most_pieces = 0;
+  work = 0;
+  num_tiles = 0;
+  for (int64_t span = 0; span < spans.spans; ++span) {
+    const int64_t rows = spans.num_queries[span] * group;
+    const int64_t tiles = ceil_div(rows, kTileRows) * cache.kv_heads;
+    num_tiles += tiles;
+    most_pieces += tiles * ceil_div(spans.lengths[span], kPart);
+    work += rows * cache.kv_heads * spans.lengths[span] * (cache.key_dim + cache.value_dim) / 2;
+  }
+  // Few tiles of long sequences: the parts are spread over the threads and merged afterwards.
+  split = threads > 1 && num_tiles < 4 * threads && most_pieces > num_tiles;
+  pieces.reset(new (std::nothrow) Piece[static_cast<size_t>(split ? most_pieces : num_tiles)]);
+  if (!pieces) return false;
+  int64_t first_token = 0, floats = 0, tile_number = 0;
+  num_pieces = 0;
   for (int64_t span = 0; span < spans.spans; first_token += spans.num_queries[span], ++span) {
-    const int64_t rows = spans.num_queries[span] * call.group();
-    for (int64_t kv_head = 0; kv_head < call.kv_heads; ++kv_head)
-      for (int64_t first = 0; first < rows; first += kTileRows) {
+    const int64_t rows = spans.num_queries[span] * group;
+    for (int64_t kv_head = 0; kv_head < cache.kv_heads; ++kv_head)
+      for (int64_t first = 0; first < rows; first += kTileRows, ++tile_number) {
         const Tile tile = {span, first_token, kv_head, first,
                            std::min<int64_t>(kTileRows, rows - first)};
-        tiles[filled] = tile;
-        if (split) {
-          const Range parts = parts_of(call, tile);
-          for (int64_t part = parts.begin; part < parts.end; ++part) {
-            pieces[num_pieces++] = {filled, part, floats};
-            floats += State::size(tile.rows, call.width());
-          }
+        if (!split) {
+          pieces[num_pieces++] = {tile, tile_number, 0, 0};
+          continue;
         }
-        ++filled;
+        const Range seen = {range_of(span, first).begin, range_of(span, first + tile.rows - 1).end};
+        for (int64_t part = seen.begin / kPart; part < ceil_div(seen.end, kPart); ++part) {
+          pieces[num_pieces++] = {tile, tile_number, part, floats};
+          floats += State::size(tile.rows, width);
+        }
       }
   }
-  const std::unique_ptr<float[]> partial(new (std::nothrow) float[floats]);
-  if (!partial) return false;
-  threads = static_cast<int>(std::min<int64_t>(threads, split ? num_pieces : num_tiles));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Workspace work;
-    if (!split) {
-      // Later tiles of a prompt see more tokens: hand them out as threads come free, long ones first.
-#pragma omp for schedule(dynamic)
-      for (int64_t i = num_tiles - 1; i >= 0; --i) attend_whole(call, tiles[i], work);
-    } else {
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < num_pieces; ++i) {
-        const Tile& tile = tiles[pieces[i].tile];
-        State state(partial.get() + pieces[i].offset, tile.rows, call.width());
-        load_query(call, tile, work);
-        add_part(call, tile, pieces[i].part, work, state);
-      }
-#pragma omp for schedule(static)
-      for (int64_t t = 0; t < num_tiles; ++t) {
-        State total(work.total, tiles[t].rows, call.width());
-        for (int64_t i = 0; i < num_pieces; ++i)
-          if (pieces[i].tile == t)
-            merge(total, State(State::AsIs{}, partial.get() + pieces[i].offset, tiles[t].rows),
-                  tiles[t].rows, call.width());
-        write_result(call, tiles[t], total);
-      }
-    }
+  partial.reset(new (std::nothrow) float[static_cast<size_t>(floats)]);
+  return static_cast<bool>(partial);
+}
+
+namespace {
+
+template <class C>
+void attend_team(Team& team, const C& call, const AttentionPlan& plan) {
+  Workspace work;
+  if (!plan.split) {
+    // Later tiles of a prompt see more tokens: long ones are handed out first.
+    team.each(plan.num_pieces, 1, [&](int64_t i) {
+      attend_whole(call, plan.pieces[plan.num_pieces - 1 - i].tile, work);
+    });
+    return;
   }
-  return true;
+  team.each(plan.num_pieces, 1, [&](int64_t i) {
+    const AttentionPlan::Piece& piece = plan.pieces[i];
+    State state(plan.partial.get() + piece.offset, piece.tile.rows, call.width());
+    load_query(call, piece.tile, work);
+    add_part(call, piece.tile, piece.part, work, state);
+  });
+  team.each(plan.num_pieces, 1, [&](int64_t i) {
+    const AttentionPlan::Piece& first = plan.pieces[i];
+    if (i > 0 && plan.pieces[i - 1].tile_number == first.tile_number) return;
+    State total(work.total, first.tile.rows, call.width());
+    for (; i < plan.num_pieces && plan.pieces[i].tile_number == first.tile_number; ++i)
+      merge(total, State(State::AsIs{}, plan.partial.get() + plan.pieces[i].offset, first.tile.rows),
+            first.tile.rows, call.width());
+    write_result(call, first.tile, total);
+  });
 }
 
 }  // namespace
 
-bool qtool_paged_attention(const void* query, const void* keys, const void* values,
-                           const QtoolSpans* spans, void* y, int64_t heads, int64_t kv_heads,
-                           int64_t head_dim, int64_t pool_slots, float scale, int32_t type,
-                           int32_t threads) {
-  if (type == kBfloat16)
-    return attend(Call<Bfloat16>{static_cast<const Bfloat16*>(query),
-                                 static_cast<const Bfloat16*>(keys),
-                                 static_cast<const Bfloat16*>(values), static_cast<Bfloat16*>(y),
-                                 *spans, heads, kv_heads, head_dim, pool_slots, scale},
-                  threads);
-  return attend(Call<float>{static_cast<const float*>(query), static_cast<const float*>(keys),
-                            static_cast<const float*>(values), static_cast<float*>(y), *spans,
-                            heads, kv_heads, head_dim, pool_slots, scale},
-                threads);
+template <class T>
+void attend(Team& team, const T* query, const QtoolCache& cache, const QtoolSpans& spans,
+            const QtoolAttention& rule, const AttentionPlan& plan, T* y) {
+  const Pool keys = key_pool(cache), values = value_pool(cache);
+  if (keys.scales != nullptr)
+    attend_team(team, Call<T, int8_t>{query, y, cache, spans, rule, keys, values}, plan);
+  else
+    attend_team(team, Call<T, T>{query, y, cache, spans, rule, keys, values}, plan);
+}
+
+template void attend(Team&, const float*, const QtoolCache&, const QtoolSpans&,
+                     const QtoolAttention&, const AttentionPlan&, float*);
+template void attend(Team&, const Bfloat16*, const QtoolCache&, const QtoolSpans&,
+                     const QtoolAttention&, const AttentionPlan&, Bfloat16*);
+
+bool qtool_paged_attention(const void* query, const QtoolCache* cache, const QtoolSpans* spans,
+                           const QtoolAttention* rule, void* y, int32_t type, int32_t threads) {
+  AttentionPlan plan;
+  if (!plan.make(*spans, *rule, *cache, threads)) return false;
+  with_team(plan.work < AttentionPlan::kSerialWork ? 1 : threads, [&](Team& team) {
+    if (type == kBfloat16)
+      attend(team, static_cast<const Bfloat16*>(query), *cache, *spans, *rule, plan,
+             static_cast<Bfloat16*>(y));
+    else
+      attend(team, static_cast<const float*>(query), *cache, *spans, *rule, plan,
+             static_cast<float*>(y));
+  });
+  return true;
 }

@@ -1,17 +1,24 @@
 // The blocks of a decoder one after the other, by the operations of this library.
 //
-//   each block:  x += o(attention(rope(qk_norm(qkv(norm(x))))))
-//                x += down(silu(gate(norm(x))) * up(norm(x)))
+//   each block:  x += post_norm(o(attention(rope(qk_norm(qkv(norm(x)))))))
+//                x += post_norm(down(act(gate(norm(x))) * up(norm(x))))
 //
-// It adds no arithmetic. What it saves is the way back to Python between the nine operations of a
-// block, 3 to 4 us each: for a model of half a billion parameters as much as a sixth of a token.
+// Norms that a model does not have are left out. It adds no arithmetic: one operation called after
+// the other gives the same bits. What it saves is the way back to Python between them, waking the
+// threads for each, and with few rows the waits between steps that one thread can do at once.
 
-#include "interface.h"
+#include "attention.h"
+#include "linear.h"
 
-#include <algorithm>
-#include <cstddef>
+#include <new>
 
 namespace {
+
+constexpr int64_t kParts = 3;
+// Channels of a row that one thread gates and rounds at once.
+constexpr int64_t kGated = 1024;  // a multiple of every span
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts a buffer into pieces that start at cache lines.
 class Cutter {
@@ -28,31 +35,144 @@ class Cutter {
   char* next_;
 };
 
-int64_t linear_scratch(const QtoolLinear& linear, int64_t rows) {
-  return (rows * linear.in + 63) / 64 * 64 + rows * (linear.in / linear.unit) * 8;
-}
-
 struct Pieces {
-  void *normed, *qkv, *query, *attended, *more, *gate_up, *gated, *rounded;
+  void *normed, *qkv, *query, *attended, *more, *gate_up, *gated;
+  void* rounded[kParts];
 
   Pieces(Cutter& cutter, const QtoolDecoder& d, int64_t rows) {
     const int64_t width = d.type == kBfloat16 ? 2 : 4;
-    const int64_t attention = d.heads * d.head_dim;
+    int64_t qkv_out = 0, queries = 0, values = 0, gate_up_out = 0, largest = 0;
+    for (int64_t i = 0; i < d.num_blocks; ++i) {
+      const QtoolBlock& block = d.blocks[i];
+      qkv_out = std::max(qkv_out, block.qkv.out);
+      gate_up_out = std::max(gate_up_out, block.gate_up.out);
+      queries = std::max(queries, block.rule.heads * block.cache.key_dim);
+      values = std::max(values, block.rule.heads * block.cache.value_dim);
+      for (const QtoolLinears* linears : {&block.qkv, &block.o, &block.gate_up, &block.down})
+        for (int64_t part = 0; part < linears->count; ++part)
+          largest = std::max(largest, Activations::bytes(*linears->parts[part], rows));
+    }
     normed = cutter.cut(rows * d.hidden * width);
-    qkv = cutter.cut(rows * (attention + 2 * d.kv_heads * d.head_dim) * width);
-    query = cutter.cut(rows * attention * width);
-    attended = cutter.cut(rows * attention * width);
+    qkv = cutter.cut(rows * qkv_out * width);
+    query = cutter.cut(rows * queries * width);
+    attended = cutter.cut(rows * values * width);
     more = cutter.cut(rows * d.hidden * width);
-    gate_up = cutter.cut(rows * 2 * d.ffn * width);
+    gate_up = cutter.cut(rows * gate_up_out * width);
     gated = cutter.cut(rows * d.ffn * width);
-    int64_t largest = 0;
-    for (int64_t i = 0; i < d.num_blocks; ++i)
-      for (const QtoolLinear* linear :
-           {d.blocks[i].qkv, d.blocks[i].o, d.blocks[i].gate_up, d.blocks[i].down})
-        largest = std::max(largest, linear_scratch(*linear, rows));
-    rounded = cutter.cut(largest);
+    for (void*& each : rounded) each = cutter.cut(largest);
   }
 };
+
+// Linears of one input, and that input rounded as each of them wants it.
+template <class T>
+class Product {
+ public:
+  Product(const QtoolLinears& linears, int64_t rows, const Pieces& pieces) : linears_(linears) {
+    for (int64_t part = 0; part < linears.count; ++part) {
+      const QtoolLinear& linear = *linears.parts[part];
+      int64_t like = 0;
+      while (like < num_forms_ && !forms_[like].fit(linear)) ++like;
+      if (like == num_forms_) forms_[num_forms_++] = Activations(linear, rows, pieces.rounded[like]);
+      form_of_[part] = like;
+    }
+  }
+
+  void round(const T* x, int64_t row) const { round(x, row, 0, forms_[0].in); }
+  void round(const T* x, int64_t row, int64_t first, int64_t count) const {
+    for (int64_t i = 0; i < num_forms_; ++i) round_part(x, row, first, count, forms_[i]);
+  }
+
+  void write(Team& team, T* y) const {
+    const T* bias = static_cast<const T*>(linears_.bias);
+    for (int64_t part = 0; part < linears_.count; ++part) {
+      const QtoolLinear& linear = *linears_.parts[part];
+      multiply(team, linear, forms_[form_of_[part]], bias, y, linears_.out);
+      y += linear.out;
+      if (bias != nullptr) bias += linear.out;
+    }
+  }
+
+ private:
+  const QtoolLinears& linears_;
+  Activations forms_[kParts];
+  int64_t num_forms_ = 0;
+  int64_t form_of_[kParts] = {};
+};
+
+template <class T>
+void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const float* sin,
+                const int64_t* slots, const QtoolSpans& spans, int64_t rows, const Pieces& p,
+                const AttentionPlan* const* plans) {
+  T* const normed = static_cast<T*>(p.normed);
+  T* const qkv = static_cast<T*>(p.qkv);
+  T* const query = static_cast<T*>(p.query);
+  T* const attended = static_cast<T*>(p.attended);
+  T* const more = static_cast<T*>(p.more);
+  T* const gate_up = static_cast<T*>(p.gate_up);
+  T* const gated = static_cast<T*>(p.gated);
+  const int64_t hidden = d.hidden, ffn = d.ffn;
+  const auto each_row = [&](auto f) { team.each(rows, team.share(rows, 4), f); };
+  // x += post_norm(more), if there is more; then the next linears' input, if there are any.
+  const auto pass_on = [&](const void* post_norm, bool has_more, const void* norm,
+                           const Product<T>* next) {
+    each_row([&](int64_t row) {
+      T* const from = x + row * hidden;
+      T* const added = has_more ? more + row * hidden : nullptr;
+      T* const to = normed + row * hidden;
+      if (post_norm != nullptr)
+        norm_row<T>(added, nullptr, static_cast<const T*>(post_norm), added, hidden, d.eps);
+      if (next == nullptr) {
+        add_row<T>(from, added, hidden);
+      } else if (norm == nullptr) {
+        if (added != nullptr) add_row<T>(from, added, hidden);
+        next->round(from, row);
+      } else {
+        norm_row<T>(from, added, static_cast<const T*>(norm), to, hidden, d.eps);
+        next->round(to, row);
+      }
+    });
+  };
+
+  for (int64_t i = 0; i < d.num_blocks; ++i) {
+    const QtoolBlock& block = d.blocks[i];
+    const Heads heads = {block.rule.heads, block.cache.kv_heads, block.cache.key_dim};
+    const Pool keys = key_pool(block.cache), values = value_pool(block.cache);
+    const int64_t half = heads.dim / 2;
+    const float* const block_cos = cos + block.rotation * rows * half;
+    const float* const block_sin = sin + block.rotation * rows * half;
+
+    const Product<T> to_qkv(block.qkv, rows, p);
+    pass_on(i == 0 ? nullptr : d.blocks[i - 1].post_mlp_norm, i > 0, block.attn_norm, &to_qkv);
+    to_qkv.write(team, qkv);
+    each_row([&](int64_t row) {
+      rope_and_write_row(qkv + row * block.qkv.out, static_cast<const T*>(block.qk_norm), d.eps,
+                         block_cos + row * half, block_sin + row * half, slots[row],
+                         query + row * heads.query * heads.dim, heads, keys, values);
+    });
+    attend(team, query, block.cache, spans, block.rule, *plans[i], attended);
+
+    const Product<T> to_o(block.o, rows, p);
+    const int64_t mixed = block.rule.heads * block.cache.value_dim;
+    each_row([&](int64_t row) { to_o.round(attended + row * mixed, row); });
+    to_o.write(team, more);
+
+    const Product<T> to_gate_up(block.gate_up, rows, p);
+    pass_on(block.post_attn_norm, true, block.mlp_norm, &to_gate_up);
+    to_gate_up.write(team, gate_up);
+
+    const Product<T> to_down(block.down, rows, p);
+    const int64_t pieces = ceil_div(ffn, kGated);
+    team.each(rows * pieces, team.share(rows * pieces, 4), [&](int64_t piece) {
+      const int64_t row = piece / pieces, first = piece % pieces * kGated;
+      const int64_t count = std::min(kGated, ffn - first);
+      const T* const gates = gate_up + row * 2 * ffn + first;
+      gate_row(gates, gates + ffn, gated + row * ffn + first, count, d.activation);
+      to_down.round(gated + row * ffn, row, first, count);
+    });
+    to_down.write(team, more);
+  }
+  if (d.num_blocks > 0) pass_on(d.blocks[d.num_blocks - 1].post_mlp_norm, true, nullptr, nullptr);
+}
 
 }  // namespace
 
@@ -67,31 +187,44 @@ bool qtool_blocks(const QtoolDecoder* decoder, void* x, const float* cos, const 
                   const int64_t* slots, const QtoolSpans* spans, int64_t rows, void* scratch,
                   int32_t threads) {
   const QtoolDecoder& d = *decoder;
+  if (rows < 1) return true;
   Cutter cutter(scratch);
-  const Pieces p(cutter, d, rows);
-  const auto linear = [&](const QtoolLinear* weight, const void* bias, const void* from, void* to) {
-    qtool_linear(weight, from, rows, bias, to, d.type, p.rounded, threads);
+  const Pieces pieces(cutter, d, rows);
+  // Layers with the same window and shape are cut alike.
+  struct Shape {
+    int64_t window, heads, kv_heads, key_dim, value_dim;
+    bool operator==(const Shape& o) const {
+      return window == o.window && heads == o.heads && kv_heads == o.kv_heads &&
+             key_dim == o.key_dim && value_dim == o.value_dim;
+    }
   };
-  const auto norm = [&](const void* residual, const void* weight) {
-    qtool_rms_norm(x, residual, weight, p.normed, rows, d.hidden, d.eps, d.type, threads);
-  };
+  constexpr int kMostPlans = 8;
+  Shape shapes[kMostPlans];
+  AttentionPlan made[kMostPlans];
+  int num_plans = 0;
+  const std::unique_ptr<const AttentionPlan*[]> plans(
+      new (std::nothrow) const AttentionPlan*[static_cast<size_t>(d.num_blocks)]);
+  if (!plans) return false;
   for (int64_t i = 0; i < d.num_blocks; ++i) {
     const QtoolBlock& block = d.blocks[i];
-    norm(i == 0 ? nullptr : p.more, block.attn_norm);
-    linear(block.qkv, block.qkv_bias, p.normed, p.qkv);
-    qtool_rope_and_write(p.qkv, block.qk_norm, d.eps, cos, sin, slots, p.query, block.keys,
-                         block.values, rows, d.heads, d.kv_heads, d.head_dim, d.pool_slots, d.type,
-                         threads);
-    if (!qtool_paged_attention(p.query, block.keys, block.values, spans, p.attended, d.heads,
-                               d.kv_heads, d.head_dim, d.pool_slots, d.scale, d.type, threads))
-      return false;
-    linear(block.o, block.o_bias, p.attended, p.more);
-    norm(p.more, block.mlp_norm);
-    linear(block.gate_up, block.gate_up_bias, p.normed, p.gate_up);
-    qtool_silu_mul(p.gate_up, p.gated, rows, d.ffn, d.type, threads);
-    linear(block.down, block.down_bias, p.gated, p.more);
+    const Shape shape = {block.rule.window, block.rule.heads, block.cache.kv_heads,
+                         block.cache.key_dim, block.cache.value_dim};
+    int plan = 0;
+    while (plan < num_plans && !(shapes[plan] == shape)) ++plan;
+    if (plan == num_plans) {
+      if (num_plans == kMostPlans) return false;
+      if (!made[plan].make(*spans, block.rule, block.cache, threads)) return false;
+      shapes[num_plans++] = shape;
+    }
+    plans[i] = &made[plan];
   }
-  // The last residual; the norm that comes with it is not used.
-  if (d.num_blocks > 0) norm(p.more, nullptr);
+  with_team(threads, [&](Team& team) {
+    if (d.type == kBfloat16)
+      run_blocks(team, d, static_cast<Bfloat16*>(x), cos, sin, slots, *spans, rows, pieces,
+                 plans.get());
+    else
+      run_blocks(team, d, static_cast<float*>(x), cos, sin, slots, *spans, rows, pieces,
+                 plans.get());
+  });
   return true;
 }

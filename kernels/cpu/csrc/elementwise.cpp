@@ -1,22 +1,19 @@
 // What lies between the linears: RMSNorm, SiLU times up, rotary embedding with the cache write.
 //
 // All of it in float whatever the type in memory, each output row by one thread, so that a row's
-// result does not depend on the rows beside it. Work of a few rows is done by the calling thread:
-// waking a second one costs about 2 us.
+// result does not depend on the rows beside it.
 
-#include "interface.h"
-#include "isa.h"
-
-#include <algorithm>
+#include "elementwise.h"
 
 namespace {
 
+// Below these many elements a second thread costs more than it saves.
 constexpr int64_t kSerialElements = 1 << 15;
+// Channels of a row that a thread takes at once where rows are few.
+constexpr int64_t kChannels = 1024;
 
-int threads_for(int64_t elements, int64_t pieces, int threads) {
-  if (elements <= kSerialElements) return 1;
-  return static_cast<int>(std::min<int64_t>(threads, pieces));
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int threads_for(int64_t elements, int threads) { return elements <= kSerialElements ? 1 : threads; }
 
 // f(i, n) for i = 0, kLanes, ... with n <= kLanes elements left to do.
 template <class F>
@@ -55,37 +52,21 @@ QTOOL_INLINE void normalise(const T* x, const U* weight, T* y, int64_t channels,
   });
 }
 
-template <class T>
-void rms_norm(T* x, const T* residual, const T* weight, T* y, int64_t rows, int64_t channels,
-              float eps, int threads) {
-  threads = threads_for(rows * channels, rows, threads);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
-    T* const from = x + row * channels;
-    if (residual != nullptr)
-      for_each_vector(channels, [&](int64_t i, int64_t n) {
-        const Floats more = load_up_to(residual + row * channels + i, n);
-        store_up_to(from + i, add(load_up_to(from + i, n), more), n);
-      });
-    normalise(from, weight, y + row * channels, channels, eps);
-  }
+// silu(gate) = gate * sigmoid(gate); sigmoid(g) = (g < 0 ? e^-|g| : 1) / (1 + e^-|g|), in which
+// nothing overflows.
+QTOOL_INLINE Floats silu(Floats gate) {
+  const Floats small = exponential(mul(absolute(gate), set1(-1.0f)));
+  const Floats above = where_negative(gate, mul(gate, small), gate);
+  return div(above, add(set1(1.0f), small));
 }
 
-template <class T>
-void silu_mul(const T* gate_up, T* y, int64_t rows, int64_t channels, int threads) {
-  threads = threads_for(rows * channels, rows, threads);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
-    const T* gates = gate_up + row * 2 * channels;
-    for_each_vector(channels, [&](int64_t i, int64_t n) {
-      const Floats gate = load_up_to(gates + i, n);
-      const Floats up = load_up_to(gates + channels + i, n);
-      // sigmoid(g) = (g < 0 ? e^-|g| : 1) / (1 + e^-|g|): nothing here overflows.
-      const Floats small = exponential(mul(absolute(gate), set1(-1.0f)));
-      const Floats above = where_negative(gate, mul(gate, small), gate);
-      store_up_to(y + row * channels + i, mul(div(above, add(set1(1.0f), small)), up), n);
-    });
-  }
+// gelu(gate) by its usual tanh: gate * sigmoid(2 sqrt(2 / pi) (gate + 0.044715 gate^3)).
+QTOOL_INLINE Floats gelu(Floats gate) {
+  const Floats cube = mul(mul(gate, gate), gate);
+  const Floats inner = mul(fma(set1(0.044715f), cube, gate), set1(1.5957691216057308f));
+  const Floats small = exponential(mul(absolute(inner), set1(-1.0f)));
+  const Floats above = where_negative(inner, mul(gate, small), gate);
+  return div(above, add(set1(1.0f), small));
 }
 
 // Rotates the pairs (x[i], x[i + half]); x of any type, in float or in memory.
@@ -100,105 +81,225 @@ QTOOL_INLINE void rotate(const T* x, const float* cos, const float* sin, U* y, i
 }
 
 template <class T>
-void rope(const T* x, int64_t stride, const float* cos, const float* sin, T* y, int64_t rows,
-          int64_t heads, int64_t head_dim, int threads) {
+void rope(Team& team, const T* x, int64_t stride, const float* cos, const float* sin, T* y,
+          int64_t rows, int64_t heads, int64_t head_dim) {
   const int64_t half = head_dim / 2;
-  threads = threads_for(rows * heads * head_dim, rows, threads);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row)
+  team.each(rows, team.share(rows, 4), [&](int64_t row) {
     for (int64_t head = 0; head < heads; ++head)
       rotate(x + row * stride + head * head_dim, cos + row * half, sin + row * half,
              y + (row * heads + head) * head_dim, half);
+  });
 }
 
-// Longest head that the per-head norm takes; Python refuses more.
-constexpr int64_t kMaxHeadDim = 512;
-
+// The cache's own form of one head of one token: as it is, or in whole numbers of a 127th of its
+// largest channel.
 template <class T>
-void rope_and_write(const T* qkv, const T* qk_norm, float eps, const float* cos, const float* sin,
-                    const int64_t* slots, T* query, T* keys, T* values, int64_t rows,
-                    int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t pool_slots,
-                    int threads) {
-  const int64_t half = head_dim / 2, all_heads = heads + 2 * kv_heads;
-  threads = threads_for(rows * all_heads * head_dim, rows, threads);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
-    const T* from = qkv + row * all_heads * head_dim;
-    const auto pool_row = [&](T* pool, int64_t kv_head) {
-      return pool + (kv_head * pool_slots + slots[row]) * head_dim;
-    };
-    for (int64_t head = 0; head < heads + kv_heads; ++head, from += head_dim) {
-      T* to = head < heads ? query + (row * heads + head) * head_dim : pool_row(keys, head - heads);
-      if (qk_norm == nullptr) {
-        rotate(from, cos + row * half, sin + row * half, to, half);
-      } else {
-        T normed[kMaxHeadDim];
-        normalise(from, qk_norm + head * head_dim, normed, head_dim, eps);
-        rotate(normed, cos + row * half, sin + row * half, to, half);
-      }
-    }
-    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head, from += head_dim)
-      std::memcpy(pool_row(values, kv_head), from, static_cast<size_t>(head_dim) * sizeof(T));
+QTOOL_INLINE void write_head(const T* from, const Pool& pool, int64_t kv_head, int64_t slot,
+                             int64_t channels) {
+  const int64_t at = kv_head * pool.slots + slot;
+  if (pool.scales == nullptr) {
+    std::memcpy(static_cast<T*>(pool.data) + at * pool.stride, from,
+                static_cast<size_t>(channels) * sizeof(T));
+    return;
   }
+  Floats largest = zeros();
+  bool nan = false;
+  for_each_vector(channels, [&](int64_t i, int64_t n) {
+    const Floats value = load_up_to(from + i, n);
+    nan |= any_nan(value);
+    largest = maximum(largest, absolute(value));
+  });
+  const float top = reduce_max(largest);
+  const bool tiny = top < 1e-30f;
+  const Floats inverse = set1(tiny ? 0.0f : 127.0f / top);
+  int8_t* const to = static_cast<int8_t*>(pool.data) + at * pool.stride;
+  for_each_vector(channels, [&](int64_t i, int64_t n) {
+    int8_t bytes[kLanes];
+    store_bytes(bytes, round_to_ints(mul(load_up_to(from + i, n), inverse)));
+    std::memcpy(to + i, bytes, static_cast<size_t>(n));
+  });
+  pool.scales[at] = nan ? NAN : tiny ? 0.0f : top / 127.0f;
 }
 
 }  // namespace
 
-uint32_t qtool_read(const void* data, int64_t bytes, int32_t threads) {
-  const int64_t words = bytes / 4;
-  const int32_t* const from = static_cast<const int32_t*>(data);
-  uint32_t total = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
-  for (int64_t part = 0; part < threads; ++part) {
-    const int64_t first = words * part / threads, last = words * (part + 1) / threads;
-    for (int64_t i = first; i < last; ++i) total += static_cast<uint32_t>(from[i]);
-  }
-  return total;
+template <class T>
+void norm_row(T* x, const T* residual, const T* weight, T* y, int64_t channels, float eps) {
+  if (residual != nullptr)
+    for_each_vector(channels, [&](int64_t i, int64_t n) {
+      store_up_to(x + i, add(load_up_to(x + i, n), load_up_to(residual + i, n)), n);
+    });
+  normalise(x, weight, y, channels, eps);
 }
+
+template <class T>
+void gate_row(const T* gates, const T* ups, T* y, int64_t channels, int32_t activation) {
+  if (activation == kGelu)
+    for_each_vector(channels, [&](int64_t i, int64_t n) {
+      store_up_to(y + i, mul(gelu(load_up_to(gates + i, n)), load_up_to(ups + i, n)), n);
+    });
+  else
+    for_each_vector(channels, [&](int64_t i, int64_t n) {
+      store_up_to(y + i, mul(silu(load_up_to(gates + i, n)), load_up_to(ups + i, n)), n);
+    });
+}
+
+template <class T>
+void add_row(T* x, const T* residual, int64_t channels) {
+  for_each_vector(channels, [&](int64_t i, int64_t n) {
+    store_up_to(x + i, add(load_up_to(x + i, n), load_up_to(residual + i, n)), n);
+  });
+}
+
+template <class T>
+void rope_and_write_row(const T* qkv, const T* qk_norm, float eps, const float* cos,
+                        const float* sin, int64_t slot, T* query, const Heads& heads,
+                        const Pool& keys, const Pool& values) {
+  const int64_t half = heads.dim / 2;
+  for (int64_t head = 0; head < heads.query + heads.kv; ++head, qkv += heads.dim) {
+    const T* from = qkv;
+    T normed[kMaxHeadDim], rotated[kMaxHeadDim];
+    if (qk_norm != nullptr) {
+      normalise(from, qk_norm + head * heads.dim, normed, heads.dim, eps);
+      from = normed;
+    }
+    if (head < heads.query) {
+      rotate(from, cos, sin, query + head * heads.dim, half);
+    } else {
+      rotate(from, cos, sin, rotated, half);
+      write_head(rotated, keys, head - heads.query, slot, heads.dim);
+    }
+  }
+  for (int64_t kv_head = 0; kv_head < heads.kv; ++kv_head, qkv += heads.dim)
+    write_head(qkv, values, kv_head, slot, heads.dim);
+}
+
+template <class T>
+void write_rows(Team& team, const T* key, const T* value, const int64_t* slots, int64_t rows,
+                int64_t kv_heads, int64_t key_dim, int64_t value_dim, const Pool& keys,
+                const Pool& values) {
+  team.each(rows, team.share(rows, 4), [&](int64_t row) {
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      write_head(key + (row * kv_heads + head) * key_dim, keys, head, slots[row], key_dim);
+      if (value != nullptr)
+        write_head(value + (row * kv_heads + head) * value_dim, values, head, slots[row],
+                   value_dim);
+    }
+  });
+}
+
+#define QTOOL_FOR(T)                                                                              \
+  template void norm_row(T*, const T*, const T*, T*, int64_t, float);                            \
+  template void gate_row(const T*, const T*, T*, int64_t, int32_t);                              \
+  template void add_row(T*, const T*, int64_t);                                                  \
+  template void rope_and_write_row(const T*, const T*, float, const float*, const float*,        \
+                                   int64_t, T*, const Heads&, const Pool&, const Pool&);
+QTOOL_FOR(float)
+QTOOL_FOR(Bfloat16)
+#undef QTOOL_FOR
+
+uint32_t qtool_read(const void* data, int64_t bytes, int32_t threads) {
+  const int32_t* const from = static_cast<const int32_t*>(data);
+  std::atomic<uint32_t> total{0};
+  with_team(threads, [&](Team& team) {
+    team.each_piece(bytes / 4, 16 << 10, [&](int64_t begin, int64_t end) {
+      uint32_t sum = 0;
+      for (int64_t i = begin; i < end; ++i) sum += static_cast<uint32_t>(from[i]);
+      total.fetch_add(sum, std::memory_order_relaxed);
+    });
+  });
+  return total.load();
+}
+
+namespace {
+
+template <class T>
+void rms_norm(void* x, const void* residual, const void* weight, void* y, int64_t rows,
+              int64_t channels, float eps, int threads) {
+  T* const from = static_cast<T*>(x);
+  const T* const more = static_cast<const T*>(residual);
+  with_team(threads_for(rows * channels, threads), [&](Team& team) {
+    team.each(rows, team.share(rows, 4), [&](int64_t row) {
+      norm_row(from + row * channels, more == nullptr ? nullptr : more + row * channels,
+               static_cast<const T*>(weight), static_cast<T*>(y) + row * channels, channels, eps);
+    });
+  });
+}
+
+template <class T>
+void gate_mul(const void* gate_up, void* y, int64_t rows, int64_t channels, int32_t activation,
+              int threads) {
+  const int64_t pieces = ceil_div(channels, kChannels);
+  with_team(threads_for(rows * channels, threads), [&](Team& team) {
+    team.each(rows * pieces, team.share(rows * pieces, 4), [&](int64_t piece) {
+      const int64_t row = piece / pieces, first = piece % pieces * kChannels;
+      const T* const gates = static_cast<const T*>(gate_up) + row * 2 * channels + first;
+      gate_row(gates, gates + channels, static_cast<T*>(y) + row * channels + first,
+               std::min(kChannels, channels - first), activation);
+    });
+  });
+}
+
+template <class T>
+void rope_and_write(const void* qkv, const void* qk_norm, float eps, const float* cos,
+                    const float* sin, const int64_t* slots, void* query, const Pool& keys,
+                    const Pool& values, int64_t rows, const Heads& heads, int threads) {
+  const int64_t all = heads.query + 2 * heads.kv;
+  with_team(threads_for(rows * all * heads.dim, threads), [&](Team& team) {
+    team.each(rows, team.share(rows, 4), [&](int64_t row) {
+      rope_and_write_row(static_cast<const T*>(qkv) + row * all * heads.dim,
+                         static_cast<const T*>(qk_norm), eps, cos + row * heads.dim / 2,
+                         sin + row * heads.dim / 2, slots[row],
+                         static_cast<T*>(query) + row * heads.query * heads.dim, heads, keys,
+                         values);
+    });
+  });
+}
+
+}  // namespace
 
 void qtool_rms_norm(void* x, const void* residual, const void* weight, void* y, int64_t rows,
                     int64_t channels, float eps, int32_t type, int32_t threads) {
-  if (type == kBfloat16)
-    rms_norm(static_cast<Bfloat16*>(x), static_cast<const Bfloat16*>(residual),
-             static_cast<const Bfloat16*>(weight), static_cast<Bfloat16*>(y), rows, channels, eps,
-             threads);
-  else
-    rms_norm(static_cast<float*>(x), static_cast<const float*>(residual),
-             static_cast<const float*>(weight), static_cast<float*>(y), rows, channels, eps,
-             threads);
+  (type == kBfloat16 ? rms_norm<Bfloat16> : rms_norm<float>)(x, residual, weight, y, rows, channels,
+                                                             eps, threads);
 }
 
-void qtool_silu_mul(const void* gate_up, void* y, int64_t rows, int64_t channels, int32_t type,
-                    int32_t threads) {
-  if (type == kBfloat16)
-    silu_mul(static_cast<const Bfloat16*>(gate_up), static_cast<Bfloat16*>(y), rows, channels,
-             threads);
-  else
-    silu_mul(static_cast<const float*>(gate_up), static_cast<float*>(y), rows, channels, threads);
+void qtool_gate_mul(const void* gate_up, void* y, int64_t rows, int64_t channels,
+                    int32_t activation, int32_t type, int32_t threads) {
+  (type == kBfloat16 ? gate_mul<Bfloat16> : gate_mul<float>)(gate_up, y, rows, channels, activation,
+                                                             threads);
 }
 
 void qtool_rope(const void* x, int64_t stride, const float* cos, const float* sin, void* y,
                 int64_t rows, int64_t heads, int64_t head_dim, int32_t type, int32_t threads) {
-  if (type == kBfloat16)
-    rope(static_cast<const Bfloat16*>(x), stride, cos, sin, static_cast<Bfloat16*>(y), rows, heads,
-         head_dim, threads);
-  else
-    rope(static_cast<const float*>(x), stride, cos, sin, static_cast<float*>(y), rows, heads,
-         head_dim, threads);
+  with_team(threads_for(rows * heads * head_dim, threads), [&](Team& team) {
+    if (type == kBfloat16)
+      rope(team, static_cast<const Bfloat16*>(x), stride, cos, sin, static_cast<Bfloat16*>(y), rows,
+           heads, head_dim);
+    else
+      rope(team, static_cast<const float*>(x), stride, cos, sin, static_cast<float*>(y), rows,
+           heads, head_dim);
+  });
 }
 
 void qtool_rope_and_write(const void* qkv, const void* qk_norm, float eps, const float* cos,
-                          const float* sin, const int64_t* slots, void* query, void* keys,
-                          void* values, int64_t rows, int64_t heads, int64_t kv_heads,
-                          int64_t head_dim, int64_t pool_slots, int32_t type, int32_t threads) {
-  if (type == kBfloat16)
-    rope_and_write(static_cast<const Bfloat16*>(qkv), static_cast<const Bfloat16*>(qk_norm), eps,
-                   cos, sin, slots, static_cast<Bfloat16*>(query), static_cast<Bfloat16*>(keys),
-                   static_cast<Bfloat16*>(values), rows, heads, kv_heads, head_dim, pool_slots,
-                   threads);
-  else
-    rope_and_write(static_cast<const float*>(qkv), static_cast<const float*>(qk_norm), eps, cos,
-                   sin, slots, static_cast<float*>(query), static_cast<float*>(keys),
-                   static_cast<float*>(values), rows, heads, kv_heads, head_dim, pool_slots,
-                   threads);
+                          const float* sin, const int64_t* slots, void* query,
+                          const QtoolCache* cache, int64_t rows, int64_t heads, int32_t type,
+                          int32_t threads) {
+  (type == kBfloat16 ? rope_and_write<Bfloat16> : rope_and_write<float>)(
+      qkv, qk_norm, eps, cos, sin, slots, query, key_pool(*cache), value_pool(*cache), rows,
+      Heads{heads, cache->kv_heads, cache->key_dim}, threads);
+}
+
+void qtool_write_cache(const void* key, const void* value, const int64_t* slots,
+                       const QtoolCache* cache, int64_t rows, int32_t type, int32_t threads) {
+  const QtoolCache& c = *cache;
+  with_team(threads_for(rows * c.kv_heads * (c.key_dim + c.value_dim), threads), [&](Team& team) {
+    if (type == kBfloat16)
+      write_rows(team, static_cast<const Bfloat16*>(key), static_cast<const Bfloat16*>(value), slots,
+                 rows, c.kv_heads, c.key_dim, c.value_dim, key_pool(c), value_pool(c));
+    else
+      write_rows(team, static_cast<const float*>(key), static_cast<const float*>(value), slots, rows,
+                 c.kv_heads, c.key_dim, c.value_dim, key_pool(c), value_pool(c));
+  });
 }

@@ -7,27 +7,51 @@
 
 #include <cstdint>
 
-enum ElementType : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum ElementType : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kExponent8 = 3 };
 
-// A packed linear: weight[row, i] = (code - zero) * scale of its group.
+// How the weight's scales are held. Those of K-quants are codes themselves, for every super-block of
+// 256 inputs, multiplied by its own scale; `fields` has them.
+enum ScaleKind : int32_t {
+  kPlainScales = 0,     // one a group
+  kSixBitPairs = 1,     // 8 groups: scales and offsets of 6 bits
+  kSixBitScales = 2,    // 16 groups: scales of 6 bits, less 32
+  kEightBitScales = 3,  // 16 groups: signed bytes
+  kFourBitPairs = 4,    // 16 groups: scales and offsets of 4 bits
+  kSixBitScales8 = 5,   // 8 groups: scales of 6 bits, less 32
+};
+
+// A packed linear: weight[row, i] = (code - zero) * scale of its group + offset of its group, where
+// a code may be a place in `table`.
 //
-//   codes   [panels][in / 8][32][4] bytes of two codes, or [panels][in / 4][32][4] of one
-//   scales  [panels][groups][32] of scale_type, float32 or float16
-//   zeros   [panels][groups][32] bytes, or null: `midpoint` everywhere
+//   codes    [panels][in / 32] strips of 32 inputs of a panel, 128 * bits bytes: [line][32][4]
+//            bytes; a line of bytes of one code has inputs 4 line + j, of two codes 8 line + j and
+//            8 line + 4 + j, ...; widths of 3, 5 and 6 bits have a plane of 2 or 4 bits and then one
+//            of the bits above. See `spread` in linear.cpp.
+//   scales   [panels][groups][32], or a super-block's [panels][in / 256][32], of scale_type
+//   offsets  like scales, or null: none
+//   zeros    [panels][groups][32] bytes, or null: `midpoint` everywhere
+//   fields   [panels][in / 256][words][32] of 32 bits, by scale_kind
+//   table    16 bytes, or null: codes are numbers
 //
-// A panel is 32 rows; rows past the last are zero. `unit` inputs share one scale of the
-// activations: a multiple of 32, at most 128, that divides `group`.
+// A panel is 32 rows; rows past the last are never looked at. `step` inputs share one weight scale
+// and one activation scale, 16 or a multiple of 32 that divides `group`; `span` inputs share one
+// activation scale: a multiple of 32 and of `step`, at most 128.
 struct QtoolLinear {
   const uint8_t* codes;
   const void* scales;
+  const void* offsets;
   const uint8_t* zeros;
+  const uint8_t* fields;
+  const uint8_t* table;
   int64_t out;
   int64_t in;
   int64_t group;
-  int64_t unit;
+  int64_t step;
+  int64_t span;
   int32_t bits;
   int32_t scale_type;
   int32_t midpoint;
+  int32_t scale_kind;
 };
 
 // A step's sequences over a pool of blocks; see attention.cpp.
@@ -38,25 +62,54 @@ struct QtoolSpans {
   const int64_t* block_ids;     // all block numbers, span after span
   int64_t spans;
   int64_t block_size;
-  int64_t window;  // 0: unlimited
 };
 
-// One block of a decoder: weights [channels] and linears, and its layer of the pools. Biases and
-// qk_norm [heads + kv_heads][head_dim] may be null.
-struct QtoolBlock {
-  const void* attn_norm;
-  const QtoolLinear* qkv;
-  const void* qkv_bias;
-  const void* qk_norm;
-  const QtoolLinear* o;
-  const void* o_bias;
-  const void* mlp_norm;
-  const QtoolLinear* gate_up;
-  const void* gate_up_bias;
-  const QtoolLinear* down;
-  const void* down_bias;
+// One layer of the cache: keys [kv_heads][slots][key_dim] and values [kv_heads][slots][value_dim].
+// Whole numbers of 8 bits have scales [kv_heads][slots]; without scales the cache is of the
+// activations' type. Values at the keys' address are their first channels.
+struct QtoolCache {
   void* keys;
   void* values;
+  float* key_scales;
+  float* value_scales;
+  int64_t kv_heads;
+  int64_t key_dim;
+  int64_t value_dim;
+  int64_t slots;
+};
+
+struct QtoolAttention {
+  int64_t heads;
+  int64_t window;      // tokens a token sees, itself with them; 0: unlimited
+  const float* sinks;  // [heads] or null
+  float scale;
+  float softcap;       // 0: none
+};
+
+enum Activation : int32_t { kSilu = 0, kGelu = 1 };
+
+// Linears of one input, their outputs side by side, with one bias over all of them or null.
+struct QtoolLinears {
+  const QtoolLinear* parts[3];
+  const void* bias;
+  int64_t count;
+  int64_t out;
+};
+
+// One block of a decoder; norms [hidden] may be null, and qk_norm [heads + kv_heads][key_dim].
+struct QtoolBlock {
+  const void* attn_norm;
+  QtoolLinears qkv;
+  const void* qk_norm;
+  QtoolLinears o;
+  const void* post_attn_norm;
+  const void* mlp_norm;
+  QtoolLinears gate_up;
+  QtoolLinears down;
+  const void* post_mlp_norm;
+  QtoolCache cache;
+  QtoolAttention rule;
+  int64_t rotation;  // which of the step's tables of angles
 };
 
 struct QtoolDecoder {
@@ -64,13 +117,9 @@ struct QtoolDecoder {
   int64_t num_blocks;
   int64_t hidden;
   int64_t ffn;
-  int64_t heads;
-  int64_t kv_heads;
-  int64_t head_dim;
-  int64_t pool_slots;
   float eps;
-  float scale;
   int32_t type;
+  int32_t activation;
 };
 
 #define QTOOL_EXPORT extern "C" __attribute__((visibility("default")))
@@ -80,20 +129,27 @@ QTOOL_EXPORT const char* qtool_isa();
 // Reads all bytes and returns a number that depends on them: for measuring bandwidth.
 QTOOL_EXPORT uint32_t qtool_read(const void* data, int64_t bytes, int32_t threads);
 
-// codes [out][in] bytes -> packed, as QtoolLinear tells.
+// codes [out][in] bytes -> QtoolLinear's codes.
 QTOOL_EXPORT void qtool_pack_codes(const uint8_t* codes, int64_t out, int64_t in, int32_t bits,
                                    uint8_t* packed, int64_t packed_bytes, int32_t threads);
 
-// y [rows][out] = x [rows][in] times the weight, plus bias [out] or null; x, bias and y of `type`.
-// scratch: rows * in bytes for the rounded activations, in whole cache lines of 64, and 8 bytes more
-// for each unit of each row.
-QTOOL_EXPORT void qtool_linear(const QtoolLinear* linear, const void* x, int64_t rows,
-                               const void* bias, void* y, int32_t type, void* scratch,
-                               int32_t threads);
+// Rows of GGUF blocks, type by ggml's number -> a QtoolLinear's parts, float16 scales and offsets.
+QTOOL_EXPORT void qtool_pack_blocks(int32_t type, const uint8_t* data, int64_t out, int64_t in,
+                                    uint8_t* codes, int64_t code_bytes, uint8_t* scales,
+                                    uint8_t* offsets, uint8_t* fields, int32_t threads);
 
-// What qtool_linear does first: one row of x -> q [in], scales [in / unit], sums [in / unit].
-QTOOL_EXPORT void qtool_quantize_row(const void* x, int32_t type, int64_t in, int64_t unit,
-                                     int8_t* q, float* scales, int32_t* sums);
+// Bytes of scratch that qtool_linear needs for this many rows.
+QTOOL_EXPORT int64_t qtool_linear_scratch(const QtoolLinear* linear, int64_t rows);
+
+// y [rows][out] of y_type = x [rows][in] of x_type times the weight, plus bias [out] of y_type or
+// null. Both types are one, or bfloat16 and then float32.
+QTOOL_EXPORT void qtool_linear(const QtoolLinear* linear, const void* x, int32_t x_type,
+                               int64_t rows, const void* bias, void* y, int32_t y_type,
+                               void* scratch, int32_t threads);
+
+// What qtool_linear does first, of one row: scratch gets q [in], scales and sums [in / step].
+QTOOL_EXPORT void qtool_round_row(const QtoolLinear* linear, const void* x, int32_t type,
+                                  void* scratch);
 
 // x [rows][channels] over its root mean square, times weight [channels] or 1. If `residual` is not
 // null, x += residual comes first and is kept in x.
@@ -101,9 +157,9 @@ QTOOL_EXPORT void qtool_rms_norm(void* x, const void* residual, const void* weig
                                  int64_t rows, int64_t channels, float eps, int32_t type,
                                  int32_t threads);
 
-// gate_up [rows][2 * channels] -> y [rows][channels]: silu(gate) * up.
-QTOOL_EXPORT void qtool_silu_mul(const void* gate_up, void* y, int64_t rows, int64_t channels,
-                                 int32_t type, int32_t threads);
+// gate_up [rows][2 * channels] -> y [rows][channels]: activation(gate) * up.
+QTOOL_EXPORT void qtool_gate_mul(const void* gate_up, void* y, int64_t rows, int64_t channels,
+                                 int32_t activation, int32_t type, int32_t threads);
 
 // x [rows][heads][head_dim], rows `stride` apart, rotated by cos and sin [rows][head_dim / 2]
 // float32 -> y [rows][heads][head_dim].
@@ -111,26 +167,31 @@ QTOOL_EXPORT void qtool_rope(const void* x, int64_t stride, const float* cos, co
                              void* y, int64_t rows, int64_t heads, int64_t head_dim, int32_t type,
                              int32_t threads);
 
-// qkv [rows][heads + 2 * kv_heads][head_dim]: queries and keys normalised by qk_norm
-// [heads + kv_heads][head_dim] if not null, and rotated; queries -> query [rows][heads][head_dim],
-// keys and values -> pools [kv_heads][pool_slots][head_dim] at slots [rows].
+// qkv [rows][heads + 2 * kv_heads][key_dim]: queries and keys normalised by qk_norm
+// [heads + kv_heads][key_dim] if not null, and rotated; queries -> query [rows][heads][key_dim],
+// keys and values -> the cache at slots [rows].
 QTOOL_EXPORT void qtool_rope_and_write(const void* qkv, const void* qk_norm, float eps,
                                        const float* cos, const float* sin, const int64_t* slots,
-                                       void* query, void* keys, void* values, int64_t rows,
-                                       int64_t heads, int64_t kv_heads, int64_t head_dim,
-                                       int64_t pool_slots, int32_t type, int32_t threads);
+                                       void* query, const QtoolCache* cache, int64_t rows,
+                                       int64_t heads, int32_t type, int32_t threads);
 
-// Causal attention: query [tokens][heads][head_dim], pools [kv_heads][pool_slots][head_dim] -> y
-// like query. False if memory for partial results is not to be had.
-QTOOL_EXPORT bool qtool_paged_attention(const void* query, const void* keys, const void* values,
-                                        const QtoolSpans* spans, void* y, int64_t heads,
-                                        int64_t kv_heads, int64_t head_dim, int64_t pool_slots,
-                                        float scale, int32_t type, int32_t threads);
+// key [rows][kv_heads][key_dim] and value [rows][kv_heads][value_dim], or null where it is in the
+// key -> the cache at slots [rows].
+QTOOL_EXPORT void qtool_write_cache(const void* key, const void* value, const int64_t* slots,
+                                    const QtoolCache* cache, int64_t rows, int32_t type,
+                                    int32_t threads);
+
+// Causal attention: query [tokens][heads][key_dim] -> y [tokens][heads][value_dim]. False if memory
+// for partial results is not to be had.
+QTOOL_EXPORT bool qtool_paged_attention(const void* query, const QtoolCache* cache,
+                                        const QtoolSpans* spans, const QtoolAttention* rule,
+                                        void* y, int32_t type, int32_t threads);
 
 // Bytes of scratch that qtool_blocks needs for this many rows.
 QTOOL_EXPORT int64_t qtool_blocks_scratch(const QtoolDecoder* decoder, int64_t rows);
 
-// x [rows][hidden] through all blocks, in place; see blocks.cpp. False as qtool_paged_attention.
+// x [rows][hidden] through all blocks, in place; see blocks.cpp. cos, sin: tables [rows][key_dim /
+// 2], one after the other for each rotation. False as qtool_paged_attention.
 QTOOL_EXPORT bool qtool_blocks(const QtoolDecoder* decoder, void* x, const float* cos,
                                const float* sin, const int64_t* slots, const QtoolSpans* spans,
                                int64_t rows, void* scratch, int32_t threads);

@@ -3,7 +3,7 @@
 // Floats and Ints hold kLanes 32-bit lanes: 16 with AVX-512, 8 with AVX2. What both headers define:
 //
 //   load store fma ...     the usual; `load_part` and `store_part` touch only the first n lanes
-//   add_strip4/8           32 inputs of a linear's integer dot product, exact in both
+//   add_groups4/8          a linear's integer dot product over a few inputs, exact in both
 //   transpose              kLanes x kLanes floats
 //
 // Elements in memory are float or Bfloat16; arithmetic is in float. Rounding to bfloat16 is to
@@ -28,6 +28,12 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+QTOOL_INLINE int32_t load_word(const void* from) {
+  int32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
     defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include "isa_avx512.h"
@@ -36,12 +42,6 @@ struct Bfloat16 {
 #else
 #error "no instruction set that these kernels are written for"
 #endif
-
-QTOOL_INLINE int32_t load_word(const void* from) {
-  int32_t word;
-  std::memcpy(&word, from, sizeof word);
-  return word;
-}
 
 // e to the x: Cephes' expf, below 2 ulp; exactly 0 under -87.33, exactly 1 at 0, NaN at NaN.
 // The operands of min and max are in an order that lets a NaN through.

@@ -108,6 +108,39 @@ QTOOL_INLINE Floats high_halves(Floats pairs) {
 QTOOL_INLINE Floats load_float16(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
+QTOOL_INLINE Ints load_bits(const void* from) {
+  return _mm256_loadu_si256(static_cast<const Ints*>(from));
+}
+QTOOL_INLINE void store_bits(void* to, Ints a) { _mm256_storeu_si256(static_cast<Ints*>(to), a); }
+QTOOL_INLINE Ints and_bits(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+QTOOL_INLINE Ints or_bits(Ints a, Ints b) { return _mm256_or_si256(a, b); }
+QTOOL_INLINE Ints set1_byte(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
+// Each 32-bit lane shifted; bits cross bytes, so masks follow.
+template <int kBits>
+QTOOL_INLINE Ints shift_left(Ints a) { return _mm256_slli_epi32(a, kBits); }
+template <int kBits>
+QTOOL_INLINE Ints shift_right(Ints a) { return _mm256_srli_epi32(a, kBits); }
+template <int kBits>
+QTOOL_INLINE Ints shift_right_signed(Ints a) { return _mm256_srai_epi32(a, kBits); }
+// table[byte] for bytes 0 .. 15.
+QTOOL_INLINE Ints look_up(const uint8_t* table, Ints places) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), places);
+}
+// kLanes unsigned numbers of 16 bits.
+QTOOL_INLINE Ints load_words(const uint16_t* from) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+// kLanes or fewer signed bytes, as numbers.
+QTOOL_INLINE Floats load(const int8_t* from) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+QTOOL_INLINE Floats load_part(const int8_t* from, int64_t n) {
+  int8_t part[kLanes] = {};
+  std::memcpy(part, from, static_cast<size_t>(n));
+  return load(part);
+}
 // kLanes unsigned bytes, as whole numbers.
 QTOOL_INLINE Ints load_bytes(const uint8_t* from) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
@@ -132,15 +165,16 @@ constexpr int kPrefetchRows = 1;
 QTOOL_INLINE constexpr int vectors_at_once(int rows) { return rows == 1 ? 4 : 2; }
 
 // See isa_avx512.h. 16-bit sums of 32 inputs stay below 16 * 15 * 127 = 30480, so they are widened
-// once a strip.
-template <int kRows, int kVectors>
-QTOOL_INLINE void add_strip4(Ints (&sum)[kRows][kVectors], const uint8_t* codes, const int8_t* x) {
+// once for eight groups.
+template <int kGroups, int kRows, int kVectors>
+QTOOL_INLINE void add_groups4(Ints (&sum)[kRows][kVectors], const uint8_t* codes, const int8_t* x) {
+  static_assert(kGroups <= 8, "sums of 16 bits");
   const Ints low_bits = _mm256_set1_epi8(15);
   Ints narrow_sum[kRows][kVectors];
   for (auto& row : narrow_sum)
     for (Ints& part : row) part = zero_ints();
 #pragma GCC unroll 4
-  for (int line = 0; line < 4; ++line) {
+  for (int line = 0; line < kGroups / 2; ++line) {
     Ints low[kVectors], high[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -153,10 +187,8 @@ QTOOL_INLINE void add_strip4(Ints (&sum)[kRows][kVectors], const uint8_t* codes,
     }
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
-      int32_t word[2];
-      std::memcpy(&word[0], x + (2 * line * kRows + row) * 4, 4);
-      std::memcpy(&word[1], x + ((2 * line + 1) * kRows + row) * 4, 4);
-      const Ints first_four = set1_int(word[0]), next_four = set1_int(word[1]);
+      const Ints first_four = set1_int(load_word(x + (2 * line * kRows + row) * 4));
+      const Ints next_four = set1_int(load_word(x + ((2 * line + 1) * kRows + row) * 4));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const Ints both = _mm256_add_epi16(_mm256_maddubs_epi16(low[v], first_four),
@@ -171,11 +203,11 @@ QTOOL_INLINE void add_strip4(Ints (&sum)[kRows][kVectors], const uint8_t* codes,
       sum[row][v] = add_ints(sum[row][v], _mm256_madd_epi16(narrow_sum[row][v], ones));
 }
 
-template <int kRows, int kVectors>
-QTOOL_INLINE void add_strip8(Ints (&sum)[kRows][kVectors], const uint8_t* codes, const int8_t* x) {
+template <int kGroups, int kRows, int kVectors>
+QTOOL_INLINE void add_groups8(Ints (&sum)[kRows][kVectors], const uint8_t* codes, const int8_t* x) {
   const Ints bias = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
-  for (int line = 0; line < 8; ++line) {
+  for (int line = 0; line < kGroups; ++line) {
     Ints less[kVectors], size[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -186,9 +218,7 @@ QTOOL_INLINE void add_strip8(Ints (&sum)[kRows][kVectors], const uint8_t* codes,
     }
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
-      int32_t word;
-      std::memcpy(&word, x + (line * kRows + row) * 4, 4);
-      const Ints four = set1_int(word);
+      const Ints four = set1_int(load_word(x + (line * kRows + row) * 4));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const Ints pairs = _mm256_maddubs_epi16(size[v], _mm256_sign_epi8(four, less[v]));

@@ -84,6 +84,35 @@ QTOOL_INLINE Floats high_halves(Floats pairs) {
 QTOOL_INLINE Floats load_float16(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+QTOOL_INLINE Ints load_bits(const void* from) { return _mm512_loadu_si512(from); }
+QTOOL_INLINE void store_bits(void* to, Ints a) { _mm512_storeu_si512(to, a); }
+QTOOL_INLINE Ints and_bits(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+QTOOL_INLINE Ints or_bits(Ints a, Ints b) { return _mm512_or_si512(a, b); }
+QTOOL_INLINE Ints set1_byte(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+// Each 32-bit lane shifted; bits cross bytes, so masks follow.
+template <int kBits>
+QTOOL_INLINE Ints shift_left(Ints a) { return _mm512_slli_epi32(a, kBits); }
+template <int kBits>
+QTOOL_INLINE Ints shift_right(Ints a) { return _mm512_srli_epi32(a, kBits); }
+template <int kBits>
+QTOOL_INLINE Ints shift_right_signed(Ints a) { return _mm512_srai_epi32(a, kBits); }
+// table[byte] for bytes 0 .. 15.
+QTOOL_INLINE Ints look_up(const uint8_t* table, Ints places) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), places);
+}
+// kLanes unsigned numbers of 16 bits.
+QTOOL_INLINE Ints load_words(const uint16_t* from) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+// kLanes or fewer signed bytes, as numbers.
+QTOOL_INLINE Floats load_part(const int8_t* from, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), from)));
+}
+QTOOL_INLINE Floats load(const int8_t* from) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
 // kLanes unsigned bytes, as whole numbers.
 QTOOL_INLINE Ints load_bytes(const uint8_t* from) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -105,14 +134,14 @@ constexpr int kMaxRows = 8;
 constexpr int kPrefetchRows = 2;
 QTOOL_INLINE constexpr int vectors_at_once(int) { return 2; }
 
-// sum[row][v] += codes times activations over 32 inputs.
+// sum[row][v] += codes times activations over kGroups groups of four inputs.
 //
 //   codes  at vector v of a panel line; a line holds 4 bytes for each of 32 weight rows
-//   x      [inputs / 4][rows][4] int8
+//   x      [groups][rows][4] int8
 //
-// A byte holds two codes: of input i (low bits) and of input i + 4 (high bits).
-template <int kRows, int kVectors>
-QTOOL_INLINE void add_strip4(Ints (&sum)[kRows][kVectors], const uint8_t* codes, const int8_t* x) {
+// Codes of 4 bits: a line serves two groups, in the low and in the high bits of its bytes.
+template <int kGroups, int kRows, int kVectors>
+QTOOL_INLINE void add_groups4(Ints (&sum)[kRows][kVectors], const uint8_t* codes, const int8_t* x) {
   const Ints low_bits = _mm512_set1_epi8(15);
   // With few rows the chains of dependent sums are too short to fill the pipeline: use twice as many.
   constexpr bool kSplit = kRows * kVectors <= 4;
@@ -122,7 +151,7 @@ QTOOL_INLINE void add_strip4(Ints (&sum)[kRows][kVectors], const uint8_t* codes,
       for (Ints& part : row) part = zero_ints();
   }
 #pragma GCC unroll 4
-  for (int line = 0; line < 4; ++line) {
+  for (int line = 0; line < kGroups / 2; ++line) {
     Ints low[kVectors], high[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -134,10 +163,8 @@ QTOOL_INLINE void add_strip4(Ints (&sum)[kRows][kVectors], const uint8_t* codes,
     }
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
-      int32_t word[2];
-      std::memcpy(&word[0], x + (2 * line * kRows + row) * 4, 4);
-      std::memcpy(&word[1], x + ((2 * line + 1) * kRows + row) * 4, 4);
-      const Ints first_four = set1_int(word[0]), next_four = set1_int(word[1]);
+      const Ints first_four = set1_int(load_word(x + (2 * line * kRows + row) * 4));
+      const Ints next_four = set1_int(load_word(x + ((2 * line + 1) * kRows + row) * 4));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         sum[row][v] = _mm512_dpbusd_epi32(sum[row][v], low[v], first_four);
@@ -152,9 +179,9 @@ QTOOL_INLINE void add_strip4(Ints (&sum)[kRows][kVectors], const uint8_t* codes,
   }
 }
 
-// The same with a byte a code.
-template <int kRows, int kVectors>
-QTOOL_INLINE void add_strip8(Ints (&sum)[kRows][kVectors], const uint8_t* codes, const int8_t* x) {
+// The same with codes of a byte each, a line a group.
+template <int kGroups, int kRows, int kVectors>
+QTOOL_INLINE void add_groups8(Ints (&sum)[kRows][kVectors], const uint8_t* codes, const int8_t* x) {
   constexpr bool kSplit = kRows * kVectors <= 4;
   Ints odd_sum[kRows][kVectors];
   if constexpr (kSplit) {
@@ -162,16 +189,14 @@ QTOOL_INLINE void add_strip8(Ints (&sum)[kRows][kVectors], const uint8_t* codes,
       for (Ints& part : row) part = zero_ints();
   }
 #pragma GCC unroll 8
-  for (int line = 0; line < 8; ++line) {
+  for (int line = 0; line < kGroups; ++line) {
     Ints bytes[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
       bytes[v] = _mm512_loadu_si512(codes + line * 128 + v * 64);
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
-      int32_t word;
-      std::memcpy(&word, x + (line * kRows + row) * 4, 4);
-      const Ints four = set1_int(word);
+      const Ints four = set1_int(load_word(x + (line * kRows + row) * 4));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         Ints& part = kSplit && line % 2 ? odd_sum[row][v] : sum[row][v];

@@ -1,295 +1,504 @@
-// Linears with 4 or 8-bit codes and group scales, on activations rounded to 8 bits on the fly.
+// Linears with codes of 2 to 8 bits and group scales, on activations rounded to 8 bits on the fly.
 //
-//   scale[unit] = max |x| / 127      q = round(x / scale)         over `unit` inputs of one token
-//   y = sum over units, in order, of (scale of weight * scale[unit]) * sum (code - zero) * q
+//   scale[span] = max |x| / 127      q = round(x / scale)         over `span` inputs of one token
+//   y = sum over steps, in order, of (scale of weight * scale[span]) * sum (code - zero) * q
+//                                  + (offset of weight * scale[span]) * sum q
 //
-// The inner sum is of whole numbers and exact; the units are added in float, one fused multiply-add
-// each, always in the same order. So a token's result depends neither on the tokens beside it, nor
-// on the threads, nor on the instruction set: all of them give the same bits.
+// The inner sums, over the `step` inputs that have one weight scale and one activation scale, are of
+// whole numbers and exact; the steps are added in float, one fused multiply-add each, always in the
+// same order. So a token's result depends neither on the tokens beside it, nor on the threads, nor
+// on the instruction set: all of them give the same bits.
 //
 // sum (code - zero) * q is computed as sum code * q - zero * sum q, so that codes and zeros stay
 // unsigned. A panel is 32 weight rows; a tile is a panel by up to kMaxRows tokens, whose sums fit
 // the registers. With few tokens each panel is read once, in a straight line; with many, tokens go
 // in chunks that stay in the second-level cache while the panels pass.
+//
+// Codes of 4 and 8 bits are multiplied from where they lie. Other widths, and codes that are places
+// in a table, are first spread to bytes, 32 inputs of a panel at a time, in the first-level cache.
+// Scales of K-quants are themselves codes, of 4 to 8 bits with a float16 for every 256 inputs; they
+// are multiplied out as the panel passes.
 
-#include "interface.h"
-#include "isa.h"
-
-#include <sys/mman.h>
-
-#include <algorithm>
+#include "linear.h"
 
 namespace {
 
 constexpr int kPanel = 32;
-// Inputs that share a 16-bit sum in add_strip4.
+// Inputs of a strip: eight groups of four.
 constexpr int kStrip = 32;
-// Below these many multiply-adds a second thread costs more than it saves (about 2 us).
+constexpr int kGroupsAStrip = 8;
+constexpr int kSuper = 256;
+constexpr int64_t kLine = kPanel * 4;
+constexpr int64_t kMaxSpan = 128;
+// Below these many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 17;
-constexpr int64_t kSerialQuantize = 1 << 15;
 constexpr int64_t kChunkBytes = 256 << 10;
-constexpr uint64_t kHugePage = 2 << 20;
+// Bytes of weights that a thread takes at once, at most: some microseconds of memory.
+constexpr int64_t kPieceBytes = 64 << 10;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where the parts of a quantized activation matrix lie in the scratch: tiles one after the other,
-// q [in / 4][rows of the tile][4], scales and sums [units][rows of the tile].
-struct Activations {
-  int8_t* q;
-  float* scales;
-  int32_t* sums;
+int64_t strip_bytes(const QtoolLinear& linear) { return kStrip * kPanel * linear.bits / 8; }
 
-  Activations(void* scratch, int64_t rows, int64_t in, int64_t units) {
-    q = static_cast<int8_t*>(scratch);
-    scales = reinterpret_cast<float*>(q + ceil_div(rows * in, 64) * 64);
-    sums = reinterpret_cast<int32_t*>(scales + rows * units);
-  }
-};
+// ---- codes of other widths, spread to bytes ----
 
-// One token's inputs into row `row` of a tile of `rows`.
-template <class T>
-void quantize_row(const T* x, int64_t in, int64_t unit, int64_t row, int64_t rows, int8_t* q,
-                  float* scales, int32_t* sums) {
-  for (int64_t first = 0; first < in; first += unit) {
-    Floats largest = zeros();
-    bool nan = false;
-    for (int64_t i = first; i < first + unit; i += kLanes) {
-      const Floats value = load(x + i);
-      nan |= any_nan(value);
-      largest = maximum(largest, absolute(value));
-    }
-    const float top = reduce_max(largest);
-    // 127 / top overflows below 2**-121: such a unit counts as zeros.
-    const bool tiny = top < 1e-30f;
-    const Floats inverse = set1(tiny ? 0.0f : 127.0f / top);
-    Ints sum = zero_ints();
-    int8_t bytes[128];
-    for (int64_t i = 0; i < unit; i += kLanes) {
-      const Ints rounded = round_to_ints(mul(load(x + first + i), inverse));
-      sum = add_ints(sum, rounded);
-      store_bytes(bytes + i, rounded);
-    }
-    for (int64_t i = 0; i < unit; i += 4)
-      std::memcpy(q + ((first + i) * rows + 4 * row), bytes + i, 4);
-    const int64_t at = first / unit * rows + row;
-    scales[at] = nan ? NAN : tiny ? 0.0f : top / 127.0f;
-    sums[at] = reduce_add_ints(sum);
+template <int kAt, int kTo>
+QTOOL_INLINE Ints move_bits(Ints a) {
+  if constexpr (kAt >= kTo)
+    return shift_right<kAt - kTo>(a);
+  else
+    return shift_left<kTo - kAt>(a);
+}
+
+// Group kGroup of four inputs: a vector of panel rows, codes as bytes. A strip's planes:
+//
+//   4, 5, 6 bits  4 lines, two groups a byte        then 5: 1 line of a bit, 6: 2 lines of two
+//   2, 3 bits     2 lines, four groups a byte       then 3: 1 line of a bit
+template <int kBits, int kGroup>
+QTOOL_INLINE Ints spread(const uint8_t* strip) {
+  constexpr bool kNibbles = kBits >= 4;
+  constexpr int kLow = kNibbles ? 4 : 2, kAByte = 8 / kLow;
+  const uint8_t* const high = strip + kGroupsAStrip / kAByte * kLine;
+  const Ints low = and_bits(
+      shift_right<kGroup % kAByte * kLow>(load_bits(strip + kGroup / kAByte * kLine)),
+      set1_byte((1 << kLow) - 1));
+  if constexpr (kBits == 6)
+    return or_bits(low, and_bits(move_bits<kGroup % 4 * 2, 4>(load_bits(high + kGroup / 4 * kLine)),
+                                 set1_byte(0x30)));
+  else if constexpr (kBits == 5 || kBits == 3)
+    return or_bits(low, and_bits(move_bits<kGroup, kLow>(load_bits(high)), set1_byte(1 << kLow)));
+  else
+    return low;
+}
+
+template <int kBits, int kGroup = 0>
+QTOOL_INLINE void spread_groups(const uint8_t* strip, const uint8_t* table, uint8_t* to) {
+  if constexpr (kGroup < kGroupsAStrip) {
+    Ints codes = spread<kBits, kGroup>(strip);
+    if (table != nullptr) codes = look_up(table, codes);
+    store_bits(to + kGroup * kLine, codes);
+    spread_groups<kBits, kGroup + 1>(strip, table, to);
   }
 }
 
-template <class T>
-void quantize_tile(const T* x, int64_t rows, const QtoolLinear& linear, int8_t* q, float* scales,
-                   int32_t* sums) {
-  for (int64_t row = 0; row < rows; ++row)
-    quantize_row(x + row * linear.in, linear.in, linear.unit, row, rows, q, scales, sums);
+template <int kVectors>
+void spread_strip(const QtoolLinear& linear, const uint8_t* strip, uint8_t* to) {
+  for (int v = 0; v < kVectors; ++v, strip += kLanes * 4, to += kLanes * 4) switch (linear.bits) {
+      case 2: spread_groups<2>(strip, nullptr, to); break;
+      case 3: spread_groups<3>(strip, nullptr, to); break;
+      case 4: spread_groups<4>(strip, linear.table, to); break;
+      case 5: spread_groups<5>(strip, nullptr, to); break;
+      case 6: spread_groups<6>(strip, nullptr, to); break;
+    }
 }
 
-QTOOL_INLINE Floats load_scales(const QtoolLinear& linear, int64_t at) {
-  return linear.scale_type == kFloat16 ? load_float16(static_cast<const uint16_t*>(linear.scales) + at)
-                                       : load(static_cast<const float*>(linear.scales) + at);
-}
+// ---- scales ----
 
-// Vectors first_vector ... of a panel, times a tile of kRows tokens, into total[row][vector].
-template <int kBits, int kRows, int kVectors>
-QTOOL_INLINE void multiply_tile(const QtoolLinear& linear, int64_t panel, int first_vector,
-                                const int8_t* q, const float* scales, const int32_t* sums,
-                                Floats (&total)[kRows][kVectors]) {
-  constexpr int64_t kStripBytes = kStrip * kPanel * kBits / 8;
-  constexpr int kBias = kBits == 8 ? kCodeBias8 : 0;
-  const int64_t groups = linear.in / linear.group, units = linear.in / linear.unit;
-  const int64_t units_a_group = linear.group / linear.unit;
-  const int64_t strips = linear.unit / kStrip;
-  const int64_t lanes = panel * groups * kPanel + first_vector * kLanes;
-  const uint8_t* codes = linear.codes + panel * (linear.in / kStrip) * kStripBytes +
-                         first_vector * kLanes * 4;
-  for (auto& row : total)
-    for (Floats& part : row) part = zeros();
-  Ints zero[kVectors];
-  for (Ints& part : zero) part = set1_int(linear.midpoint - kBias);
-  Floats weight_scale[kVectors];
-  int64_t group = 0, left = 0;
-  for (int64_t unit = 0; unit < units; ++unit) {
-    if (left == 0) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t at = lanes + group * kPanel + v * kLanes;
-        weight_scale[v] = load_scales(linear, at);
-        if (linear.zeros != nullptr)
-          zero[v] = add_ints(load_bytes(linear.zeros + at), set1_int(-kBias));
-      }
-      ++group;
-      left = units_a_group;
-    }
-    --left;
-    Ints sum[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
-      const Ints less = set1_int(-sums[unit * kRows + row]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[row][v] = multiply_small(zero[v], less);
-    }
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      if constexpr (kBits == 4)
-        add_strip4<kRows, kVectors>(sum, codes, q);
-      else
-        add_strip8<kRows, kVectors>(sum, codes, q);
-      codes += kStripBytes;
-      q += kStrip * kRows;
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
-      const Floats token_scale = set1(scales[unit * kRows + row]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        total[row][v] = fma(to_floats(sum[row][v]), mul(weight_scale[v], token_scale), total[row][v]);
-    }
+QTOOL_INLINE Floats load_scales(const void* scales, int32_t type, int64_t at) {
+  switch (type) {
+    case kFloat16: return load_float16(static_cast<const uint16_t*>(scales) + at);
+    // The byte e of 2 to the e - 128.
+    case kExponent8:
+      return two_to_the(add_ints(load_bytes(static_cast<const uint8_t*>(scales) + at),
+                                 set1_int(-128)));
+    default: return load(static_cast<const float*>(scales) + at);
   }
 }
 
-// The tile's result to y, whose rows are linear.out apart.
-template <int kBits, int kRows, class T>
-void write_tile(const QtoolLinear& linear, int64_t panel, const int8_t* q, const float* scales,
-                const int32_t* sums, const T* bias, T* y) {
+constexpr int kMaxGroups = 16;
+
+int groups_a_super(int32_t kind) {
+  return kind == kSixBitPairs || kind == kSixBitScales8 ? 8 : 16;
+}
+
+// 32-bit words of fields [words][32] of one panel and super-block, in bytes.
+int64_t field_bytes(int32_t kind) {
+  switch (kind) {
+    case kSixBitPairs: return 12 * kPanel;
+    case kSixBitScales: return 12 * kPanel;
+    case kSixBitScales8: return 6 * kPanel;
+    default: return 16 * kPanel;
+  }
+}
+
+// Field kField of 4 bits of a row's words, 32 rows apart.
+template <int kField>
+QTOOL_INLINE Ints nibble(const uint8_t* words) {
+  return and_bits(shift_right<kField % 8 * 4>(load_bits(words + kField / 8 * kLine)), set1_int(15));
+}
+
+// Field kField of 6 bits: the low four as nibbles, the high two of all in one word after them.
+template <int kField>
+QTOOL_INLINE Ints six_bits(const uint8_t* words) {
+  const Ints high = load_bits(words + 2 * kLine);
+  return or_bits(nibble<kField>(words),
+                 and_bits(move_bits<2 * kField, 4>(high), set1_int(0x30)));
+}
+
+// The factors of super-block `super`, multiplied out: scales and offsets [group][vector].
+template <int kVectors, int kGroup = 0>
+QTOOL_INLINE void multiply_fields(int32_t kind, const uint8_t* fields, int v, Floats d,
+                                  Floats offset, Floats (&scales)[kMaxGroups][kVectors],
+                                  Floats (&offsets)[kMaxGroups][kVectors]) {
+  if constexpr (kGroup < kMaxGroups) {
+    switch (kind) {
+      case kSixBitPairs:
+        if constexpr (kGroup < 8) {
+          scales[kGroup][v] = mul(d, to_floats(six_bits<kGroup>(fields)));
+          offsets[kGroup][v] = mul(offset, to_floats(six_bits<8 + kGroup>(fields)));
+        }
+        break;
+      case kSixBitScales:
+        scales[kGroup][v] =
+            mul(d, to_floats(add_ints(six_bits<kGroup>(fields), set1_int(-32))));
+        break;
+      case kEightBitScales:
+        scales[kGroup][v] = mul(
+            d, to_floats(shift_right_signed<24>(
+                   shift_left<24 - kGroup % 4 * 8>(load_bits(fields + kGroup / 4 * kLine)))));
+        break;
+      default:
+        scales[kGroup][v] = mul(d, to_floats(nibble<kGroup>(fields)));
+        offsets[kGroup][v] = mul(offset, to_floats(nibble<kGroup>(fields + 2 * kLine)));
+    }
+    multiply_fields<kVectors, kGroup + 1>(kind, fields, v, d, offset, scales, offsets);
+  }
+}
+
+template <int kVectors, int kGroup = 0>
+QTOOL_INLINE void multiply_short_fields(const uint8_t* fields, const uint16_t* high, int v,
+                                        Floats d, Floats (&scales)[kMaxGroups][kVectors]) {
+  if constexpr (kGroup < 8) {
+    const Ints six = or_bits(nibble<kGroup>(fields),
+                             and_bits(move_bits<2 * kGroup, 4>(load_words(high)), set1_int(0x30)));
+    scales[kGroup][v] = mul(d, to_floats(add_ints(six, set1_int(-32))));
+    multiply_short_fields<kVectors, kGroup + 1>(fields, high, v, d, scales);
+  }
+}
+
+template <int kVectors>
+__attribute__((noinline)) void decode_scales(const QtoolLinear& linear, int64_t panel, int64_t super,
+                                             int first_vector,
+                                             Floats (&scales)[kMaxGroups][kVectors],
+                                             Floats (&offsets)[kMaxGroups][kVectors]) {
+  const int64_t at = panel * (linear.in / kSuper) + super;
+  const uint8_t* const fields = linear.fields + at * field_bytes(linear.scale_kind);
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t lane = (first_vector + v) * kLanes;
+    const Floats d = load_scales(linear.scales, linear.scale_type, at * kPanel + lane);
+    const Floats offset = linear.offsets == nullptr
+                              ? zeros()
+                              : load_scales(linear.offsets, linear.scale_type, at * kPanel + lane);
+    if (linear.scale_kind == kSixBitScales8)
+      multiply_short_fields<kVectors>(
+          fields + lane * 4, reinterpret_cast<const uint16_t*>(fields + kLine) + lane, v, d, scales);
+    else
+      multiply_fields<kVectors>(linear.scale_kind, fields + lane * 4, v, d, offset, scales, offsets);
+  }
+}
+
+// ---- the product ----
+
+enum class Codes { k4, k8, kSpread };
+
+// A panel times a tile of kRows tokens -> result [kRows][32]. kGroups: groups of four inputs that a
+// step has at least, 8, or 4 where weight scales are for 16 inputs.
+template <Codes kCodes, int kGroups, int kRows>
+void multiply_tile(const QtoolLinear& linear, int64_t panel, const int8_t* q, const float* scales,
+                   const int32_t* sums, float* result) {
   constexpr int kVectors = vectors_at_once(kRows);
+  constexpr int kBias = kCodes == Codes::k4 ? 0 : kCodeBias8;
+  constexpr int kSteps = kGroupsAStrip / kGroups;
+  const int64_t bytes_a_strip = strip_bytes(linear);
+  const int64_t groups = linear.in / linear.group, strips = linear.in / kStrip;
+  const int64_t strips_a_step = std::max<int64_t>(1, linear.step / kStrip);
+  const int64_t steps_a_group = linear.group / linear.step;
+  const bool has_offsets = linear.offsets != nullptr, is_plain = linear.scale_kind == kPlainScales;
+  const int in_super = is_plain ? 1 : groups_a_super(linear.scale_kind);
+
   for (int first = 0; first < kPanel / kLanes; first += kVectors) {
+    const uint8_t* codes = linear.codes + panel * strips * bytes_a_strip + first * kLanes * 4;
+    const int8_t* x = q;
+    const int64_t lanes = panel * groups * kPanel + first * kLanes;
     Floats total[kRows][kVectors];
-    multiply_tile<kBits, kRows, kVectors>(linear, panel, first, q, scales, sums, total);
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t column = panel * kPanel + (first + v) * kLanes;
-      const int64_t held = std::min<int64_t>(linear.out - column, kLanes);
-      if (held <= 0) break;
-      const Floats added = bias == nullptr ? zeros()
-                           : held == kLanes ? load(bias + column)
-                                            : load_part(bias + column, held);
+    for (auto& row : total)
+      for (Floats& part : row) part = zeros();
+    Ints sum[kRows][kVectors];
+    Ints zero[kVectors];
+    for (Ints& part : zero) part = set1_int(linear.midpoint - kBias);
+    Floats weight_scale[kVectors], weight_offset[kVectors];
+    for (Floats& part : weight_offset) part = zeros();
+    Floats many_scales[kMaxGroups][kVectors], many_offsets[kMaxGroups][kVectors];
+    int64_t group = 0, steps_left = 0, step = 0;
+    alignas(64) uint8_t bytes[kStrip * kPanel];
+
+    const auto begin_step = [&]() __attribute__((always_inline)) {
+      if (steps_left == 0) {
+        if (is_plain) {
+          for (int v = 0; v < kVectors; ++v) {
+            const int64_t at = lanes + group * kPanel + v * kLanes;
+            weight_scale[v] = load_scales(linear.scales, linear.scale_type, at);
+            if (linear.zeros != nullptr)
+              zero[v] = add_ints(load_bytes(linear.zeros + at), set1_int(-kBias));
+            if (has_offsets) weight_offset[v] = load_scales(linear.offsets, linear.scale_type, at);
+          }
+        } else {
+          const int64_t inside = group % in_super;
+          if (inside == 0)
+            decode_scales<kVectors>(linear, panel, group / in_super, first, many_scales,
+                                    many_offsets);
+          for (int v = 0; v < kVectors; ++v) {
+            weight_scale[v] = many_scales[inside][v];
+            if (has_offsets) weight_offset[v] = many_offsets[inside][v];
+          }
+        }
+        ++group;
+        steps_left = steps_a_group;
+      }
+      --steps_left;
+#pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
-        const Floats result = bias == nullptr ? total[row][v] : add(total[row][v], added);
-        T* to = y + row * linear.out + column;
-        if (held == kLanes)
-          store(to, result);
-        else
-          store_part(to, result, held);
+        const Ints less = set1_int(-sums[step * kRows + row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[row][v] = multiply_small(zero[v], less);
+      }
+    };
+    const auto end_step = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        const Floats token_scale = set1(scales[step * kRows + row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          total[row][v] =
+              fma(to_floats(sum[row][v]), mul(weight_scale[v], token_scale), total[row][v]);
+      }
+      if (has_offsets) {
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+          const Floats token_sum = set1(static_cast<float>(sums[step * kRows + row]) *
+                                        scales[step * kRows + row]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v)
+            total[row][v] = fma(weight_offset[v], token_sum, total[row][v]);
+        }
+      }
+      ++step;
+    };
+
+    if constexpr (kSteps == 1) {
+      for (int64_t strip = 0; strip < strips;) {
+        begin_step();
+        for (int64_t stop = strip + strips_a_step; strip < stop; ++strip) {
+          if constexpr (kCodes == Codes::k4) {
+            add_groups4<kGroups, kRows, kVectors>(sum, codes, x);
+          } else if constexpr (kCodes == Codes::k8) {
+            add_groups8<kGroups, kRows, kVectors>(sum, codes, x);
+          } else {
+            spread_strip<kVectors>(linear, codes, bytes);
+            add_groups8<kGroups, kRows, kVectors>(sum, bytes, x);
+          }
+          codes += bytes_a_strip;
+          x += kStrip * kRows;
+        }
+        end_step();
+      }
+    } else {
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        spread_strip<kVectors>(linear, codes, bytes);
+        for (int half = 0; half < kSteps; ++half) {
+          begin_step();
+          add_groups8<kGroups, kRows, kVectors>(sum, bytes + half * kGroups * kLine, x);
+          x += kGroups * 4 * kRows;
+          end_step();
+        }
+        codes += bytes_a_strip;
       }
     }
+    for (int row = 0; row < kRows; ++row)
+      for (int v = 0; v < kVectors; ++v)
+        store(result + row * kPanel + (first + v) * kLanes, total[row][v]);
   }
 }
 
-template <class T>
-using WriteTile = void (*)(const QtoolLinear&, int64_t, const int8_t*, const float*,
-                           const int32_t*, const T*, T*);
+using MultiplyTile = void (*)(const QtoolLinear&, int64_t, const int8_t*, const float*,
+                              const int32_t*, float*);
 
 // By the tile's rows, 1 .. kMaxRows.
-template <int kBits, class T>
-WriteTile<T> choose_write_tile(int64_t rows) {
+template <Codes kCodes, int kGroups>
+MultiplyTile choose_rows(int64_t rows) {
   switch (rows) {
-    case 1: return write_tile<kBits, 1, T>;
-    case 2: return write_tile<kBits, 2, T>;
-    case 3: return write_tile<kBits, 3, T>;
-    case 4: return write_tile<kBits, 4, T>;
+    case 1: return multiply_tile<kCodes, kGroups, 1>;
+    case 2: return multiply_tile<kCodes, kGroups, 2>;
+    case 3: return multiply_tile<kCodes, kGroups, 3>;
+    case 4: return multiply_tile<kCodes, kGroups, 4>;
 #if defined(__AVX512F__)
-    case 5: return write_tile<kBits, 5, T>;
-    case 6: return write_tile<kBits, 6, T>;
-    case 7: return write_tile<kBits, 7, T>;
-    case 8: return write_tile<kBits, 8, T>;
+    case 5: return multiply_tile<kCodes, kGroups, 5>;
+    case 6: return multiply_tile<kCodes, kGroups, 6>;
+    case 7: return multiply_tile<kCodes, kGroups, 7>;
+    case 8: return multiply_tile<kCodes, kGroups, 8>;
 #endif
   }
   return nullptr;
 }
 
-template <class T>
-void forward(const QtoolLinear& linear, const T* x, int64_t rows, const T* bias, T* y,
-             void* scratch, int threads) {
-  const int64_t in = linear.in, units = in / linear.unit;
-  const int64_t panels = ceil_div(linear.out, kPanel), tiles = ceil_div(rows, kMaxRows);
-  const Activations activations(scratch, rows, in, units);
-  const auto tile_rows = [&](int64_t tile) {
-    return std::min<int64_t>(kMaxRows, rows - tile * kMaxRows);
-  };
-  const auto choose = [&](int64_t size) {
-    return linear.bits == 4 ? choose_write_tile<4, T>(size) : choose_write_tile<8, T>(size);
-  };
-  const WriteTile<T> write_full = choose(kMaxRows), write_last = choose(tile_rows(tiles - 1));
-  const auto quantize = [&](int64_t tile) {
-    const int64_t row = tile * kMaxRows;
-    quantize_tile(x + row * in, tile_rows(tile), linear, activations.q + row * in,
-                  activations.scales + row * units, activations.sums + row * units);
-  };
-  const auto multiply = [&](int64_t tile, int64_t panel) {
-    const int64_t row = tile * kMaxRows;
-    (tile == tiles - 1 ? write_last : write_full)(
-        linear, panel, activations.q + row * in, activations.scales + row * units,
-        activations.sums + row * units, bias, y + row * linear.out);
-  };
-  const int64_t chunk = std::max<int64_t>(4, kChunkBytes / (in * kMaxRows));
-  const bool quantize_alone = rows * in <= kSerialQuantize;
-  if (rows * in * linear.out < kSerialWork) threads = 1;
-  threads = static_cast<int>(std::min<int64_t>(threads, panels));
-  if (quantize_alone)
-    for (int64_t tile = 0; tile < tiles; ++tile) quantize(tile);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (!quantize_alone) {
-#pragma omp for schedule(static)
-      for (int64_t tile = 0; tile < tiles; ++tile) quantize(tile);
-    }
-    for (int64_t first = 0; first < tiles; first += chunk) {
-      const int64_t stop = std::min(tiles, first + chunk);
-#pragma omp for schedule(static) nowait
-      for (int64_t panel = 0; panel < panels; ++panel)
-        for (int64_t tile = first; tile < stop; ++tile) multiply(tile, panel);
-    }
-  }
+MultiplyTile choose(const QtoolLinear& linear, int64_t rows) {
+  if (linear.step < kStrip) return choose_rows<Codes::kSpread, 4>(rows);
+  if (linear.bits == 4 && linear.table == nullptr) return choose_rows<Codes::k4, 8>(rows);
+  if (linear.bits == 8) return choose_rows<Codes::k8, 8>(rows);
+  return choose_rows<Codes::kSpread, 8>(rows);
 }
 
-void pack_panel(const uint8_t* codes, int64_t out, int64_t in, int bits, int64_t panel,
-                uint8_t* packed) {
-  const int64_t step = bits == 4 ? 8 : 4;
-  for (int64_t i = 0; i < in; i += step) {
-    for (int64_t row = panel * kPanel; row < (panel + 1) * kPanel; ++row, packed += 4) {
-      uint32_t word = 0;
-      if (row < out) {
-        std::memcpy(&word, codes + row * in + i, 4);
-        if (bits == 4) {
-          uint32_t next;
-          std::memcpy(&next, codes + row * in + i + 4, 4);
-          word |= next << 4;
-        }
-      }
-      std::memcpy(packed, &word, 4);
+// A tile's result [rows][32], plus the bias, to y.
+template <class T>
+void write_tile(const QtoolLinear& linear, int64_t panel, const float* result, int64_t rows,
+                const T* bias, T* y, int64_t stride) {
+  for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+    const int64_t column = panel * kPanel + lane;
+    const int64_t held = std::min<int64_t>(linear.out - column, kLanes);
+    if (held <= 0) break;
+    const Floats added = bias == nullptr ? zeros()
+                         : held == kLanes ? load(bias + column)
+                                          : load_part(bias + column, held);
+    for (int64_t row = 0; row < rows; ++row) {
+      const Floats sum = load(result + row * kPanel + lane);
+      const Floats value = bias == nullptr ? sum : add(sum, added);
+      T* const to = y + row * stride + column;
+      if (held == kLanes)
+        store(to, value);
+      else
+        store_part(to, value, held);
     }
   }
 }
 
 }  // namespace
 
+Activations::Activations(const QtoolLinear& linear, int64_t rows, void* scratch)
+    : rows(rows),
+      tile(ceil_div(rows, std::max<int64_t>(1, ceil_div(rows, kMaxRows)))),
+      in(linear.in),
+      step(linear.step),
+      span(linear.span) {
+  q = static_cast<int8_t*>(scratch);
+  scales = reinterpret_cast<float*>(q + ceil_div(rows * in, 64) * 64);
+  sums = reinterpret_cast<int32_t*>(scales + rows * (in / step));
+}
+
+int64_t Activations::bytes(const QtoolLinear& linear, int64_t rows) {
+  return ceil_div(rows * linear.in, 64) * 64 + rows * (linear.in / linear.step) * 8;
+}
+
+template <class T>
+void round_part(const T* x, int64_t row, int64_t from, int64_t count, const Activations& to) {
+  const int64_t tile = row / to.tile, rows = to.tile_rows(tile), inside = row - tile * to.tile;
+  const int64_t steps = to.in / to.step;
+  int8_t* const q = to.q + tile * to.tile * to.in;
+  float* const scales = to.scales + tile * to.tile * steps;
+  int32_t* const sums = to.sums + tile * to.tile * steps;
+  for (int64_t first = from; first < from + count; first += to.span) {
+    Floats largest = zeros();
+    bool nan = false;
+    for (int64_t i = first; i < first + to.span; i += kLanes) {
+      const Floats value = load(x + i);
+      nan |= any_nan(value);
+      largest = maximum(largest, absolute(value));
+    }
+    const float top = reduce_max(largest);
+    // 127 / top overflows below 2**-121: such a span counts as zeros.
+    const bool tiny = top < 1e-30f;
+    const Floats inverse = set1(tiny ? 0.0f : 127.0f / top);
+    const float scale = nan ? NAN : tiny ? 0.0f : top / 127.0f;
+    int8_t bytes[kMaxSpan];
+    for (int64_t begin = 0; begin < to.span; begin += to.step) {
+      Ints sum = zero_ints();
+      for (int64_t i = begin; i < begin + to.step; i += kLanes) {
+        const Ints rounded = round_to_ints(mul(load(x + first + i), inverse));
+        sum = add_ints(sum, rounded);
+        store_bytes(bytes + i, rounded);
+      }
+      const int64_t at = (first + begin) / to.step * rows + inside;
+      scales[at] = scale;
+      sums[at] = reduce_add_ints(sum);
+    }
+    for (int64_t i = 0; i < to.span; i += 4)
+      std::memcpy(q + ((first + i) * rows + 4 * inside), bytes + i, 4);
+  }
+}
+
+template <class T>
+void round_rows(Team& team, const T* x, const Activations& to) {
+  team.each(to.rows, team.share(to.rows, 4), [&](int64_t row) { round_row(x + row * to.in, row, to); });
+}
+
+template <class T>
+void multiply(Team& team, const QtoolLinear& linear, const Activations& from, const T* bias, T* y,
+              int64_t stride) {
+  const int64_t in = linear.in, steps = in / linear.step;
+  const int64_t panels = ceil_div(linear.out, kPanel), tiles = from.tiles();
+  const MultiplyTile full = choose(linear, from.tile);
+  const MultiplyTile last = choose(linear, from.tile_rows(tiles - 1));
+  const int64_t chunk = std::max<int64_t>(4, kChunkBytes / (in * from.tile));
+  const int64_t panel_bytes = in / kStrip * strip_bytes(linear);
+  const int64_t grain =
+      std::min(team.share(panels, 4), std::max<int64_t>(1, kPieceBytes / panel_bytes));
+  for (int64_t first = 0; first < tiles; first += chunk) {
+    const int64_t stop = std::min(tiles, first + chunk);
+    team.each(panels, grain, [&](int64_t panel) {
+      alignas(64) float result[kMaxRows * kPanel];
+      for (int64_t tile = first; tile < stop; ++tile) {
+        const int64_t row = tile * from.tile;
+        (tile == tiles - 1 ? last : full)(linear, panel, from.q + row * in,
+                                          from.scales + row * steps, from.sums + row * steps,
+                                          result);
+        write_tile(linear, panel, result, from.tile_rows(tile), bias, y + row * stride, stride);
+      }
+    });
+  }
+}
+
+template void round_part(const float*, int64_t, int64_t, int64_t, const Activations&);
+template void round_part(const Bfloat16*, int64_t, int64_t, int64_t, const Activations&);
+template void round_rows(Team&, const float*, const Activations&);
+template void round_rows(Team&, const Bfloat16*, const Activations&);
+template void multiply(Team&, const QtoolLinear&, const Activations&, const float*, float*, int64_t);
+template void multiply(Team&, const QtoolLinear&, const Activations&, const Bfloat16*, Bfloat16*,
+                       int64_t);
+
+namespace {
+
+template <class X, class Y>
+void forward(const QtoolLinear& linear, const void* x, int64_t rows, const void* bias, void* y,
+             void* scratch, int threads) {
+  if (rows * linear.in * linear.out < kSerialWork) threads = 1;
+  const Activations activations(linear, rows, scratch);
+  with_team(threads, [&](Team& team) {
+    round_rows(team, static_cast<const X*>(x), activations);
+    multiply(team, linear, activations, static_cast<const Y*>(bias), static_cast<Y*>(y),
+             linear.out);
+  });
+}
+
+}  // namespace
+
 const char* qtool_isa() { return kIsaName; }
 
-void qtool_pack_codes(const uint8_t* codes, int64_t out, int64_t in, int32_t bits, uint8_t* packed,
-                      int64_t packed_bytes, int32_t threads) {
-  // Fewer misses of the address cache while the weights stream by: 10 to 15 % of bandwidth.
-  const uint64_t begin = reinterpret_cast<uint64_t>(packed);
-  const uint64_t from = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uint64_t to = (begin + static_cast<uint64_t>(packed_bytes)) / kHugePage * kHugePage;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-  const int64_t panels = ceil_div(out, kPanel), panel_bytes = kPanel * in * bits / 8;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t panel = 0; panel < panels; ++panel)
-    pack_panel(codes, out, in, bits, panel, packed + panel * panel_bytes);
+int64_t qtool_linear_scratch(const QtoolLinear* linear, int64_t rows) {
+  return Activations::bytes(*linear, rows);
 }
 
-void qtool_linear(const QtoolLinear* linear, const void* x, int64_t rows, const void* bias, void* y,
-                  int32_t type, void* scratch, int32_t threads) {
+void qtool_linear(const QtoolLinear* linear, const void* x, int32_t x_type, int64_t rows,
+                  const void* bias, void* y, int32_t y_type, void* scratch, int32_t threads) {
   if (rows < 1) return;
-  if (type == kBfloat16)
-    forward(*linear, static_cast<const Bfloat16*>(x), rows, static_cast<const Bfloat16*>(bias),
-            static_cast<Bfloat16*>(y), scratch, threads);
-  else
-    forward(*linear, static_cast<const float*>(x), rows, static_cast<const float*>(bias),
-            static_cast<float*>(y), scratch, threads);
+  const auto run = x_type == kFloat32   ? forward<float, float>
+                   : y_type == kFloat32 ? forward<Bfloat16, float>
+                                        : forward<Bfloat16, Bfloat16>;
+  run(*linear, x, rows, bias, y, scratch, threads);
 }
 
-void qtool_quantize_row(const void* x, int32_t type, int64_t in, int64_t unit, int8_t* q,
-                        float* scales, int32_t* sums) {
+void qtool_round_row(const QtoolLinear* linear, const void* x, int32_t type, void* scratch) {
+  const Activations to(*linear, 1, scratch);
   if (type == kBfloat16)
-    quantize_row(static_cast<const Bfloat16*>(x), in, unit, 0, 1, q, scales, sums);
+    round_row(static_cast<const Bfloat16*>(x), 0, to);
   else
-    quantize_row(static_cast<const float*>(x), in, unit, 0, 1, q, scales, sums);
+    round_row(static_cast<const float*>(x), 0, to);
 }
