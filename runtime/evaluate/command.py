@@ -59,6 +59,16 @@ from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
 @click.option(
     "--task-limit", type=click.IntRange(min=1), help="The first N questions of each task."
 )
+@click.option(
+    "--lm-eval",
+    metavar="NAME,...",
+    help="Also run these tasks of lm-evaluation-harness (pip install 'qtool[eval]').",
+)
+@click.option(
+    "--lm-eval-include",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder of your own lm-eval task files.",
+)
 @click.option("--no-speed", is_flag=True, help="Do not time generation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def evaluate(
@@ -73,6 +83,8 @@ def evaluate(
     tasks: str | None,
     task_data: Path | None,
     task_limit: int | None,
+    lm_eval: str | None,
+    lm_eval_include: Path | None,
     no_speed: bool,
     as_json: bool,
 ) -> None:
@@ -102,12 +114,19 @@ def evaluate(
         device=device,
         force=force,
         speed=not no_speed,
-        tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+        tasks=_names(tasks),
         task_data=task_data,
         task_limit=task_limit,
+        lm_eval=_names(lm_eval),
+        lm_eval_include=lm_eval_include,
     )
     if as_json:
         click.echo(json.dumps(to_json(report), allow_nan=False))
         click.echo(f"report in {folder}", err=True)
     else:
         print_report(report, folder)
+
+
+def _names(text: str | None) -> list[str]:
+    """ "a, b" -> ["a", "b"]."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]

@@ -97,7 +97,7 @@ def to_html(report: EvaluationReport) -> str:
     sections = [
         _verdicts(report),
         f"<h2>Summary</h2>{_summary(report)}",
-        _tasks(report) if report.models[0].tasks else "",
+        _tasks(report) if task_rows(report) else "",
         _divergences(report.models) if compared else "",
         _layers(report.models),
         _reproduce(report),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from qtool.artifact import LayerReport
 from qtool.runtime.evaluate.divergence import Divergence, Estimate
 from qtool.runtime.evaluate.perplexity import Perplexity, Protocol
-from qtool.runtime.evaluate.tasks.results import TaskResult
+from qtool.runtime.evaluate.tasks.results import Comparison, HarnessResult, TaskResult
 
 REPORT_VERSION = 1
 
@@ -84,6 +84,7 @@ class ModelReport:
     perplexity: tuple[Perplexity, ...]
     divergence: Divergence | None = None
     tasks: tuple[TaskResult, ...] = ()
+    harness: tuple[HarnessResult, ...] = ()
     speed: Speed | None = None
     layers: tuple[LayerReport, ...] = ()
     unquantized: Mapping[str, str] = field(default_factory=dict)
@@ -192,29 +193,48 @@ TASK_HEADER = ("task", "metric")
 
 def task_rows(report: EvaluationReport) -> list[tuple[str, ...]]:
     """A row a task, a column a model: "41.20 ± 0.49 %, -0.30 (p 0.41)"."""
-    columns = [row.tasks for row in report.rows]
-    return [
-        (results[0].task, results[0].metric, *(_task_cell(result) for result in results))
-        for results in zip(*columns, strict=True)
+    rows = [
+        (results[0].task, results[0].metric, *map(_task_cell, results))
+        for results in zip(*(row.tasks for row in report.rows), strict=True)
     ]
+    rows += [
+        (f"lm-eval {results[0].task}", results[0].metric, *map(_harness_cell, results))
+        for results in zip(*(row.harness for row in report.rows), strict=True)
+    ]
+    return rows
 
 
 def _task_cell(result: TaskResult) -> str:
-    text = f"{estimate_text(result.quoted, 2, 100)} %"
-    if result.compared is None:
-        return text
-    found = result.compared
-    # -0.0 is no difference to speak of.
-    change = 100 * found.difference.value + 0.0
-    return f"{text}, {change:+.2f} (p {found.p_value:.2g})"
+    return f"{estimate_text(result.quoted, 2, 100)} %{_change(result.compared)}"
+
+
+def _harness_cell(result: HarnessResult) -> str:
+    """Shares in percent; perplexities and counts as they are."""
+    if result.compared is not None or 0 <= result.value <= 1:
+        value = Estimate(result.value, result.error or 0.0)
+        return f"{estimate_text(value, 2, 100)} %{_change(result.compared)}"
+    return f"{result.value:.4f}" + ("" if result.error is None else f" ± {result.error:.4f}")
+
+
+def _change(found: Comparison | None) -> str:
+    if found is None:
+        return ""
+    # + 0.0: a difference of -0.0 is none.
+    return f", {100 * found.difference.value + 0.0:+.2f} (p {found.p_value:.2g})"
 
 
 def task_notes(report: EvaluationReport) -> list[str]:
     """What must be said beside the tasks."""
-    tasks = report.models[0].tasks
-    if not tasks:
-        return []
+    first = report.models[0]
+    tasks = first.tasks
     lines = [
+        f"lm-eval {result.task} ({result.metric}): {result.num_items:,} questions, version "
+        f"{result.version}."
+        for result in first.harness
+    ]
+    if not tasks:
+        return lines
+    lines += [
         f"{task.task}: {task.num_items:,} "
         + (f"of {task.num_items_in_all:,} " if task.num_items < task.num_items_in_all else "")
         + f"questions, {task.origin}, no examples before them."
@@ -284,7 +304,7 @@ def to_markdown(report: EvaluationReport) -> str:
     ]
     parts += ["", *_markdown_table(TABLE_HEADER, table_rows(report)), ""]
     parts += [f"- {_escape(line)}" for line in footnotes(report)]
-    if report.models[0].tasks:
+    if task_rows(report):
         task_header = (*TASK_HEADER, *(row.name for row in report.rows))
         parts += ["", "## Tasks", "", *_markdown_table(task_header, task_rows(report)), ""]
         parts += [f"- {_escape(line)}" for line in task_notes(report)]

@@ -42,6 +42,7 @@ from qtool.runtime.evaluate.report import (
 )
 from qtool.runtime.evaluate.scorer import (
     DTYPES,
+    RuntimeScorer,
     Scorer,
     TokenizedText,
     open_scorer,
@@ -51,7 +52,8 @@ from qtool.runtime.evaluate.sizes import weight_hashes
 from qtool.runtime.evaluate.speed import measure_speed
 from qtool.runtime.evaluate.stream import Scored, plan_passes, score
 from qtool.runtime.evaluate.subject import Subject, find_reference, open_subjects
-from qtool.runtime.evaluate.tasks.results import Answers, TaskResult
+from qtool.runtime.evaluate.tasks.harness import HarnessRun, run_harness
+from qtool.runtime.evaluate.tasks.results import Answers, HarnessResult, TaskResult
 from qtool.runtime.evaluate.tasks.results import summarize as summarize_task
 from qtool.runtime.evaluate.tasks.scoring import answer
 from qtool.runtime.evaluate.tasks.tasks import Task, open_task, require_different_names
@@ -75,6 +77,25 @@ class _Outcome:
     scored_by: str
     dtype: str
     tasks: tuple[TaskResult, ...]
+    harness: tuple[HarnessResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Questions:
+    """What is asked of every model."""
+
+    tasks: tuple[Task, ...]
+    lm_eval: tuple[str, ...]
+    lm_eval_include: Path | None
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """One model's answers, task by task."""
+
+    answers: tuple[Answers, ...]
+    harness: HarnessRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +122,8 @@ def evaluate(
     tasks: Sequence[str] = (),
     task_data: Path | None = None,
     task_limit: int | None = None,
+    lm_eval: Sequence[str] = (),
+    lm_eval_include: Path | None = None,
     command: str | None = None,
 ) -> EvaluationReport:
     """Perplexity of each model, and its divergence from the original.
@@ -113,6 +136,8 @@ def evaluate(
     tasks       names of `tasks.TASKS`, or files of questions
     task_data   a folder that holds the files of named tasks; None: the Hub
     task_limit  questions of each task; None: all
+    lm_eval     tasks of lm-evaluation-harness
+    lm_eval_include  a folder of task files for it
     command     what the report names as the way to repeat it; by default `qtool eval ...`
     """
     wanted = [models] if isinstance(models, str | Source) else list(models)
@@ -123,7 +148,15 @@ def evaluate(
     require_different_names(opened)
     subjects = open_subjects(wanted)
     reference, note = find_reference(against, subjects)
-    scoring = _score(subjects, reference, content, max_tokens, opened, dtype=dtype, device=device)
+    scoring = _score(
+        subjects,
+        reference,
+        content,
+        max_tokens,
+        _Questions(opened, tuple(lm_eval), lm_eval_include, task_limit),
+        dtype=dtype,
+        device=device,
+    )
     reports = {
         subject.name: _model_report(subject, scoring, device=device, with_speed=speed)
         for subject in [*subjects, *([] if reference is None else [reference])]
@@ -140,7 +173,18 @@ def evaluate(
         reference=None if reference is None else reports[reference.name],
         models=tuple(reports[subject.name] for subject in subjects),
         command=command
-        or as_command(wanted, against, text, max_tokens, dtype, tasks, task_data, task_limit),
+        or as_command(
+            wanted,
+            against,
+            text,
+            max_tokens,
+            dtype,
+            tasks=tasks,
+            task_data=task_data,
+            task_limit=task_limit,
+            lm_eval=lm_eval,
+            lm_eval_include=lm_eval_include,
+        ),
         environment=environment(),
         notes=() if note is None else (note,),
     )
@@ -163,9 +207,12 @@ def as_command(
     text: Path | None,
     max_tokens: int | None,
     dtype: str,
+    *,
     tasks: Sequence[str] = (),
     task_data: Path | None = None,
     task_limit: int | None = None,
+    lm_eval: Sequence[str] = (),
+    lm_eval_include: Path | None = None,
 ) -> str:
     """The command line that repeats an evaluation."""
     words = ["qtool", "eval", *map(_as_given, models)]
@@ -177,6 +224,8 @@ def as_command(
     words += ["--tasks", ",".join(tasks)] if tasks else []
     words += [] if task_data is None else ["--task-data", str(task_data)]
     words += [] if task_limit is None else ["--task-limit", str(task_limit)]
+    words += ["--lm-eval", ",".join(lm_eval)] if lm_eval else []
+    words += [] if lm_eval_include is None else ["--lm-eval-include", str(lm_eval_include)]
     return shlex.join(words)
 
 
@@ -229,7 +278,7 @@ def _score(
     reference: Subject | None,
     text: EvaluationText,
     max_tokens: int | None,
-    tasks: Sequence[Task],
+    questions: _Questions,
     *,
     dtype: ScoringDtype,
     device: Device,
@@ -242,7 +291,7 @@ def _score(
         budget=int(MEMORY_SHARE * _memory_bytes(device)),
     )
     outcomes: dict[str, _Outcome] = {}
-    answers: dict[str, list[Answers]] = {}
+    answered: dict[str, _Answered] = {}
     read: TokenizedText | None = None
     protocols: tuple[Protocol, ...] = ()
     used = 0
@@ -275,31 +324,50 @@ def _score(
                 shown.advance,
             )
         for scorer, result in zip(scorers, scored, strict=True):
-            if scorer.name not in answers:
-                answers[scorer.name] = _answer_all(scorer, tasks)
             original = None
             if reference is not None and scorer.name != reference.name:
-                original = answers[reference.name]
-            found = _task_results(tasks, answers[scorer.name], original)
-            outcomes[scorer.name] = _Outcome(result, scorer.scored_by, scorer.dtype, found)
+                original = answered[reference.name]
+            if scorer.name not in answered:
+                answered[scorer.name] = _answer_all(scorer, questions, context, original)
+            found = answered[scorer.name]
+            outcomes[scorer.name] = _Outcome(
+                result,
+                scorer.scored_by,
+                scorer.dtype,
+                _task_results(questions.tasks, found, original),
+                found.harness.results,
+            )
     assert read is not None
     return _Scoring(read.ids.numel(), used, protocols, outcomes)
 
 
-def _answer_all(scorer: Scorer, tasks: Sequence[Task]) -> list[Answers]:
+def _answer_all(
+    scorer: Scorer, questions: _Questions, context: int, original: _Answered | None
+) -> _Answered:
     answers = []
-    for task in tasks:
+    for task in questions.tasks:
         with bar(f"{task.name} by {scorer.name}", total=len(task.items)) as shown:
             answers.append(answer(scorer, task, shown.advance))
-    return answers
+    harness = HarnessRun((), {})
+    if questions.lm_eval:
+        harness = run_harness(
+            scorer,
+            scorer.loaded if isinstance(scorer, RuntimeScorer) else None,
+            questions.lm_eval,
+            context=context,
+            limit=questions.limit,
+            include=questions.lm_eval_include,
+            original=None if original is None else original.harness,
+        )
+    return _Answered(tuple(answers), harness)
 
 
 def _task_results(
-    tasks: Sequence[Task], answers: Sequence[Answers], original: Sequence[Answers] | None
+    tasks: Sequence[Task], own: _Answered, original: _Answered | None
 ) -> tuple[TaskResult, ...]:
     return tuple(
-        summarize_task(task, answers[index], None if original is None else original[index])
-        for index, task in enumerate(tasks)
+        summarize_task(task, answers, None if original is None else original.answers[index])
+        for index, (task, answers) in enumerate(zip(tasks, own.answers, strict=True))
     )
 
 
@@ -332,6 +400,7 @@ def _model_report(
             None if outcome.scored.divergence is None else summarize(outcome.scored.divergence)
         ),
         tasks=outcome.tasks,
+        harness=outcome.harness,
         speed=speed,
         layers=manifest.layers if manifest else (),
         unquantized=dict(manifest.unquantized) if manifest else {},

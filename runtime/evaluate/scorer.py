@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qtool.arch import find_architecture
 from qtool.convert.formats import open_weights
 from qtool.errors import QtoolError, UnsupportedModel
 from qtool.progress import bar
@@ -90,13 +89,12 @@ class Scorer(Protocol):
 
 def open_scorer(source: Source, name: str, *, dtype: ScoringDtype, device: Device) -> Scorer:
     """Load a model for scoring: by the runtime if it has the family, else by transformers."""
-    if not source.is_gguf:
-        config = open_weights(source).config
-        try:
-            find_architecture(config)
-        except UnsupportedModel:
-            return TransformersScorer.load(source, name, dtype=dtype, device=device)
-    loaded = load_model(str(source.path), dtype=dtype, device=device)
+    try:
+        loaded = load_model(str(source.path), dtype=dtype, device=device)
+    except UnsupportedModel:
+        if source.is_gguf:
+            raise
+        return TransformersScorer.load(source, name, dtype=dtype, device=device)
     return RuntimeScorer(name, loaded)
 
 

@@ -41,7 +41,7 @@ def print_report(report: EvaluationReport, folder: Path | None = None) -> None:
         line = verdict_line(model, report.reference)
         console.print(f"[bold]{escape(model.name)}[/bold]: {escape(line)}")
     console.print(report_table(report))
-    if report.models[0].tasks:
+    if task_rows(report):
         console.print(task_table(report))
     for line in [*footnotes(report), *task_notes(report)]:
         console.print(f"- {line}", markup=False, style="dim")

@@ -129,7 +129,7 @@ def test_a_tokenizer_that_adds_bos_has_it_put_into_every_llama_cpp_window(with_b
 def test_transformers_scores_what_the_runtime_does_not_have(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
-    scorer = opened(tiny_checkpoint("olmo2"))
+    scorer = opened(tiny_checkpoint("bloom"))
     assert isinstance(scorer, TransformersScorer)
     assert (scorer.scored_by, scorer.dtype, scorer.vocab_size) == ("transformers", "float32", 4096)
     ids = scorer.tokenize(TEXT).ids[:NUM_TOKENS]

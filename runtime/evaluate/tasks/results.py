@@ -67,6 +67,22 @@ class TaskResult:
 
 
 @dataclass(frozen=True, slots=True)
+class HarnessResult:
+    """One metric of one task, as the harness counts it ("acc", "exact_match,strict-match").
+
+    compared   where each question is right or wrong, against the original
+    """
+
+    task: str
+    metric: str
+    version: str
+    num_items: int
+    value: float
+    error: float | None
+    compared: Comparison | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Answers:
     """What a model answered, question by question: right or not in each metric."""
 
