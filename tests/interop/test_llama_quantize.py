@@ -1,6 +1,6 @@
 """llama.cpp itself on files written here. Runs where `llama-cpp-python` is installed.
 
-pip install llama-cpp-python && pytest tests/convert/gguf/test_llama_cpp.py
+pip install llama-cpp-python && pytest tests/interop
 """
 
 from __future__ import annotations
