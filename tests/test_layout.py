@@ -246,7 +246,10 @@ def declared(extra: str | None = None) -> list[Requirement]:
 
 
 def test_every_imported_distribution_is_declared() -> None:
-    known = {canonicalize_name(requirement.name) for requirement in [*declared(), *declared("gpu")]}
+    known = {
+        canonicalize_name(requirement.name)
+        for requirement in [*declared(), *declared("gpu"), *declared("eval")]
+    }
     wrong = []
     for path in SOURCES:
         for found in imports_of(path):
