@@ -9,6 +9,8 @@ from typing import Any
 
 from qtool.errors import UsageError
 
+# What clients send for a model that they do not know: huggingface_hub and TGI's own examples.
+PLACEHOLDER_NAMES = ("dummy", "tgi", "default")
 # Pages served from this machine may call the server from a browser; others only when the operator
 # names them.
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from qtool.errors import closest
 from qtool.runtime.engine.client import EngineClient
-from qtool.runtime.server.config import ServerConfig
+from qtool.runtime.server.config import PLACEHOLDER_NAMES, ServerConfig
 from qtool.runtime.server.errors import ApiError
 from qtool.runtime.server.generation import TextEngine
 from qtool.runtime.server.limits import Admission
@@ -39,7 +39,7 @@ class Service:
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer under: the client's own word for the model, which must be ours."""
-        if asked is None or asked == "":
+        if not asked or asked in PLACEHOLDER_NAMES:
             return self.config.served_model_names[0]
         known = self.config.accepted_model_names
         if asked in known:

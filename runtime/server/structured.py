@@ -32,6 +32,9 @@ ALIASES = {
     "grammar": "grammar",
     "json_schema": "json",
 }
+# JSON on one line or indented. With free white space a weak model writes line breaks until its
+# tokens run out.
+JSON_WHITESPACE = r"(\n[ \t]{0,32}| )?"
 STRUCTURED_OUTPUT_FIELDS = ("json", "json_object", "regex", "choice", "grammar")
 
 
@@ -57,6 +60,8 @@ def structured_outputs(body: GenerationBody) -> StructuredOutputsParams | None:
 def params(fields: dict[str, Any], param: str) -> StructuredOutputsParams:
     if isinstance(fields.get("choice"), list):
         fields = {**fields, "choice": tuple(fields["choice"])}
+    if "json" in fields or "json_object" in fields:
+        fields = {"whitespace_pattern": JSON_WHITESPACE, **fields}
     try:
         return StructuredOutputsParams(**fields)
     except QtoolError as error:

@@ -33,6 +33,11 @@ def parameters_schema(tool: ToolBody) -> dict[str, Any]:
     return schema
 
 
+# llguidance's own options. JSON as json.dumps writes it, which is what models have been shown; free
+# white space lets a weak model write line breaks until its tokens run out.
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
 class GrammarWriter:
     def __init__(self, special_ids: Mapping[str, int]) -> None:
         self._special_ids = special_ids
@@ -68,7 +73,7 @@ class GrammarWriter:
         rules = [f"call: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]
         for number, tool in enumerate(tools):
             before = self.literal(form.before.replace("{name}", tool.function.name))
-            schema = orjson.dumps(parameters_schema(tool)).decode()
+            schema = orjson.dumps({**parameters_schema(tool), "x-guidance": COMPACT}).decode()
             after = self.literal(form.after)
             rules.append(f"call_{number}: {before} arguments_{number} {after}")
             rules.append(f"arguments_{number}: %json {schema}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,6 @@ def test_an_answer_streamed_with_scores_adds_up(server: Any) -> None:
 
 
 def openai_chunks(lines: Any) -> Any:
-    import json
-
     for line in lines:
         if line.startswith("data: {"):
             yield json.loads(line.removeprefix("data: "))
@@ -169,8 +168,8 @@ def test_a_bias_decides(server: Any, tokenizer: Any) -> None:
     wanted = tokenizer.encode(" ship")[-1]
     answer = server.complete("Once", max_tokens=3, logit_bias={str(wanted): 100})
     assert answer["choices"][0]["text"] == tokenizer.decode([wanted] * 3)
-    told = server.complete(
-        "Once", max_tokens=2, allowed_token_ids=[wanted], return_token_ids=True
-    )["choices"][0]
+    told = server.complete("Once", max_tokens=2, allowed_token_ids=[wanted], return_token_ids=True)[
+        "choices"
+    ][0]
     assert told["token_ids"] == [wanted, wanted]
     assert told["prompt_token_ids"] == list(tokenizer.encode("Once"))
