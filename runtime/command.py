@@ -87,7 +87,9 @@ def engine_options(command: F) -> F:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--list-models", is_flag=True, help="Print the families that can be served.")
+@click.option("--json", "as_json", is_flag=True, help="Print that list as JSON.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every interface.")
 @click.option("--port", type=int, default=8000, show_default=True, help="0: a free one.")
 @engine_options
@@ -178,7 +180,9 @@ def engine_options(command: F) -> F:
 @click.option("--tensor-parallel-size", "-tp", type=int, default=1, hidden=True)
 @click.option("--enforce-eager", is_flag=True, hidden=True)
 def serve(
-    model: str,
+    model: str | None,
+    list_models: bool,
+    as_json: bool,
     host: str,
     port: int,
     max_num_queued_reqs: int | None,
@@ -204,6 +208,13 @@ def serve(
       qtool serve ./Qwen3-0.6B-int4 --host 0.0.0.0 --port 8080
       curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "Call me"}'
     """
+    if list_models:
+        from qtool.runtime.list_models import print_families
+
+        print_families(as_json=as_json)
+        return
+    if model is None:
+        raise click.MissingParameter(param_hint="'MODEL'", param_type="argument")
     if tensor_parallel_size != 1:
         raise UsageError(
             f"--tensor-parallel-size is {tensor_parallel_size}; one device is used in this version",

@@ -11,15 +11,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from qtool.arch import find_architecture
 from qtool.convert.formats import open_weights
-from qtool.decoder_config import DecoderConfig
 from qtool.errors import UnknownName, UsageError
 from qtool.runtime.config import Device, Dtype, EngineConfig
 from qtool.runtime.memory import MemoryBudget, least_weight_bytes
-from qtool.runtime.models.build import KernelUse, build_decoder
+from qtool.runtime.models.build import KernelUse
+from qtool.runtime.models.load import Code, model_dtype, plan_decoder
 from qtool.runtime.models.model import Model, causal_logits
-from qtool.runtime.models.tensors import check_tensors
 from qtool.runtime.tokenizer import Tokenizer
 from qtool.source import Source, resolve
 
@@ -36,6 +34,7 @@ class LoadedModel:
 
     source: Source
     decoder: Model
+    code: Code
     model_type: str
     max_position_embeddings: int
     tokenizer: Tokenizer | None
@@ -96,24 +95,23 @@ def load_model(
     """
     source = resolve(model, revision)
     reader = open_weights(source)
-    architecture = find_architecture(reader.config)
-    config = DecoderConfig.from_hf(reader.config)
+    plan = plan_decoder(reader)
     where = choose_device(device)
-    chosen, reason = choose_dtype(dtype, config.dtype, where)
-    check_tensors(reader, architecture, config)
+    chosen, reason = choose_dtype(dtype, model_dtype(reader.config), where)
     if budget is not None:
         budget.check_weights(source.name, least_weight_bytes(reader, chosen))
     with torch.inference_mode():
-        built = build_decoder(reader, architecture, config, chosen, where)
+        built = plan.load(chosen, where)
     tokenizer = Tokenizer.load(source, reader)
-    eos = config.eos_token_ids if tokenizer is None else tokenizer.eos_token_ids
+    eos = () if tokenizer is None else tokenizer.eos_token_ids
     return LoadedModel(
         source=source,
-        decoder=built.decoder,
-        model_type=config.model_type,
-        max_position_embeddings=config.max_position_embeddings,
+        decoder=built.model,
+        code=built.code,
+        model_type=str(reader.config["model_type"]),
+        max_position_embeddings=built.max_position_embeddings,
         tokenizer=tokenizer,
-        eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos))),
+        eos_token_ids=tuple(dict.fromkeys((*built.eos_token_ids, *eos))),
         dtype=chosen,
         dtype_reason=reason,
         device=where,

@@ -1,0 +1,101 @@
+"""Which code runs a model, decided from its headers: the native decoder, or transformers' own.
+
+The native decoder has the families of `qtool.arch`; a config of one of them that says something it
+does not compute is run by transformers, with that as the reason. What neither runs is refused.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from qtool.arch import Architecture, find_architecture
+from qtool.convert.formats import WeightReader
+from qtool.decoder_config import DecoderConfig
+from qtool.errors import UnsupportedModel
+from qtool.runtime.models.build import KernelUse, build_decoder
+from qtool.runtime.models.model import Model
+from qtool.runtime.models.tensors import check_tensors
+
+Code = Literal["native", "transformers"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedDecoder:
+    """code: which of the two runs it, and `code_reason` why not the native one, or ""."""
+
+    model: Model
+    code: Code
+    code_reason: str
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    kernels: tuple[KernelUse, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativePlan:
+    reader: WeightReader
+    architecture: Architecture
+    config: DecoderConfig
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> LoadedDecoder:
+        built = build_decoder(self.reader, self.architecture, self.config, dtype, device)
+        return LoadedDecoder(
+            model=built.decoder,
+            code="native",
+            code_reason="",
+            max_position_embeddings=self.config.max_position_embeddings,
+            eos_token_ids=self.config.eos_token_ids,
+            kernels=built.kernels,
+            nbytes=built.nbytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FallbackPlan:
+    """config is transformers' own of the family."""
+
+    reader: WeightReader
+    config: Any
+    reason: str
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> LoadedDecoder:
+        from qtool.runtime.models.fallback import load_fallback
+
+        loaded = load_fallback(self.reader, self.config, dtype, device)
+        stored = self.reader.format if self.reader.modules() else str(dtype).removeprefix("torch.")
+        use = KernelUse("all", stored, "transformers", self.reason, len(loaded.model.attention))
+        return LoadedDecoder(
+            model=loaded.model,
+            code="transformers",
+            code_reason=self.reason,
+            max_position_embeddings=loaded.max_position_embeddings,
+            eos_token_ids=loaded.eos_token_ids,
+            kernels=(use,),
+            nbytes=loaded.nbytes,
+        )
+
+
+def plan_decoder(reader: WeightReader) -> NativePlan | FallbackPlan:
+    """Raises UnsupportedModel for a family that neither code runs, FormatError for tensors that are
+    missing or of another shape.
+    """
+    try:
+        architecture = find_architecture(reader.config)
+        config = DecoderConfig.from_hf(reader.config)
+    except UnsupportedModel as refusal:
+        # Loads transformers' table of families, which takes a second.
+        from qtool.runtime.models.fallback import read_config
+
+        return FallbackPlan(reader, read_config(reader), refusal.message)
+    check_tensors(reader, architecture, config)
+    return NativePlan(reader, architecture, config)
+
+
+def model_dtype(config: dict[str, Any]) -> str:
+    """The type that config.json names, its text part's where it is multimodal."""
+    inner = config.get("text_config")
+    parts = [config, inner] if isinstance(inner, dict) else [config]
+    found = (part.get("dtype") or part.get("torch_dtype") for part in parts)
+    return str(next((dtype for dtype in found if dtype), "float32"))
