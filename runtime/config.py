@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from qtool.errors import UnknownName, UsageError
+from qtool.runtime.engine.speculative_config import SpeculativeConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -49,6 +50,10 @@ class EngineConfig:
                              of what is free once the weights are there
     kv_cache_memory_bytes    size of the KV pool, exactly; None: by the share above, and never more
                              than max_num_seqs sequences of max_model_len tokens can use
+    speculative_config       guess tokens ahead and verify them at once; a mapping or its JSON will
+                             do: {"method": "ngram"} or {"method": "draft", "model": ...}, with
+                             num_speculative_tokens; None: do not. A draft model and its cache
+                             come on top of the memory above
     seed                     what requests without a seed of their own are sampled from
     """
 
@@ -66,9 +71,13 @@ class EngineConfig:
     block_size: int = 32
     gpu_memory_utilization: float | None = None
     kv_cache_memory_bytes: int | None = None
+    speculative_config: SpeculativeConfig | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.speculative_config is not None:
+            parsed = SpeculativeConfig.parse(self.speculative_config)
+            object.__setattr__(self, "speculative_config", parsed)
         if self.dtype not in get_args(Dtype):
             raise UnknownName("dtype", self.dtype, get_args(Dtype))
         if self.device not in get_args(Device):

@@ -54,6 +54,10 @@ class EngineStats:
     prefix_cache_hits_total: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
+    spec_decode_num_accepted_tokens_per_pos: tuple[int, ...] = ()
 
 
 class EngineClient(Protocol):

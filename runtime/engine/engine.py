@@ -35,6 +35,8 @@ from qtool.runtime.engine.sequence import (
     Sequence,
     TokenOutput,
 )
+from qtool.runtime.engine.speculation import SpeculationCounts
+from qtool.runtime.engine.speculators import make_speculation
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import MemoryBudget, block_bytes, plan_pool
 
@@ -96,6 +98,7 @@ class Engine:
         self.grammars = GrammarCompiler(
             None if backend is None else backend.to_str, decoder.vocab_size, loaded.eos_token_ids
         )
+        self._speculation = make_speculation(config, loaded, self.info)
         # Starts its thread with the first grammar.
         self._mask_worker = ThreadPoolExecutor(1, "qtool-grammar")
         self._prompt_tokens = 0
@@ -106,6 +109,7 @@ class Engine:
         return self._scheduler.has_work
 
     def stats(self) -> EngineStats:
+        guessed = SpeculationCounts() if self._speculation is None else self._speculation.counts
         return EngineStats(
             num_requests_running=self._scheduler.num_running,
             num_requests_waiting=self._scheduler.num_waiting,
@@ -115,6 +119,10 @@ class Engine:
             prefix_cache_hits_total=self._scheduler.num_prefix_hits,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
+            spec_decode_num_drafts=guessed.num_drafts,
+            spec_decode_num_draft_tokens=guessed.num_draft_tokens,
+            spec_decode_num_accepted_tokens=guessed.num_accepted_tokens,
+            spec_decode_num_accepted_tokens_per_pos=tuple(guessed.by_position),
         )
 
     def add(self, request: GenerationRequest) -> None:
@@ -190,6 +198,8 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """Compute what the scheduler chose; one output for each sequence that got a token."""
+        if self._speculation is not None:
+            self._speculation.propose(self._scheduler.decoding)
         started = self._clock()
         outputs = [self._expire(sequence) for sequence in self._scheduler.expired(started)]
         scheduled = self._scheduler.schedule()
@@ -209,7 +219,9 @@ class Engine:
         return outputs
 
     def _observe(self, scheduled: Series[Scheduled], seconds: float) -> None:
-        """Learn from a step what prompt tokens cost."""
+        """Learn from a step what prompt tokens cost, and guesses."""
+        if self._speculation is not None:
+            self._speculation.observe(scheduled, seconds)
         num_decoding = sum(work.is_decoding for work in scheduled)
         num_prompt_tokens = sum(work.num_tokens for work in scheduled if not work.is_decoding)
         self._scheduler.pace.observe(
@@ -245,6 +257,8 @@ class Engine:
             return []
         if sequence.num_generated_tokens == 0:
             self._prompt_tokens += sequence.num_prompt_tokens
+        if self._speculation is not None:
+            self._speculation.judge(work, len(sampled.token_ids) - 1)
         sequence.draft_token_ids.clear()
         if sequence.siblings:
             # First of all, as they share the blocks that this one gives back if it ends here.
@@ -318,6 +332,8 @@ class Engine:
             self._leave(heir)
             self._start(heir, others)
         del self._sequences[sequence.id]
+        if self._speculation is not None:
+            self._speculation.forget(sequence.id)
         return sequence.output(new_token_ids, reason, error, logprobs)
 
 

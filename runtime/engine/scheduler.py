@@ -107,6 +107,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def decoding(self) -> list[Sequence]:
+        """Running sequences of which all but the last token are computed."""
+        return [sequence for sequence in self._running if sequence.num_uncomputed_tokens == 1]
+
+    @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
