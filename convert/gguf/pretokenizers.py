@@ -87,6 +87,20 @@ _EXAONE_MOE = (
     rf"{_CONTRACTIONS}|{_LEAD}(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+_WESTERN = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_KIMI = (
+    r"[\p{Han}]+"
+    rf"|{_LEAD}[{_WESTERN[0]}&&[^\p{{Han}}]]*[{_WESTERN[1]}&&[^\p{{Han}}]]+{_CONTRACTIONS}?"
+    rf"|{_LEAD}[{_WESTERN[0]}&&[^\p{{Han}}]]+[{_WESTERN[1]}&&[^\p{{Han}}]]*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}|{_REST}"
+)
+_AFMOE_ASIAN = (
+    "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f"
+    "\u2f00-\u2fdf\u0e00-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f"
+    "\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
+)
+# what a Punctuation pre-tokenizer does
+PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
 _FALCON_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 _DEFAULT_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
 _BLOOM = r" ?[^(\s|.,!?" + "\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c" + r")]+"
@@ -148,6 +162,20 @@ _ENTRIES = (
     ),
     PreTokenizer("ufakzeka", (rf"{_WORDS}|\p{{N}}|{_REST}",)),
     PreTokenizer("laguna", ("[^\n]+|[\n]+", QWEN2)),
+    PreTokenizer("kimi-k2", (_KIMI,)),
+    PreTokenizer("superbpe", (DIGITS, r"(?=(\d{3})+(?!\d))")),
+    PreTokenizer("afmoe", (r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _AFMOE_ASIAN, _DEEPSEEK3)),
+    PreTokenizer(
+        "chameleon",
+        (
+            r"<sentinel:[0-9]+>",
+            r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+            r"([\t\n]|    |  )",
+            DIGIT,
+            PUNCTUATION,
+            GPT2,
+        ),
+    ),
     PreTokenizer("falcon", (_FALCON_PUNCTUATION, GPT2, r"[0-9][0-9][0-9]")),
     PreTokenizer("default", (_DEFAULT_PUNCTUATION, GPT2, DIGITS, r"[0-9][0-9][0-9]")),
     PreTokenizer("bloom", (_BLOOM,)),
@@ -180,9 +208,12 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "tiny_aya": ("cohere2moe",),
 }
 
-PRE_TOKENIZERS: dict[str, PreTokenizer] = {entry.name: entry for entry in _ENTRIES} | {
-    alias: entry for entry in _ENTRIES for alias in _ALIASES.get(entry.name, ())
-}
+# Never chosen by itself: the same pattern under a name that says less of where it comes from.
+_BY_NAME = (PreTokenizer("granite-embed-multi-97m", (GPT4O,), ignore_merges=True),)
+
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    entry.name: entry for entry in (*_ENTRIES, *_BY_NAME)
+} | {alias: entry for entry in _ENTRIES for alias in _ALIASES.get(entry.name, ())}
 
 
 def detect(tokenizer_json: Mapping[str, Any]) -> str | None:
@@ -217,6 +248,8 @@ def _patterns(node: Mapping[str, Any] | None) -> Iterator[str]:
             yield GPT2
     elif kind == "Digits":
         yield DIGIT if node.get("individual_digits") else DIGITS
+    elif kind == "Punctuation" and node.get("behavior", "Isolated") == "Isolated":
+        yield PUNCTUATION
     elif kind == "Split":
         yield _split_pattern(node)
     else:

@@ -3,6 +3,8 @@
     tokenizer.json model   tokenizer.ggml.model
     BPE, byte-level        gpt2    merges, and the pre-tokenizer's name (pretokenizers.py)
     BPE, byte_fallback     llama   scores in the order of merges
+    none, but a            llama   its pieces and scores as they are (sentencepiece.py)
+    tokenizer.model
 
 Whatever the mapping misses would show only as bad text, so nothing is written on trust: the
 tokenizer is rebuilt from the metadata (vocab.py) and has to give the folder's own tokens for
@@ -24,6 +26,7 @@ from tokenizers import Tokenizer
 from qtool.convert.gguf import pretokenizers
 from qtool.convert.gguf.container import KeyValue
 from qtool.convert.gguf.pretokenizers import PRE_TOKENIZERS
+from qtool.convert.gguf.sentencepiece import Piece, SentencePieceModel
 from qtool.convert.gguf.types import ValueType
 from qtool.convert.gguf.vocab import (
     PREFIX,
@@ -58,9 +61,12 @@ def tokenizer_metadata(
     pre     tokenizer.ggml.pre by the user's word, for pre-tokenizers that are not recognized
     """
     path = folder / "tokenizer.json"
+    if not path.is_file() and (folder / "tokenizer.model").is_file():
+        return _from_sentencepiece(folder, config)
     if not path.is_file():
         raise UnsupportedModel(
-            f"{folder} has no tokenizer.json, so its tokenizer cannot be put into GGUF",
+            f"{folder} has no tokenizer.json and no tokenizer.model, so its tokenizer cannot be "
+            "put into GGUF",
             "load it with transformers and save_pretrained() it: that writes one",
         )
     try:
@@ -92,6 +98,68 @@ def tokenizer_metadata(
     entries += _templates(folder, settings)
     _check(path, own, entries, pre)
     return entries
+
+
+def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> list[KeyValue]:
+    """From a tokenizer.model alone, which has all that llama.cpp's kind of tokenizer needs.
+
+    Tokens that were added since are in added_tokens.json or tokenizer_config.json; they are found
+    in text as they stand, and their score is never asked for.
+    """
+    path = folder / "tokenizer.model"
+    model = SentencePieceModel.open(path)
+    settings = _read_optional(folder / "tokenizer_config.json")
+    rows = int(config["vocab_size"])
+    padding = range(len(model.pieces), rows)
+    pieces = [*model.pieces, *(Piece(f"[PAD{n}]", -10000.0, TokenKind.UNUSED) for n in padding)]
+    for number, text, special in _added_later(folder, settings):
+        if not 0 <= number < rows:
+            raise UnsupportedModel(
+                f"{folder} adds token {text!r} with id {number}, and the model's embedding has "
+                f"{rows} rows"
+            )
+        if pieces[number].text != text or pieces[number].kind == TokenKind.NORMAL:
+            kind = TokenKind.CONTROL if special else TokenKind.USER_DEFINED
+            pieces[number] = Piece(text, -1000.0, kind)
+    if len(pieces) > rows:
+        raise UnsupportedModel(
+            f"{path} has {len(pieces)} tokens, and the model's embedding has {rows} rows"
+        )
+    tokens = [piece.text for piece in pieces]
+    entries = [_text("model", "llama"), _text("pre", "default")]
+    entries.append(_list("tokens", tokens, ValueType.STRING))
+    entries.append(_list("scores", [piece.score for piece in pieces], ValueType.FLOAT32))
+    entries.append(_list("token_type", [int(piece.kind) for piece in pieces], ValueType.INT32))
+    ids = {f"{name}_token_id": number for name, number in model.special_ids.items()}
+    known = {key: value for key, value in config.items() if value is not None}
+    entries += _special_entries(folder, {}, settings, ids | known, tokens)
+    # an absent post-processor says nothing here: llama.cpp adds bos to this kind by itself
+    silent = {
+        f"{PREFIX}add_{name}_token"
+        for name in ("bos", "eos")
+        if not isinstance(settings.get(f"add_{name}_token"), bool)
+    }
+    entries = [entry for entry in entries if entry.key not in silent]
+    if not model.adds_space:
+        entries.append(KeyValue(f"{PREFIX}add_space_prefix", False, ValueType.BOOL))
+    entries += _templates(folder, settings)
+    tokenizer_from_gguf({entry.key: entry.value for entry in entries})  # refuses what makes none
+    return entries
+
+
+def _added_later(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[int, str, bool]]:
+    """(id, text, whether it is special) of tokens that are not the model's own."""
+    for text, number in _read_optional(folder / "added_tokens.json").items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise FormatError(f"{folder / 'added_tokens.json'}: the id of {text!r} is {number!r}")
+        yield number, text, False
+    decoder = settings.get("added_tokens_decoder")
+    for key, token in (decoder if isinstance(decoder, dict) else {}).items():
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise FormatError(f"{folder / 'tokenizer_config.json'}: token {key} has no content")
+        if not key.isdecimal():
+            raise FormatError(f"{folder / 'tokenizer_config.json'}: {key!r} is no token's id")
+        yield int(key), token["content"], bool(token.get("special"))
 
 
 def _tokens(

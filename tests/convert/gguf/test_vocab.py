@@ -231,7 +231,11 @@ def sequence(patterns: Sequence[str]) -> Metadata:
     return {"type": "Sequence", "pretokenizers": [*(node[0] for node in nodes), nodes[0][1]]}
 
 
-@pytest.mark.parametrize("name", sorted({entry.name for entry in PRE_TOKENIZERS.values()}))
+NAMES = sorted({entry.name for entry in PRE_TOKENIZERS.values()})
+FOUND = sorted(set(NAMES) - {"granite-embed-multi-97m"})  # the pattern of gpt-4o
+
+
+@pytest.mark.parametrize("name", FOUND)
 def test_every_pre_tokenizer_is_found_by_its_patterns_and_tokenizes_alike(
     name: str, byte_level: Callable[..., Path]
 ) -> None:
