@@ -244,7 +244,7 @@ class NativeModel:
 
 def make_native_model(native: Native, batch: int, context: int) -> NativeModel:
     weights = {name: random_codes(*shape, "int4-g128-sym") for name, shape in LINEARS.items()}
-    norm = torch.ones(HIDDEN, dtype=BF16)
+    norm = torch.ones(HIDDEN)
     biases = {"qkv": torch.zeros(LINEARS["qkv"][0], dtype=BF16)}
     spans = decode_spans(batch, context)
     rule = make_rule(heads=HEADS, scale=SCALE)
@@ -254,6 +254,7 @@ def make_native_model(native: Native, batch: int, context: int) -> NativeModel:
             mlp_norm=norm,
             cache=make_cache(keys, values),
             rule=rule,
+            rotated=HEAD_DIM,
             **{
                 name: NativeLinears((native_linear.pack_for(native, each),), biases.get(name))
                 for name, each in weights.items()

@@ -237,11 +237,12 @@ class Native:
 
         A residual like x is added first, in place: x keeps the sum.
         """
-        kind = _kind(x, residual, weight)
+        kind = _kind(x, residual)
         y = torch.empty_like(x)
         channels = x.shape[-1]
         assert residual is None or residual.shape == x.shape
         assert weight is None or weight.shape == (channels,)
+        weight = None if weight is None else weight.float()
         self.library.qtool_rms_norm(
             x.data_ptr(),
             _address(residual),
@@ -315,7 +316,7 @@ class Native:
         qk_norm   [heads + kv_heads, head_dim] or None
         returns   the queries [tokens, heads, head_dim]
         """
-        kind = _kind(qkv, qk_norm)
+        kind = _kind(qkv)
         tokens, all_heads, head_dim = qkv.shape
         kv_heads = cache.record.kv_heads
         heads = all_heads - 2 * kv_heads
@@ -325,6 +326,7 @@ class Native:
         assert qk_norm is None or qk_norm.shape == (heads + kv_heads, head_dim)
         _check_slots(slots, tokens)
         _check_angles(cos, sin, tokens, head_dim)
+        qk_norm = None if qk_norm is None else qk_norm.float().contiguous()
         query = qkv.new_empty(tokens, heads, head_dim)
         self.library.qtool_rope_and_write(
             qkv.data_ptr(),

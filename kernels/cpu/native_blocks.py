@@ -16,7 +16,6 @@ from torch import Tensor
 from qtool.kernels.cpu.native import (
     ACTIVATIONS,
     ELEMENT_TYPES,
-    MAX_HEAD_DIM,
     Cache,
     CacheRecord,
     Native,
@@ -56,6 +55,8 @@ class _Block(ctypes.Structure):
         ("cache", CacheRecord),
         ("rule", RuleRecord),
         ("rotation", c_int64),
+        ("rotated", c_int64),
+        ("residual_scale", c_float),
     )
 
 
@@ -67,6 +68,7 @@ class _Decoder(ctypes.Structure):
         ("num_blocks", c_int64),
         ("hidden", c_int64),
         ("ffn", c_int64),
+        ("half", c_int64),
         ("eps", c_float),
         ("type", c_int32),
         ("activation", c_int32),
@@ -91,9 +93,12 @@ class NativeLinears:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockParts:
-    """One block. Norms [hidden], None where the model has none; qk_norm [heads + kv_heads,
-    head_dim] or None; qkv's rows are the heads of q, of k and of v, gate_up's the gates and then
-    the ups. rotation: which table of angles its heads are turned by.
+    """One block. Norms [hidden] float32, None where the model has none; qk_norm [heads + kv_heads,
+    head_dim] float32 or None; qkv's rows are the heads of q, of k and of v, gate_up's the gates and
+    then the ups.
+
+    rotation  which table of angles its heads are turned by
+    rotated   channels of a head that are turned, from its first
     """
 
     qkv: NativeLinears
@@ -108,6 +113,8 @@ class BlockParts:
     post_mlp_norm: Tensor | None = None
     qk_norm: Tensor | None = None
     rotation: int = 0
+    rotated: int = 0
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,7 +126,6 @@ class NativeBlocks:
     records: ctypes.Array[_Block]
     decoder: _Decoder
     dtype: torch.dtype
-    head_dim: int
     slots: int
     rotations: int
 
@@ -128,7 +134,8 @@ class NativeBlocks:
     ) -> Tensor:
         """x [tokens, hidden] through all blocks, in place; writes the tokens' keys and values.
 
-        cos, sin  [rotations, tokens, head_dim / 2] float32; slots [tokens] int64
+        cos, sin  [rotations, tokens, half of the most rotated channels] float32
+        slots     [tokens] int64
         """
         tokens, hidden = x.shape
         assert x.dtype == self.dtype
@@ -137,7 +144,7 @@ class NativeBlocks:
         assert spans.tokens == tokens
         assert spans.highest_slot < self.slots
         for part in (cos, sin):
-            assert part.shape == (self.rotations, tokens, self.head_dim // 2)
+            assert part.shape == (self.rotations, tokens, self.decoder.half)
             assert part.dtype == torch.float32
             assert part.is_contiguous()
         assert slots.shape == (tokens,)
@@ -173,21 +180,22 @@ def bind(
     assert dtype in (torch.float32, torch.bfloat16)
     first = blocks[0]
     native, ffn = first.qkv.parts[0].native, first.down.in_features
-    head_dim, slots = first.cache.record.key_dim, first.cache.record.slots
+    slots = first.cache.record.slots
     for block in blocks:
-        _check(block, native, hidden, ffn, head_dim, slots, dtype)
+        _check(block, native, hidden, ffn, slots, dtype)
     records = (_Block * len(blocks))(*(_record(block) for block in blocks))
     decoder = _Decoder(
         ctypes.addressof(records),
         len(blocks),
         hidden,
         ffn,
+        max(block.rotated for block in blocks) // 2,
         eps,
         ELEMENT_TYPES[dtype],
         ACTIVATIONS[activation],
     )
     rotations = 1 + max(block.rotation for block in blocks)
-    return NativeBlocks(native, tuple(blocks), records, decoder, dtype, head_dim, slots, rotations)
+    return NativeBlocks(native, tuple(blocks), records, decoder, dtype, slots, rotations)
 
 
 def _check(
@@ -195,12 +203,14 @@ def _check(
     native: Native,
     hidden: int,
     ffn: int,
-    head_dim: int,
     slots: int,
     dtype: torch.dtype,
 ) -> None:
     cache, heads = block.cache.record, block.rule.record.heads
-    assert cache.key_dim == cache.value_dim == head_dim <= MAX_HEAD_DIM
+    head_dim = cache.key_dim
+    assert head_dim == cache.value_dim
+    assert block.rotated % 2 == 0
+    assert 0 <= block.rotated <= head_dim
     assert cache.slots == slots
     assert block.cache.dtype in (dtype, torch.int8)
     assert heads % cache.kv_heads == 0
@@ -219,8 +229,8 @@ def _check(
         assert all(part.in_features == shape[1] for part in linears.parts)
         _check_tensor(linears.bias, (shape[0],), dtype)
     for name in ("attn_norm", "mlp_norm", "post_attn_norm", "post_mlp_norm"):
-        _check_tensor(getattr(block, name), (hidden,), dtype)
-    _check_tensor(block.qk_norm, (heads + cache.kv_heads, head_dim), dtype)
+        _check_tensor(getattr(block, name), (hidden,), torch.float32)
+    _check_tensor(block.qk_norm, (heads + cache.kv_heads, head_dim), torch.float32)
 
 
 def _check_tensor(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -244,6 +254,8 @@ def _record(block: BlockParts) -> _Block:
         block.cache.record,
         block.rule.record,
         block.rotation,
+        block.rotated,
+        block.residual_scale,
     )
 
 

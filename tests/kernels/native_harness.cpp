@@ -127,9 +127,9 @@ void block_linear(const BlockType& t, int64_t out, int64_t in, int64_t rows, int
 }
 
 void elementwise(int64_t rows, int64_t channels, int type, int threads) {
-  Numbers x(rows * channels, type), more(rows * channels, type), weight(channels, type);
+  Numbers x(rows * channels, type), more(rows * channels, type), weight(channels, kFloat32);
   Numbers y(rows * channels, type), gate_up(rows * 2 * channels, type);
-  qtool_rms_norm(x.data, nullptr, weight.data, y.data, rows, channels, 1e-5f, type, threads);
+  qtool_rms_norm(x.data, nullptr, static_cast<float*>(weight.data), y.data, rows, channels, 1e-5f, type, threads);
   qtool_rms_norm(x.data, more.data, nullptr, y.data, rows, channels, 1e-5f, type, threads);
   for (const int activation : {kSilu, kGelu})
     qtool_gate_mul(gate_up.data, y.data, rows, channels, activation, type, threads);
@@ -159,7 +159,7 @@ struct CacheBuffers {
 void rope(int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int type, bool small,
           int threads) {
   const int64_t all = heads + 2 * kv_heads, pool_slots = rows + 3;
-  Numbers qkv(rows * all * head_dim, type), norm((heads + kv_heads) * head_dim, type);
+  Numbers qkv(rows * all * head_dim, type), norm((heads + kv_heads) * head_dim, kFloat32);
   Numbers cos(rows * head_dim / 2, kFloat32), sin(rows * head_dim / 2, kFloat32);
   Numbers query(rows * heads * head_dim, type);
   Numbers key(rows * kv_heads * head_dim, type);
@@ -169,7 +169,7 @@ void rope(int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int t
   const float* c = static_cast<float*>(cos.data);
   const float* s = static_cast<float*>(sin.data);
   qtool_rope(qkv.data, all * head_dim, c, s, query.data, rows, heads, head_dim, type, threads);
-  for (void* gains : {norm.data, static_cast<void*>(nullptr)})
+  for (const float* gains : {static_cast<float*>(norm.data), static_cast<float*>(nullptr)})
     qtool_rope_and_write(qkv.data, gains, 1e-5f, c, s, slots.data(), query.data, &pools.cache, rows,
                          heads, type, threads);
   qtool_write_cache(key.data, key.data, slots.data(), &pools.cache, rows, type, threads);
@@ -208,7 +208,9 @@ void blocks(int64_t rows, int type, bool extras, int threads) {
   const int64_t pool_slots = (rows + block_size - 1) / block_size * block_size;
   const int64_t widest = 2 * ffn, panels = widest / 32;
   Buffer codes(panels * 32 * 96 / 2), scales(panels * 3 * 32 * 2);
-  Numbers norm(hidden, type), head_norm((heads + kv_heads) * head_dim, type), bias(widest, type);
+  Numbers norms(hidden, kFloat32), head_norm((heads + kv_heads) * head_dim, kFloat32);
+  Numbers bias(widest, type);
+  const float* const norm = static_cast<float*>(norms.data);
   std::vector<QtoolLinear> made;
   made.reserve(16);
   const auto linears = [&](int64_t out, int64_t in, int64_t parts) {
@@ -225,7 +227,9 @@ void blocks(int64_t rows, int type, bool extras, int threads) {
   };
   const CacheBuffers pools(kv_heads, pool_slots, head_dim, head_dim, type, extras);
   QtoolBlock block = {};
-  block.attn_norm = block.mlp_norm = norm.data;
+  block.attn_norm = block.mlp_norm = norm;
+  block.rotated = extras ? 20 : head_dim;
+  block.residual_scale = 1.0f;
   block.qkv = linears((heads + 2 * kv_heads) * head_dim, hidden, 1);
   block.o = linears(hidden, heads * head_dim, 1);
   block.gate_up = linears(2 * ffn, hidden, extras ? 2 : 1);
@@ -233,12 +237,12 @@ void blocks(int64_t rows, int type, bool extras, int threads) {
   block.cache = pools.cache;
   block.rule = {heads, 0, nullptr, 0.1f, 0.0f};
   if (extras) {
-    block.qk_norm = head_norm.data;
-    block.post_attn_norm = block.post_mlp_norm = norm.data;
+    block.qk_norm = static_cast<float*>(head_norm.data);
+    block.post_attn_norm = block.post_mlp_norm = norm;
     block.rotation = 1;
   }
   const QtoolBlock both[] = {block, block};
-  const QtoolDecoder decoder = {both, 2, hidden, ffn, 1e-5f, type, extras ? kGelu : kSilu};
+  const QtoolDecoder decoder = {both, 2, hidden, ffn, head_dim / 2, 1e-5f, type, extras ? kGelu : kSilu};
   Numbers x(rows * hidden, type);
   Numbers cos(2 * rows * head_dim / 2, kFloat32), sin(2 * rows * head_dim / 2, kFloat32);
   std::vector<int64_t> slots, ids;

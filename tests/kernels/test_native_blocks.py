@@ -23,14 +23,19 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def packed(
-    native: Native, out_features: int, in_features: int, seed: int, word: str = "int4-g32-sym"
-) -> NativePacked:
+def unpacked(
+    out_features: int, in_features: int, seed: int, word: str = "int4-g32-sym"
+) -> QuantizedWeight:
     scheme = QuantScheme.parse(word)
     weight = random(out_features, in_features, seed=seed) * 0.1
     found = grid.fit(weight, scheme)
-    codes = grid.codes(weight, found, scheme)
-    return native_linear.pack_for(native, QuantizedWeight(codes, found.scales, None, scheme))
+    return QuantizedWeight(grid.codes(weight, found, scheme), found.scales, None, scheme)
+
+
+def packed(
+    native: Native, out_features: int, in_features: int, seed: int, word: str = "int4-g32-sym"
+) -> NativePacked:
+    return native_linear.pack_for(native, unpacked(out_features, in_features, seed, word))
 
 
 def blocks(
@@ -42,11 +47,11 @@ def blocks(
     small: bool = False,
 ) -> list[BlockParts]:
     def extra(*shape: int, seed: int) -> Tensor | None:
-        return random(*shape, seed=seed).to(dtype) if with_extras else None
+        return random(*shape, seed=seed) if with_extras else None
 
     def linears(sizes: tuple[int, ...], in_features: int, seed: int) -> NativeLinears:
         """One matrix, or one each of two forms of scales."""
-        bias = extra(sum(sizes), seed=seed + 50)
+        bias = random(sum(sizes), seed=seed + 50).to(dtype) if with_extras else None
         if not split:
             return NativeLinears((packed(native, sum(sizes), in_features, seed),), bias)
         words = ["int4-g32-sym", "int8-row-sym", "int4-g32-sym"]
@@ -66,18 +71,20 @@ def blocks(
     heads = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
     return [
         BlockParts(
-            attn_norm=random(HIDDEN, seed=seed).to(dtype),
+            attn_norm=random(HIDDEN, seed=seed),
             qkv=linears(heads, HIDDEN, seed + 1),
             qk_norm=extra(HEADS + KV_HEADS, HEAD_DIM, seed=seed + 4),
             o=linears((HIDDEN,), HEADS * HEAD_DIM, seed + 5),
             post_attn_norm=extra(HIDDEN, seed=seed + 6),
-            mlp_norm=random(HIDDEN, seed=seed + 7).to(dtype),
+            mlp_norm=random(HIDDEN, seed=seed + 7),
             gate_up=linears((FFN, FFN), HIDDEN, seed + 8),
             down=linears((HIDDEN,), FFN, seed + 10),
             post_mlp_norm=extra(HIDDEN, seed=seed + 11),
             cache=make_cache(pool(seed + 12), pool(seed + 13), scales(seed), scales(seed + 1)),
             rule=make_rule(heads=HEADS, scale=SCALE, window=13 if seed == 200 else None),
             rotation=1 if seed == 300 else 0,
+            rotated=HEAD_DIM,
+            residual_scale=0.5 if with_extras else 1.0,
         )
         for seed in (100, 200, 300)
     ]
@@ -87,6 +94,10 @@ def product(x: Tensor, linears: NativeLinears) -> Tensor:
     parts = [native_linear.matmul(x, part, None, torch.float32) for part in linears.parts]
     whole = torch.cat(parts, -1)
     return (whole if linears.bias is None else whole + linears.bias.float()).to(x.dtype)
+
+
+def add(x: Tensor, more: Tensor, scale: float) -> Tensor:
+    return (x.float() + more.float() * scale).to(x.dtype)
 
 
 def one_by_one(
@@ -115,12 +126,12 @@ def one_by_one(
         more = product(attended.view(len(x), -1), block.o)
         if block.post_attn_norm is not None:
             more = native.rms_norm(more, block.post_attn_norm, EPS)
-        x = x + more
+        x = add(x, more, block.residual_scale)
         gate_up = product(native.rms_norm(x, block.mlp_norm, EPS), block.gate_up)
         more = product(native.gate_mul(gate_up, activation), block.down)
         if block.post_mlp_norm is not None:
             more = native.rms_norm(more, block.post_mlp_norm, EPS)
-        x = x + more
+        x = add(x, more, block.residual_scale)
     return x
 
 
@@ -188,6 +199,46 @@ def test_a_token_has_the_same_bits_at_any_batch_size_and_in_any_chunks(native: N
     assert torch.equal(run([1] * 40), expected)
     assert torch.equal(run([20, *[1] * 20], company=7), expected)
     assert torch.equal(run([39, 1], company=31), expected)
+
+
+@pytest.mark.parametrize("rotated", [0, 6])
+def test_heads_may_be_turned_in_part_or_not_at_all(native: Native, rotated: int) -> None:
+    """As heads that are turned whole, by angles of zero for the rest."""
+    spans, slots, _, _ = step()
+    x = random(15, HIDDEN, seed=6)
+    angles = random(2, 15, rotated // 2, seed=5)
+    table = plan_spans(spans, block_size=BLOCK_SIZE)
+    parts = [
+        dataclasses.replace(block, rotated=rotated)
+        for block in blocks(native, torch.float32, with_extras=True)
+    ]
+    bound = bind(parts, hidden=HIDDEN, eps=EPS, dtype=torch.float32)
+    found = bound(x.clone(), angles.cos(), angles.sin(), slots, table)
+
+    # The pairs of a part lie half of the part apart, those of a whole head half a head.
+    first, half = torch.arange(rotated // 2), HEAD_DIM // 2
+    order = torch.full((HEAD_DIM,), -1)
+    order[first], order[half + first] = first, rotated // 2 + first
+    rest = iter(range(rotated, HEAD_DIM))
+    order = torch.tensor([next(rest) if place < 0 else int(place) for place in order])
+    heads = torch.arange(HEADS + KV_HEADS)[:, None] * HEAD_DIM + order
+    values = torch.arange(KV_HEADS * HEAD_DIM) + (HEADS + KV_HEADS) * HEAD_DIM
+    whole = []
+    for block in blocks(native, torch.float32, with_extras=True):
+        rows = torch.cat((heads.flatten(), values))
+        seed = 101 if not whole else 201 if len(whole) == 1 else 301
+        weight = unpacked(len(rows), HIDDEN, seed).rows(rows)
+        assert block.qkv.bias is not None
+        assert block.qk_norm is not None
+        keys, *others = block.cache.tensors
+        qkv = NativeLinears((native_linear.pack_for(native, weight),), block.qkv.bias[rows])
+        cache = make_cache(keys[..., order].contiguous(), *others)
+        norm = block.qk_norm[:, order].contiguous()
+        whole.append(dataclasses.replace(block, qkv=qkv, cache=cache, qk_norm=norm))
+    bound = bind(whole, hidden=HIDDEN, eps=EPS, dtype=torch.float32)
+    padded = torch.cat((angles, torch.zeros(2, 15, half - rotated // 2)), -1)
+    expected = bound(x.clone(), padded.cos(), padded.sin(), slots, table)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_linears_that_do_not_fit_each_other_are_refused(native: Native) -> None:

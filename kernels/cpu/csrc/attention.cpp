@@ -257,6 +257,25 @@ void soften(float* scores, Range seen, State& state, int64_t row, int64_t width)
   store(sums, sum);
 }
 
+// Asks for the keys and values of the chunk that comes next: blocks lie anywhere, and the hardware
+// does not guess where.
+template <class T, class K>
+QTOOL_INLINE void prefetch_chunk(const Call<T, K>& call, const Tile& tile, const int64_t* blocks,
+                                 int64_t start, int64_t end) {
+  const int64_t stop = std::min(end, start + kChunk), size = call.spans.block_size;
+  for (int64_t t = start; t < stop;) {
+    const int64_t tokens = std::min(stop - t, size - t % size);
+    const int64_t slot = tile.kv_head * call.cache.slots + blocks[t / size] * size + t % size;
+    for (const Pool* pool : {&call.keys, &call.values}) {
+      const auto* from = static_cast<const char*>(pool->data) +
+                         slot * pool->stride * static_cast<int64_t>(sizeof(K));
+      const int64_t bytes = tokens * pool->stride * static_cast<int64_t>(sizeof(K));
+      for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
+    }
+    t += tokens;
+  }
+}
+
 // Chunk `chunk` of the sequence into the state.
 template <class T, class K>
 void add_chunk(const Call<T, K>& call, const Tile& tile, int64_t chunk, Workspace& work,
@@ -284,6 +303,7 @@ void add_chunk(const Call<T, K>& call, const Tile& tile, int64_t chunk, Workspac
       }
     }
   }
+  prefetch_chunk(call, tile, blocks, start + kChunk, end);
   transpose_keys(key_rows, tokens, key_dim, work.keys);
   std::fill(work.scores, work.scores + tile.rows * kChunk, 0.0f);
   multiply<kRowsAtOnce>(work.query, key_width, work.keys, kChunk, key_dim, work.scores, kChunk,

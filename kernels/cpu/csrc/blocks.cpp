@@ -1,7 +1,7 @@
 // The blocks of a decoder one after the other, by the operations of this library.
 //
-//   each block:  x += post_norm(o(attention(rope(qk_norm(qkv(norm(x)))))))
-//                x += post_norm(down(act(gate(norm(x))) * up(norm(x))))
+//   each block:  x += scale * post_norm(o(attention(rope(qk_norm(qkv(norm(x)))))))
+//                x += scale * post_norm(down(act(gate(norm(x))) * up(norm(x))))
 //
 // Norms that a model does not have are left out. It adds no arithmetic: one operation called after
 // the other gives the same bits. What it saves is the way back to Python between them, waking the
@@ -112,41 +112,43 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
   T* const gated = static_cast<T*>(p.gated);
   const int64_t hidden = d.hidden, ffn = d.ffn;
   const auto each_row = [&](auto f) { team.each(rows, team.share(rows, 4), f); };
-  // x += post_norm(more), if there is more; then the next linears' input, if there are any.
-  const auto pass_on = [&](const void* post_norm, bool has_more, const void* norm,
-                           const Product<T>* next) {
+  // x += scale * post_norm(more), if there is more; then the next linears' input, if there are any.
+  struct Left {
+    bool any;
+    float scale;
+    const float* post_norm;
+  };
+  const auto pass_on = [&](const Left& left, const float* norm, const Product<T>* next) {
     each_row([&](int64_t row) {
       T* const from = x + row * hidden;
-      T* const added = has_more ? more + row * hidden : nullptr;
-      T* const to = normed + row * hidden;
-      if (post_norm != nullptr)
-        norm_row<T>(added, nullptr, static_cast<const T*>(post_norm), added, hidden, d.eps);
-      if (next == nullptr) {
-        add_row<T>(from, added, hidden);
-      } else if (norm == nullptr) {
-        if (added != nullptr) add_row<T>(from, added, hidden);
-        next->round(from, row);
-      } else {
-        norm_row<T>(from, added, static_cast<const T*>(norm), to, hidden, d.eps);
+      T* const added = left.any ? more + row * hidden : nullptr;
+      if (left.post_norm != nullptr)
+        norm_row<T>(added, nullptr, 0.0f, left.post_norm, added, hidden, d.eps);
+      if (next != nullptr && norm != nullptr) {
+        T* const to = normed + row * hidden;
+        norm_row<T>(from, added, left.scale, norm, to, hidden, d.eps);
         next->round(to, row);
+        return;
       }
+      if (added != nullptr) add_row<T>(from, added, left.scale, hidden);
+      if (next != nullptr) next->round(from, row);
     });
   };
 
+  Left left = {false, 1.0f, nullptr};
   for (int64_t i = 0; i < d.num_blocks; ++i) {
     const QtoolBlock& block = d.blocks[i];
     const Heads heads = {block.rule.heads, block.cache.kv_heads, block.cache.key_dim};
     const Pool keys = key_pool(block.cache), values = value_pool(block.cache);
-    const int64_t half = heads.dim / 2;
-    const float* const block_cos = cos + block.rotation * rows * half;
-    const float* const block_sin = sin + block.rotation * rows * half;
+    const float* const block_cos = cos + block.rotation * rows * d.half;
+    const float* const block_sin = sin + block.rotation * rows * d.half;
 
     const Product<T> to_qkv(block.qkv, rows, p);
-    pass_on(i == 0 ? nullptr : d.blocks[i - 1].post_mlp_norm, i > 0, block.attn_norm, &to_qkv);
+    pass_on(left, block.attn_norm, &to_qkv);
     to_qkv.write(team, qkv);
     each_row([&](int64_t row) {
-      rope_and_write_row(qkv + row * block.qkv.out, static_cast<const T*>(block.qk_norm), d.eps,
-                         block_cos + row * half, block_sin + row * half, slots[row],
+      rope_and_write_row(qkv + row * block.qkv.out, block.qk_norm, d.eps, block_cos + row * d.half,
+                         block_sin + row * d.half, block.rotated, slots[row],
                          query + row * heads.query * heads.dim, heads, keys, values);
     });
     attend(team, query, block.cache, spans, block.rule, *plans[i], attended);
@@ -157,7 +159,7 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
     to_o.write(team, more);
 
     const Product<T> to_gate_up(block.gate_up, rows, p);
-    pass_on(block.post_attn_norm, true, block.mlp_norm, &to_gate_up);
+    pass_on({true, block.residual_scale, block.post_attn_norm}, block.mlp_norm, &to_gate_up);
     to_gate_up.write(team, gate_up);
 
     const Product<T> to_down(block.down, rows, p);
@@ -170,8 +172,9 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
       to_down.round(gated + row * ffn, row, first, count);
     });
     to_down.write(team, more);
+    left = {true, block.residual_scale, block.post_mlp_norm};
   }
-  if (d.num_blocks > 0) pass_on(d.blocks[d.num_blocks - 1].post_mlp_norm, true, nullptr, nullptr);
+  if (left.any) pass_on(left, nullptr, nullptr);
 }
 
 }  // namespace

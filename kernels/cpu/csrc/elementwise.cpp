@@ -124,11 +124,17 @@ QTOOL_INLINE void write_head(const T* from, const Pool& pool, int64_t kv_head, i
 }  // namespace
 
 template <class T>
-void norm_row(T* x, const T* residual, const T* weight, T* y, int64_t channels, float eps) {
-  if (residual != nullptr)
-    for_each_vector(channels, [&](int64_t i, int64_t n) {
-      store_up_to(x + i, add(load_up_to(x + i, n), load_up_to(residual + i, n)), n);
-    });
+void add_row(T* x, const T* residual, float scale, int64_t channels) {
+  for_each_vector(channels, [&](int64_t i, int64_t n) {
+    const Floats more = mul(load_up_to(residual + i, n), set1(scale));
+    store_up_to(x + i, add(load_up_to(x + i, n), more), n);
+  });
+}
+
+template <class T>
+void norm_row(T* x, const T* residual, float scale, const float* weight, T* y, int64_t channels,
+              float eps) {
+  if (residual != nullptr) add_row(x, residual, scale, channels);
   normalise(x, weight, y, channels, eps);
 }
 
@@ -145,30 +151,22 @@ void gate_row(const T* gates, const T* ups, T* y, int64_t channels, int32_t acti
 }
 
 template <class T>
-void add_row(T* x, const T* residual, int64_t channels) {
-  for_each_vector(channels, [&](int64_t i, int64_t n) {
-    store_up_to(x + i, add(load_up_to(x + i, n), load_up_to(residual + i, n)), n);
-  });
-}
-
-template <class T>
-void rope_and_write_row(const T* qkv, const T* qk_norm, float eps, const float* cos,
-                        const float* sin, int64_t slot, T* query, const Heads& heads,
-                        const Pool& keys, const Pool& values) {
-  const int64_t half = heads.dim / 2;
+void rope_and_write_row(const T* qkv, const float* qk_norm, float eps, const float* cos,
+                        const float* sin, int64_t rotated, int64_t slot, T* query,
+                        const Heads& heads, const Pool& keys, const Pool& values) {
+  const int64_t half = rotated / 2;
+  const auto rest = static_cast<size_t>(heads.dim - rotated) * sizeof(T);
   for (int64_t head = 0; head < heads.query + heads.kv; ++head, qkv += heads.dim) {
     const T* from = qkv;
-    T normed[kMaxHeadDim], rotated[kMaxHeadDim];
+    T normed[kMaxHeadDim], turned[kMaxHeadDim];
     if (qk_norm != nullptr) {
       normalise(from, qk_norm + head * heads.dim, normed, heads.dim, eps);
       from = normed;
     }
-    if (head < heads.query) {
-      rotate(from, cos, sin, query + head * heads.dim, half);
-    } else {
-      rotate(from, cos, sin, rotated, half);
-      write_head(rotated, keys, head - heads.query, slot, heads.dim);
-    }
+    T* const to = head < heads.query ? query + head * heads.dim : turned;
+    rotate(from, cos, sin, to, half);
+    std::memcpy(to + rotated, from + rotated, rest);
+    if (head >= heads.query) write_head(turned, keys, head - heads.query, slot, heads.dim);
   }
   for (int64_t kv_head = 0; kv_head < heads.kv; ++kv_head, qkv += heads.dim)
     write_head(qkv, values, kv_head, slot, heads.dim);
@@ -189,11 +187,11 @@ void write_rows(Team& team, const T* key, const T* value, const int64_t* slots, 
 }
 
 #define QTOOL_FOR(T)                                                                              \
-  template void norm_row(T*, const T*, const T*, T*, int64_t, float);                            \
+  template void norm_row(T*, const T*, float, const float*, T*, int64_t, float);                 \
   template void gate_row(const T*, const T*, T*, int64_t, int32_t);                              \
-  template void add_row(T*, const T*, int64_t);                                                  \
-  template void rope_and_write_row(const T*, const T*, float, const float*, const float*,        \
-                                   int64_t, T*, const Heads&, const Pool&, const Pool&);
+  template void add_row(T*, const T*, float, int64_t);                                           \
+  template void rope_and_write_row(const T*, const float*, float, const float*, const float*,    \
+                                   int64_t, int64_t, T*, const Heads&, const Pool&, const Pool&);
 QTOOL_FOR(float)
 QTOOL_FOR(Bfloat16)
 #undef QTOOL_FOR
@@ -214,14 +212,14 @@ uint32_t qtool_read(const void* data, int64_t bytes, int32_t threads) {
 namespace {
 
 template <class T>
-void rms_norm(void* x, const void* residual, const void* weight, void* y, int64_t rows,
+void rms_norm(void* x, const void* residual, const float* weight, void* y, int64_t rows,
               int64_t channels, float eps, int threads) {
   T* const from = static_cast<T*>(x);
   const T* const more = static_cast<const T*>(residual);
   with_team(threads_for(rows * channels, threads), [&](Team& team) {
     team.each(rows, team.share(rows, 4), [&](int64_t row) {
-      norm_row(from + row * channels, more == nullptr ? nullptr : more + row * channels,
-               static_cast<const T*>(weight), static_cast<T*>(y) + row * channels, channels, eps);
+      norm_row(from + row * channels, more == nullptr ? nullptr : more + row * channels, 1.0f,
+               weight, static_cast<T*>(y) + row * channels, channels, eps);
     });
   });
 }
@@ -241,15 +239,15 @@ void gate_mul(const void* gate_up, void* y, int64_t rows, int64_t channels, int3
 }
 
 template <class T>
-void rope_and_write(const void* qkv, const void* qk_norm, float eps, const float* cos,
+void rope_and_write(const void* qkv, const float* qk_norm, float eps, const float* cos,
                     const float* sin, const int64_t* slots, void* query, const Pool& keys,
                     const Pool& values, int64_t rows, const Heads& heads, int threads) {
   const int64_t all = heads.query + 2 * heads.kv;
   with_team(threads_for(rows * all * heads.dim, threads), [&](Team& team) {
     team.each(rows, team.share(rows, 4), [&](int64_t row) {
       rope_and_write_row(static_cast<const T*>(qkv) + row * all * heads.dim,
-                         static_cast<const T*>(qk_norm), eps, cos + row * heads.dim / 2,
-                         sin + row * heads.dim / 2, slots[row],
+                         qk_norm, eps, cos + row * heads.dim / 2, sin + row * heads.dim / 2,
+                         heads.dim, slots[row],
                          static_cast<T*>(query) + row * heads.query * heads.dim, heads, keys,
                          values);
     });
@@ -258,7 +256,7 @@ void rope_and_write(const void* qkv, const void* qk_norm, float eps, const float
 
 }  // namespace
 
-void qtool_rms_norm(void* x, const void* residual, const void* weight, void* y, int64_t rows,
+void qtool_rms_norm(void* x, const void* residual, const float* weight, void* y, int64_t rows,
                     int64_t channels, float eps, int32_t type, int32_t threads) {
   (type == kBfloat16 ? rms_norm<Bfloat16> : rms_norm<float>)(x, residual, weight, y, rows, channels,
                                                              eps, threads);
@@ -282,7 +280,7 @@ void qtool_rope(const void* x, int64_t stride, const float* cos, const float* si
   });
 }
 
-void qtool_rope_and_write(const void* qkv, const void* qk_norm, float eps, const float* cos,
+void qtool_rope_and_write(const void* qkv, const float* qk_norm, float eps, const float* cos,
                           const float* sin, const int64_t* slots, void* query,
                           const QtoolCache* cache, int64_t rows, int64_t heads, int32_t type,
                           int32_t threads) {

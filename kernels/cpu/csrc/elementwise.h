@@ -28,19 +28,22 @@ struct Heads {
   int64_t query, kv, dim;
 };
 
-// x += residual if there is one; y = x / sqrt(mean of squares + eps) * weight, or without weight.
+// x += scale * residual if there is one; y = x / sqrt(mean of squares + eps) * weight, or without
+// weight.
 template <class T>
-void norm_row(T* x, const T* residual, const T* weight, T* y, int64_t channels, float eps);
+void norm_row(T* x, const T* residual, float scale, const float* weight, T* y, int64_t channels,
+              float eps);
 
 // y = act(gates) * ups.
 template <class T>
 void gate_row(const T* gates, const T* ups, T* y, int64_t channels, int32_t activation);
 
 template <class T>
-void add_row(T* x, const T* residual, int64_t channels);
+void add_row(T* x, const T* residual, float scale, int64_t channels);
 
-// One token's heads, normed and rotated: queries to `query`, keys and values to the cache.
+// One token's heads, normed, their first `rotated` channels turned by cos and sin [rotated / 2]:
+// queries to `query`, keys and values to the cache.
 template <class T>
-void rope_and_write_row(const T* qkv, const T* qk_norm, float eps, const float* cos,
-                        const float* sin, int64_t slot, T* query, const Heads& heads,
-                        const Pool& keys, const Pool& values);
+void rope_and_write_row(const T* qkv, const float* qk_norm, float eps, const float* cos,
+                        const float* sin, int64_t rotated, int64_t slot, T* query,
+                        const Heads& heads, const Pool& keys, const Pool& values);

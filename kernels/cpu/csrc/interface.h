@@ -98,18 +98,20 @@ struct QtoolLinears {
 
 // One block of a decoder; norms [hidden] may be null, and qk_norm [heads + kv_heads][key_dim].
 struct QtoolBlock {
-  const void* attn_norm;
+  const float* attn_norm;
   QtoolLinears qkv;
-  const void* qk_norm;
+  const float* qk_norm;
   QtoolLinears o;
-  const void* post_attn_norm;
-  const void* mlp_norm;
+  const float* post_attn_norm;
+  const float* mlp_norm;
   QtoolLinears gate_up;
   QtoolLinears down;
-  const void* post_mlp_norm;
+  const float* post_mlp_norm;
   QtoolCache cache;
   QtoolAttention rule;
-  int64_t rotation;  // which of the step's tables of angles
+  int64_t rotation;      // which of the step's tables of angles
+  int64_t rotated;       // channels of a head that are turned, from its first; even, perhaps 0
+  float residual_scale;  // x += residual_scale * (...)
 };
 
 struct QtoolDecoder {
@@ -117,6 +119,7 @@ struct QtoolDecoder {
   int64_t num_blocks;
   int64_t hidden;
   int64_t ffn;
+  int64_t half;  // angles of a token in each table
   float eps;
   int32_t type;
   int32_t activation;
@@ -153,7 +156,7 @@ QTOOL_EXPORT void qtool_round_row(const QtoolLinear* linear, const void* x, int3
 
 // x [rows][channels] over its root mean square, times weight [channels] or 1. If `residual` is not
 // null, x += residual comes first and is kept in x.
-QTOOL_EXPORT void qtool_rms_norm(void* x, const void* residual, const void* weight, void* y,
+QTOOL_EXPORT void qtool_rms_norm(void* x, const void* residual, const float* weight, void* y,
                                  int64_t rows, int64_t channels, float eps, int32_t type,
                                  int32_t threads);
 
@@ -170,7 +173,7 @@ QTOOL_EXPORT void qtool_rope(const void* x, int64_t stride, const float* cos, co
 // qkv [rows][heads + 2 * kv_heads][key_dim]: queries and keys normalised by qk_norm
 // [heads + kv_heads][key_dim] if not null, and rotated; queries -> query [rows][heads][key_dim],
 // keys and values -> the cache at slots [rows].
-QTOOL_EXPORT void qtool_rope_and_write(const void* qkv, const void* qk_norm, float eps,
+QTOOL_EXPORT void qtool_rope_and_write(const void* qkv, const float* qk_norm, float eps,
                                        const float* cos, const float* sin, const int64_t* slots,
                                        void* query, const QtoolCache* cache, int64_t rows,
                                        int64_t heads, int32_t type, int32_t threads);
@@ -190,8 +193,8 @@ QTOOL_EXPORT bool qtool_paged_attention(const void* query, const QtoolCache* cac
 // Bytes of scratch that qtool_blocks needs for this many rows.
 QTOOL_EXPORT int64_t qtool_blocks_scratch(const QtoolDecoder* decoder, int64_t rows);
 
-// x [rows][hidden] through all blocks, in place; see blocks.cpp. cos, sin: tables [rows][key_dim /
-// 2], one after the other for each rotation. False as qtool_paged_attention.
+// x [rows][hidden] through all blocks, in place; see blocks.cpp. cos, sin: tables [rows][half], one
+// after the other for each rotation. False as qtool_paged_attention.
 QTOOL_EXPORT bool qtool_blocks(const QtoolDecoder* decoder, void* x, const float* cos,
                                const float* sin, const int64_t* slots, const QtoolSpans* spans,
                                int64_t rows, void* scratch, int32_t threads);
