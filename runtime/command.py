@@ -21,6 +21,7 @@ from qtool.runtime.config import (
     EngineConfig,
     SchedulingPolicy,
 )
+from qtool.runtime.engine.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:
     from qtool.runtime.server.chat_backends import ChatBackend
@@ -74,6 +75,23 @@ ENGINE_OPTIONS = (
         default=default_of("enable_prefix_caching"),
         show_default=True,
         help="Compute the beginning that prompts share once.",
+    ),
+    click.option(
+        "--speculative-config",
+        metavar="JSON",
+        help='Guess tokens ahead, e.g. \'{"method": "ngram", "num_speculative_tokens": 4}\'; the '
+        "text stays the same.  [default: do not]",
+    ),
+    click.option(
+        "--speculative-model",
+        metavar="MODEL",
+        help="A smaller model of the same family to guess by, or [ngram].",
+    ),
+    click.option(
+        "--num-speculative-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Guesses for each token, at most.",
     ),
     click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
 )
@@ -333,5 +351,44 @@ def chat(
         raise SystemExit(1)
 
 
-def engine_config(model: str, *, dtype: str, **flags: Any) -> EngineConfig:
-    return EngineConfig(model, dtype=DTYPE_ALIASES.get(dtype, dtype), **flags)  # type: ignore[arg-type]
+def engine_config(
+    model: str,
+    *,
+    dtype: str,
+    speculative_config: str | None = None,
+    speculative_model: str | None = None,
+    num_speculative_tokens: int | None = None,
+    **flags: Any,
+) -> EngineConfig:
+    return EngineConfig(
+        model,
+        dtype=DTYPE_ALIASES.get(dtype, dtype),  # type: ignore[arg-type]
+        speculative_config=_speculation(
+            speculative_config, speculative_model, num_speculative_tokens
+        ),
+        **flags,
+    )
+
+
+def _speculation(
+    config: str | None, model: str | None, num_tokens: int | None
+) -> SpeculativeConfig | None:
+    """vLLM's one flag, or its two older ones."""
+    if config is not None:
+        if model is not None or num_tokens is not None:
+            raise UsageError(
+                "--speculative-config says it all",
+                "leave --speculative-model and --num-speculative-tokens out, or use them alone",
+            )
+        return SpeculativeConfig.parse(config)
+    if model is None:
+        if num_tokens is not None:
+            raise UsageError(
+                "--num-speculative-tokens needs to know what to guess by",
+                "add --speculative-model MODEL or --speculative-model '[ngram]'",
+            )
+        return None
+    asked = {"model": model} | (
+        {} if num_tokens is None else {"num_speculative_tokens": num_tokens}
+    )
+    return SpeculativeConfig.parse(asked)

@@ -210,11 +210,34 @@ class _EngineCollector:
             ),
             ("vllm:prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total),
             ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens_total),
+            (
+                "vllm:spec_decode_num_drafts",
+                "Times tokens were guessed for a sequence.",
+                stats.spec_decode_num_drafts,
+            ),
+            (
+                "vllm:spec_decode_num_draft_tokens",
+                "Tokens guessed.",
+                stats.spec_decode_num_draft_tokens,
+            ),
+            (
+                "vllm:spec_decode_num_accepted_tokens",
+                "Guessed tokens that were right.",
+                stats.spec_decode_num_accepted_tokens,
+            ),
         )
         for name, text, value in counters:
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
+        positions = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Guessed tokens that were right, by how far ahead.",
+            labels=["model_name", "position"],
+        )
+        for position, count in enumerate(stats.spec_decode_num_accepted_tokens_per_pos):
+            positions.add_metric([self._model_name, str(position)], count)
+        yield positions
         config = GaugeMetricFamily(
             "vllm:cache_config_info",
             "How the KV cache is laid out.",

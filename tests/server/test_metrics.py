@@ -18,6 +18,9 @@ COUNTERS = (
     "vllm:generation_tokens_total",
     "vllm:num_preemptions_total",
     "vllm:request_success_total",
+    "vllm:spec_decode_num_drafts_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
 )
 HISTOGRAMS = (
     "vllm:time_to_first_token_seconds",
@@ -90,3 +93,18 @@ def test_openmetrics_scrapers_get_openmetrics(server: Any) -> None:
     response = server.get("/metrics", headers={"Accept": accept})
     assert response.headers["content-type"].startswith("application/openmetrics-text")
     assert response.text.endswith("# EOF\n")
+
+
+def test_guesses_are_counted_by_how_far_ahead_they_were_right(serve: Any) -> None:
+    speculation = {"method": "ngram", "num_speculative_tokens": 2, "adaptive": False}
+    with serve(engine={"speculative_config": speculation}) as server:
+        server.complete("a b c d a b c d a b c d a b", max_tokens=12, ignore_eos=True)
+        found = {
+            name.removeprefix("vllm:spec_decode_num_").removesuffix("_total"): values
+            for name, values in samples(server).items()
+            if name.startswith("vllm:spec_decode")
+        }
+    by_position = {s.labels["position"]: s.value for s in found["accepted_tokens_per_pos"]}
+    assert set(by_position) == {"0", "1"}
+    assert sum(by_position.values()) == found["accepted_tokens"][0].value
+    assert 0 < found["drafts"][0].value <= found["draft_tokens"][0].value

@@ -103,6 +103,9 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(
         ([MODEL, "--api-key", ""], "API key"),
         ([MODEL, "--allowed-origins", "[5]"], "--allowed-origins"),
         ([MODEL, "--tensor-parallel-size", "2"], "--tensor-parallel-size"),
+        ([MODEL, "--speculative-config", "{"], "not valid JSON"),
+        ([MODEL, "--speculative-config", "{}", "--speculative-model", "m"], "says it all"),
+        ([MODEL, "--num-speculative-tokens", "3"], "--speculative-model"),
     ],
 )
 def test_wrong_flags_are_named(
