@@ -171,24 +171,10 @@ def test_every_type_that_torch_writes_is_compiled() -> None:
     assert set(native.TYPES) == set(QUANTIZERS)
 
 
-def test_most_types_have_blocks_of_the_reference() -> None:
-    """The tests below look at something. The others' are in test_ternary.py."""
-    without = {type for type, cases in goldens(DATA).items() if len(cases) < 4}
-    assert without == {"TQ1_0", "TQ2_0", "MXFP4"}
-
-
 @pytest.mark.parametrize("type", native.TYPES)
 def test_compiled_bytes_are_those_of_the_reference(type: str, isa: str) -> None:
     for x, weighting, wanted in goldens(DATA)[type]:
         assert_same_blocks(type, compiled(type, x, weighting, isa).view(wanted.shape), wanted)
-
-
-@pytest.mark.parametrize("type", native.TYPES)
-def test_the_bytes_of_torch_are_those_of_the_reference(type: str) -> None:
-    for x, weighting, wanted in goldens(DATA)[type]:
-        found, faults = quantize_by_torch(type, x, weighting)
-        assert faults == 0
-        assert_same_blocks(type, found.view(wanted.shape), wanted)
 
 
 @pytest.mark.parametrize("type", native.TYPES)
