@@ -7,17 +7,14 @@ in `implied`: a model with another value is refused, because llama.cpp would run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from qtool.arch import ARCHITECTURES, Architecture, Role, find_family
-from qtool.convert.gguf.container import GgufFile, KeyValue
+from qtool.arch import Role
+from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.entries import (
     AttentionScale,
     Biases,
     Constant,
-    Entry,
     Gating,
     HeadDim,
     LatentAttention,
@@ -28,52 +25,8 @@ from qtool.convert.gguf.entries import (
     VocabSize,
     YarnScale,
 )
-from qtool.convert.gguf.reading import Reading, Scalar
+from qtool.convert.gguf.family import Family
 from qtool.convert.gguf.ropes import LongRopeScale, RopeKeys, RotatedChannels, SlidingRope
-from qtool.convert.gguf.types import ValueType
-from qtool.errors import UnsupportedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One family's metadata.
-
-    settings      written before general.file_type
-    extra         written after it
-    implied       entries of config.json that the architecture's name stands for, with the values
-                  that mean the same; reading writes the first
-    defaults      transformers' own, of entries that published configs leave out
-    aliases       entries that this family spells otherwise: "hidden_size": "n_embd"
-    shapes        roles that have another shape than in `sizes.SHAPES`
-    loses_window  a sliding window has no key, so that the file attends to more than the model
-    matches       which of several families of one architecture a file is; the first that fits
-    """
-
-    hf_class: str
-    settings: tuple[Entry, ...]
-    extra: tuple[Entry, ...] = ()
-    implied: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    shapes: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
-    loses_window: bool = False
-    matches: Callable[[GgufFile], bool] = lambda file: True
-
-    def filled(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json with the defaults of what it leaves out."""
-        given = {key: value for key, value in config.items() if value is not None}
-        return {**self.defaults, **given}
-
-    def check(self, config: Mapping[str, Any]) -> None:
-        """Raise UnsupportedModel for what GGUF's architecture would run otherwise."""
-        for key, allowed in self.implied.items():
-            value = config.get(key, allowed[0])
-            if value not in allowed:
-                raise UnsupportedModel(
-                    f"config.json: {key} {value!r} is not {allowed[0]!r}, which is what GGUF means "
-                    f"for {config.get('model_type')}"
-                )
-
 
 _BLOCKS = Setting("block_count", "num_hidden_layers")
 _CONTEXT = Setting("context_length", "max_position_embeddings", default=2048)
@@ -386,60 +339,3 @@ FAMILIES: dict[str, Family] = {
         shapes=_DEEPSEEK_SHAPES,
     ),
 }
-
-
-def family_of(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
-    """Both rows of a config.json; raises UnsupportedModel with the list."""
-    architecture = find_family(config)
-    return architecture, FAMILIES[architecture.model_type]
-
-
-def find_gguf_architecture(file: GgufFile) -> Architecture:
-    """The family of a file, by its general.architecture."""
-    name = file.metadata.get("general.architecture")
-    for row in ARCHITECTURES.values():
-        if row.gguf_name == name and FAMILIES[row.model_type].matches(file):
-            return row
-    known = sorted({row.gguf_name for row in ARCHITECTURES.values()})
-    raise UnsupportedModel(
-        f"GGUF architecture {name!r} is not supported", f"known: {', '.join(known)}"
-    )
-
-
-def settings_entries(config: Mapping[str, Any]) -> tuple[list[KeyValue], list[KeyValue]]:
-    """The architecture's settings: those before general.file_type, and those after it."""
-    architecture, family = family_of(config)
-    filled = family.filled(config)
-    if "n_inner" in family.aliases.values() and filled.get("n_inner") is None:
-        filled["n_inner"] = 4 * filled["n_embd"]
-    filled.setdefault("max_position_embeddings", 2048)
-    family.check(filled)
-    before, after = (
-        [
-            _key_value(f"{architecture.gguf_name}.{key}", value)
-            for entry in entries
-            for key, value in entry.write(filled)
-        ]
-        for entries in (family.settings, family.extra)
-    )
-    return before, after
-
-
-def _key_value(key: str, value: Scalar) -> KeyValue:
-    kinds = {
-        bool: ValueType.BOOL,
-        int: ValueType.UINT32,
-        float: ValueType.FLOAT32,
-        str: ValueType.STRING,
-    }
-    return KeyValue(key, value, kinds[type(value)])
-
-
-def read_settings(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
-    """The part of config.json that a file's settings and tensors say."""
-    family = FAMILIES[architecture.model_type]
-    reading = Reading(file, architecture.gguf_name)
-    config: dict[str, Any] = {key: allowed[0] for key, allowed in family.implied.items()}
-    for entry in (*family.settings, *family.extra):
-        entry.read(reading, config)
-    return config

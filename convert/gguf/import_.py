@@ -18,8 +18,9 @@ from torch import Tensor
 from qtool.convert.formats import Held
 from qtool.convert.gguf.blocks.codecs import find_codec
 from qtool.convert.gguf.blocks.legacy import BLOCK, unpack_q4_0
+from qtool.convert.gguf.config_keys import find_gguf_architecture, read_settings
 from qtool.convert.gguf.container import GgufFile, TensorEntry, Value
-from qtool.convert.gguf.families import FAMILIES, find_gguf_architecture, read_settings
+from qtool.convert.gguf.families import FAMILIES
 from qtool.convert.gguf.names import NameMap, inverse_order
 from qtool.convert.gguf.parts import open_parts
 from qtool.convert.gguf.reading import Settings

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from qtool.arch import Architecture
 from qtool.convert.formats import WeightReader
+from qtool.convert.gguf.config_keys import settings_entries
 from qtool.convert.gguf.container import KeyValue
-from qtool.convert.gguf.families import settings_entries
 from qtool.convert.gguf.imatrix import ImportanceMatrix
 from qtool.convert.gguf.import_ import GgufWeights
-from qtool.convert.gguf.mix import DEFAULT_TYPES
+from qtool.convert.gguf.mix_rules import DEFAULT_TYPES
 from qtool.convert.gguf.types import (
     ALIGNMENT_KEY,
     FILE_TYPES,

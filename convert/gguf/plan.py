@@ -30,8 +30,6 @@ from qtool.convert.gguf.imatrix import ImportanceMatrix
 from qtool.convert.gguf.import_ import FLOAT_DTYPES, GgufWeights
 from qtool.convert.gguf.metadata import export_entries
 from qtool.convert.gguf.mix import (
-    DEFAULT_TYPES,
-    MixModel,
     MixOverrides,
     TypeChoice,
     choose_types,
@@ -39,6 +37,7 @@ from qtool.convert.gguf.mix import (
     find_file_type,
     require_importance,
 )
+from qtool.convert.gguf.mix_rules import DEFAULT_TYPES, MixModel
 from qtool.convert.gguf.names import NameMap
 from qtool.convert.gguf.ropes import DERIVED_TENSORS, derived_tensors
 from qtool.convert.gguf.sizes import Sizes

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool.arch import Architecture, Role
+from qtool.convert.gguf.config_keys import family_of
 from qtool.convert.gguf.entries import head_dim
-from qtool.convert.gguf.families import Family, family_of
+from qtool.convert.gguf.family import Family
 from qtool.errors import FormatError
 
 # Of one matrix: [out, in], whatever a checkpoint's order; stacks have one an expert.

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS, quantize
-from qtool.convert.gguf.mix import Category, block_number, category, fitting_type
+from qtool.convert.gguf.mix import block_number, category, fitting_type
+from qtool.convert.gguf.mix_rules import Category
 from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.errors import UsageError
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from qtool.convert.gguf.mix import (
-    DEFAULT_TYPES,
-    MixModel,
     MixOverrides,
     TypeChoice,
     category,
@@ -19,6 +17,7 @@ from qtool.convert.gguf.mix import (
     is_quantizable,
     require_importance,
 )
+from qtool.convert.gguf.mix_rules import DEFAULT_TYPES, MixModel
 from qtool.errors import QtoolError, UnknownName, UsageError
 
 Shapes = dict[str, tuple[int, ...]]

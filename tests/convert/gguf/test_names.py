@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qtool.arch import ARCHITECTURES
-from qtool.convert.gguf.families import settings_entries
+from qtool.convert.gguf.config_keys import settings_entries
 from qtool.convert.gguf.names import (
     NameMap,
     deinterleave_rows,
