@@ -12,6 +12,7 @@ import click
 
 from qtool import __version__
 from qtool.errors import QtoolError, closest
+from qtool.settings import share_the_machine
 
 # command -> (module:object, one line of help). The module is imported only when its command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -24,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "serve": ("qtool.runtime.command:serve", "Serve a model with an OpenAI-compatible API."),
     "chat": ("qtool.runtime.command:chat", "Chat with a model in the terminal."),
+    "bench": ("qtool.runtime.bench.command:bench", "Measure speed, of models and of servers."),
     "inspect": ("qtool.convert.inspect_command:inspect", "What a model file or folder holds."),
     "verify": ("qtool.verify_command:verify", "Check an artifact against its manifest."),
     "demo": ("qtool.runtime.demo:demo", "Run the whole product on the bundled model."),
@@ -82,6 +84,7 @@ def qtool() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    share_the_machine()
     try:
         qtool.main(args=arguments, prog_name="qtool", standalone_mode=False)
     except QtoolError as error:
