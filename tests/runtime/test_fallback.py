@@ -92,6 +92,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **_LATENT,
         "n_routed_experts": 4,
         "zero_expert_num": 2,
+        "head_dim": 32,
         "moe_topk": 2,
         "expert_ffn_hidden_size": 64,
         "ffn_hidden_size": 256,

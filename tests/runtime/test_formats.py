@@ -17,8 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qtool import grid
+from qtool.arch import ARCHITECTURES
 from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import FORMATS, WeightReader, open_weights
+from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS
+from qtool.convert.gguf.container import GgufFile
+from qtool.convert.gguf.types import TENSOR_TYPES
+from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
 from qtool.convert.run import convert_model
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.llm import LLM
@@ -33,6 +38,33 @@ Logits = Callable[[Path, Tensor], Tensor]
 ONEDNN = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 PLAIN = "onednn" if ONEDNN else "dense"
 UNPACKED = "onednn" if ONEDNN else "dequantized"
+
+
+# As small as every packing allows: its widths are multiples of 256.
+TINY: dict[str, Any] = {"num_hidden_layers": 1}
+# What a loaded weight is called where that is not GGUF's word.
+STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q4_0": "int4-g32-sym"}
+# Of GGUF's architectures; the rest take part in the long run.
+QUICK = ("gemma3_text", "phi", "deepseek_v2", "qwen2_moe")
+# What GGUF cannot leave to the config of a tiny checkpoint.
+SAID: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 64},
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 6,
+        "query_pre_attn_scalar": 64,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    },
+    "smollm3": {
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 1, 1, 0],
+        "layer_types": ["full_attention"] * 4,
+    },
+    "phi": {"num_key_value_heads": 4},
+    "gpt2": {"tie_word_embeddings": True},
+    "qwen3_moe": {"norm_topk_prob": True},
+}
 
 
 def round_to_nearest(values: Tensor, scheme: QuantScheme) -> QuantizedWeight:
@@ -156,6 +188,96 @@ def test_logits_of_an_int4_artifact_are_those_that_transformers_computes(
         expected = theirs(tokens(200)).logits
     found = load_model(str(model), dtype="float32").logits(tokens(200))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def schemes_of(format: str) -> list[Any]:
+    """Everything that the format can hold of TINY's linears; those with odd widths are slow."""
+    found = []
+    for bits in range(2, 9):
+        for group in ("g32", "g64", "g128", "row"):
+            for symmetric in ("sym", "asym"):
+                scheme = f"int{bits}-{group}-{symmetric}"
+                if FORMATS[format].refuses(QuantScheme.parse(scheme), 256, 128) is None:
+                    common = bits in (4, 8) and group in ("g64", "row")
+                    marks = () if common else pytest.mark.slow
+                    found.append(pytest.param(format, scheme, marks=marks, id=f"{format} {scheme}"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("format", "scheme"), [case for format in FORMATS for case in schemes_of(format)]
+)
+def test_every_scheme_of_every_format_is_served(
+    format: str, scheme: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = tiny_checkpoint("llama", **TINY)
+    model = quantize(plain, format, scheme, tmp_path / "model")
+    reader = open_weights(resolve(str(model)))
+    assert len(reader.modules()) == 7
+    expected = load_model(str(twin(reader, plain, tmp_path / "twin"))).logits(tokens())
+    for dtype, most in (("float32", 1e-5), ("bfloat16", 0.03)):
+        found = load_model(str(model), dtype=dtype).logits(tokens())
+        assert float((found - expected).norm() / expected.norm()) < most
+
+
+def scrambled(plain: Path, type: str, out: Path) -> Path:
+    """A GGUF file of the model whose linears are blocks of random bytes.
+
+    Bytes are below 0x3c, so that every 16-bit scale among them is finite and less than one;
+    MXFP4's scales are powers of two, 0x7f being one.
+    """
+    lowest, above = (0x70, 0x80) if type == "MXFP4" else (0, 0x3C)
+    whole = convert_model(str(plain), to="gguf", type="F32", out=out.with_suffix(".f32.gguf"))
+    file = GgufFile.open(whole)
+    linears = {name for name in file.tensors if ".weight" in name and "norm" not in name}
+    infos = [
+        TensorInfo(name, tuple(entry.shape), TENSOR_TYPES[type] if name in linears else entry.type)
+        for name, entry in file.tensors.items()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    with GgufWriter(out, GgufLayout.of(file.entries, infos)) as writer:
+        for info in infos:
+            data = file.data(info.name).contiguous().view(torch.uint8).flatten()
+            if info.name in linears:
+                data = torch.randint(lowest, above, (info.nbytes,), generator=generator)
+                data = data.to(torch.uint8)
+            writer.write(info, data.view(info.rows, -1))
+    return out
+
+
+@pytest.mark.parametrize("type", BLOCK_CODECS)
+def test_every_gguf_type_is_served(
+    type: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = tiny_checkpoint("llama", **TINY)
+    model = scrambled(plain, type, tmp_path / "model.gguf")
+    reader = open_weights(resolve(str(model)))
+    expected = load_model(str(twin(reader, plain, tmp_path / "twin"))).logits(tokens())
+    assert expected.isfinite().all()
+    found = load_model(str(model), dtype="float32")
+    kinds = {use.weight for use in found.kernels}
+    assert kinds == {STORED.get(type, type)}
+    error = (found.logits(tokens()) - expected).norm() / expected.norm()
+    assert float(error) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in QUICK else pytest.mark.slow)
+        for family in ARCHITECTURES
+    ],
+)
+def test_every_gguf_architecture_is_served(
+    family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its text is that of the checkpoint it was made from, or of a twin where it lost bits."""
+    plain = tiny_checkpoint(family, **SAID.get(family, {}))
+    expected = load_model(str(plain), dtype="float32")
+    model = convert_model(str(plain), to="gguf", type="F32", out=tmp_path / "model.gguf")
+    found = load_model(str(model), dtype="float32")
+    assert found.code == expected.code == ("native" if ARCHITECTURES[family].native else found.code)
+    torch.testing.assert_close(found.logits(tokens()), expected.logits(tokens()), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
