@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qtool.runtime.async_llm import AsyncEngineArgs, AsyncLLMEngine
     from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutputsParams
+    from qtool.runtime.engine.sequence import LoRARequest
     from qtool.runtime.llama import Llama
     from qtool.runtime.llm import LLM
     from qtool.runtime.outputs import CompletionOutput, RequestOutput
@@ -23,6 +24,7 @@ __all__ = [
     "AsyncLLMEngine",
     "CompletionOutput",
     "Llama",
+    "LoRARequest",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -36,6 +38,7 @@ _LAZY = {
     "AsyncLLMEngine": "qtool.runtime.async_llm",
     "CompletionOutput": "qtool.runtime.outputs",
     "Llama": "qtool.runtime.llama",
+    "LoRARequest": "qtool.runtime.engine.sequence",
     "RequestOutput": "qtool.runtime.outputs",
     "SamplingParams": "qtool.runtime.engine.sampling_params",
     "StructuredOutputsParams": "qtool.runtime.engine.sampling_params",

@@ -19,7 +19,7 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine, EngineStopped
 from qtool.runtime.engine.client import EngineStats, ModelInfo
 from qtool.runtime.engine.sampling_params import SamplingParams
-from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
+from qtool.runtime.engine.sequence import GenerationRequest, LoRARequest, TokenOutput
 from qtool.runtime.engine_args import engine_config
 from qtool.runtime.loading import load_model
 from qtool.runtime.outputs import Answers, RequestOutput
@@ -56,13 +56,14 @@ class AsyncLLMEngine:
         sampling_params: SamplingParams,
         request_id: str,
         *,
+        lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The answer so far, after each step that added to it; the last has `finished`."""
         await self._started()
         text, ids = prompt_ids(prompt, self._tokenizer)
         sampling = with_bad_words_as_ids(sampling_params, self._tokenizer)
-        request = GenerationRequest(request_id, ids, sampling, priority)
+        request = GenerationRequest(request_id, ids, sampling, priority, lora=lora_request)
         answers = Answers(request, text, self._tokenizer)
         # Which of many are the best is known at the end.
         at_end_only = sampling.num_sequences > sampling.n

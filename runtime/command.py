@@ -93,6 +93,12 @@ ENGINE_OPTIONS = (
         metavar="N",
         help="Guesses for each token, at most.",
     ),
+    click.option(
+        "--lora-modules",
+        multiple=True,
+        metavar="NAME=FOLDER",
+        help="A LoRA adapter, which clients call by its name as a model; repeat for several.",
+    ),
     click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
 )
 

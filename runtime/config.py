@@ -11,6 +11,7 @@ wait long: vLLM's 2048 would take seconds on a CPU that prefills at a few hundre
 and 512 costs little prefill speed.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -54,6 +55,9 @@ class EngineConfig:
                              do: {"method": "ngram"} or {"method": "draft", "model": ...}, with
                              num_speculative_tokens; None: do not. A draft model and its cache
                              come on top of the memory above
+    enable_lora              whether requests may name LoRA adapters
+    lora_modules             adapters to load at the start: a mapping from names to peft's folders,
+                             or "name=folder" each
     seed                     what requests without a seed of their own are sampled from
     """
 
@@ -72,9 +76,12 @@ class EngineConfig:
     gpu_memory_utilization: float | None = None
     kv_cache_memory_bytes: int | None = None
     speculative_config: SpeculativeConfig | None = None
+    enable_lora: bool = False
+    lora_modules: tuple[tuple[str, str], ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_modules", _lora_modules(self.lora_modules))
         if self.speculative_config is not None:
             parsed = SpeculativeConfig.parse(self.speculative_config)
             object.__setattr__(self, "speculative_config", parsed)
@@ -101,6 +108,10 @@ class EngineConfig:
                 raise UsageError(f"{name} is {value}, must be at least 1")
 
     @property
+    def uses_lora(self) -> bool:
+        return self.enable_lora or bool(self.lora_modules)
+
+    @property
     def num_waiting_limit(self) -> int:
         """Requests that may wait."""
         if self.max_num_waiting is not None:
@@ -111,3 +122,20 @@ class EngineConfig:
         """How long a step may take beside which others decode; None: no bound."""
         target = TARGET_ITL_MS.get(device) if self.target_itl_ms is None else self.target_itl_ms
         return target / 1000 if target else None
+
+
+def _lora_modules(value: object) -> tuple[tuple[str, str], ...]:
+    items = value.items() if isinstance(value, Mapping) else value
+    modules: list[tuple[str, str]] = []
+    for item in items if isinstance(items, Iterable) else ():
+        name, _, folder = item.partition("=") if isinstance(item, str) else (item[0], "", item[1])
+        if not name or not folder:
+            raise UsageError(
+                f"lora_modules has {item!r}, must be NAME=FOLDER",
+                hint="the folder as peft's save_pretrained writes it",
+            )
+        modules.append((str(name), str(folder)))
+    names = [name for name, _ in modules]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"lora_modules names {twice} twice")
+    return tuple(modules)

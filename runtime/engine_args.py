@@ -23,6 +23,8 @@ HARMLESS: Mapping[str, tuple[object, ...] | None] = {
     "disable_log_stats": None,
     "disable_log_requests": None,
     "swap_space": None,
+    "max_loras": None,
+    "max_lora_rank": None,
     "max_logprobs": None,
     "skip_tokenizer_init": (False,),
     "tokenizer": (None,),

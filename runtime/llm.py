@@ -20,13 +20,14 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.client import ModelInfo
 from qtool.runtime.engine.engine import Engine
 from qtool.runtime.engine.sampling_params import SamplingParams
-from qtool.runtime.engine.sequence import GenerationRequest
+from qtool.runtime.engine.sequence import GenerationRequest, LoRARequest
 from qtool.runtime.engine_args import engine_config
 from qtool.runtime.loading import LoadedModel, load_for
 from qtool.runtime.outputs import Answers, RequestOutput
 from qtool.runtime.requests import (
     Messages,
     Prompt,
+    adapter_each,
     one_each,
     prompt_ids,
     several_conversations,
@@ -78,16 +79,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Answers in the order of the prompts: strings, lists of token ids, or mappings with
         `prompt` or `prompt_token_ids`.
         """
         several = several_prompts(prompts)
         parameters = one_each(sampling_params, len(several))
+        adapters = adapter_each(lora_request, len(several))
         return self._run(
             [
-                self._answers(prompt, sampling)
-                for prompt, sampling in zip(several, parameters, strict=True)
+                self._answers(prompt, sampling, lora)
+                for prompt, sampling, lora in zip(several, parameters, adapters, strict=True)
             ],
             use_tqdm,
         )
@@ -98,6 +101,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
@@ -105,13 +109,14 @@ class LLM:
         tokenizer = self.get_tokenizer()
         several = several_conversations(messages)
         parameters = one_each(sampling_params, len(several))
+        adapters = adapter_each(lora_request, len(several))
         if use_tqdm and tokenizer.chat_template_origin.startswith("plain"):
             console.print(
                 f"{self.loaded.source.name} has no chat template: speakers are named line by line",
                 highlight=False,
             )
         answers = []
-        for conversation, sampling in zip(several, parameters, strict=True):
+        for conversation, sampling, lora in zip(several, parameters, adapters, strict=True):
             prompt = tokenizer.apply_chat_template(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
@@ -119,7 +124,11 @@ class LLM:
             )
             answers.append(
                 self._answers(
-                    prompt, sampling, add_special_tokens=False, extra_stop=tokenizer.chat_stop
+                    prompt,
+                    sampling,
+                    lora,
+                    add_special_tokens=False,
+                    extra_stop=tokenizer.chat_stop,
                 )
             )
         return self._run(answers, use_tqdm)
@@ -128,6 +137,7 @@ class LLM:
         self,
         prompt: Prompt,
         sampling: SamplingParams,
+        lora: LoRARequest | None,
         *,
         add_special_tokens: bool = True,
         extra_stop: Sequence[str] = (),
@@ -135,7 +145,7 @@ class LLM:
         tokenizer = self.loaded.tokenizer
         text, ids = prompt_ids(prompt, tokenizer, add_special_tokens=add_special_tokens)
         sampling = with_bad_words_as_ids(sampling, tokenizer)
-        request = GenerationRequest(str(next(self._ids)), ids, sampling)
+        request = GenerationRequest(str(next(self._ids)), ids, sampling, lora=lora)
         return Answers(request, text, tokenizer, extra_stop)
 
     def _run(self, several: Sequence[Answers], show_progress: bool) -> list[RequestOutput]:

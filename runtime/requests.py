@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from qtool.errors import UsageError
 from qtool.runtime.engine.sampling_params import BadWord, SamplingParams
+from qtool.runtime.engine.sequence import LoRARequest
 from qtool.runtime.tokenizer import Tokenizer
 
 # vLLM's forms: text, ids, {"prompt": text} and {"prompt_token_ids": ids}.
@@ -55,6 +56,16 @@ def one_each(
     if len(parameters) != count:
         raise UsageError(f"there are {count} prompts and {len(parameters)} sampling parameters")
     return list(parameters)
+
+
+def adapter_each(
+    adapters: LoRARequest | Sequence[LoRARequest | None] | None, count: int
+) -> list[LoRARequest | None]:
+    if adapters is None or isinstance(adapters, LoRARequest):
+        return [adapters] * count
+    if len(adapters) != count:
+        raise UsageError(f"there are {count} prompts and {len(adapters)} adapters")
+    return list(adapters)
 
 
 def with_bad_words_as_ids(sampling: SamplingParams, tokenizer: Tokenizer | None) -> SamplingParams:

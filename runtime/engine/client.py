@@ -40,6 +40,7 @@ class ModelInfo:
     max_num_batched_tokens: int
     weight_bytes: int
     kv_cache_bytes: int
+    lora_enabled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Series
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.adapters import Adapters
 from qtool.runtime.engine.batch import make_batch
 from qtool.runtime.engine.blocks import BlockManager
 from qtool.runtime.engine.client import EngineStats, ModelInfo
@@ -58,12 +60,19 @@ class Engine:
         pool = plan_pool(config, decoder, loaded.max_position_embeddings, budget)
         num_blocks = pool.num_blocks
         decoder = decoder.for_context(pool.max_model_len)
+        self._adapters: Adapters | None = None
+        if config.uses_lora:
+            self._adapters = Adapters(decoder, loaded.source)
+            for name, folder in config.lora_modules:
+                self._adapters.load(name, Path(folder))
+            decoder = self._adapters.model
         self.info = ModelInfo(
             name=loaded.source.name,
             max_model_len=pool.max_model_len,
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=loaded.device.type,
             format=loaded.format,
+            lora_enabled=config.uses_lora,
             vocab_size=decoder.vocab_size,
             num_kv_blocks=num_blocks,
             block_size=config.block_size,
@@ -130,6 +139,10 @@ class Engine:
         validate(request, self.info)
         if request.request_id in self._sequences:
             raise UsageError(f"request {request.request_id} is already running")
+        if request.lora is not None and self._adapters is not None:
+            if request.lora.lora_path is not None:
+                self._adapters.load(request.lora.lora_name, Path(request.lora.lora_path))
+            self._adapters.check(request.lora.lora_name)
         first, *others = answers = self._answers(request)
         self._sequences.update({sequence.id: sequence for sequence in answers})
         self._start(first, others)
@@ -168,6 +181,8 @@ class Engine:
 
     def embed(self, token_ids: tuple[int, ...], pooling: Pooling) -> list[float]:
         """A vector for a text, now; see `runtime.engine.embedding`."""
+        if self._adapters is not None:
+            self._adapters.select(())
         return embed(self._model, token_ids, pooling)
 
     def abort(self, request_id: str, index: int | None = None) -> list[TokenOutput]:
@@ -235,6 +250,8 @@ class Engine:
             if grammar is not None and work.samples:
                 drafts = work.sequence.draft_token_ids[: work.num_draft_tokens]
                 grammar.prepare(self._mask_worker, work.sequence.token_ids, drafts)
+        if self._adapters is not None:
+            self._adapters.select([(work.sequence.adapter, work.num_tokens) for work in scheduled])
         batch = make_batch(scheduled, self.blocks.table, self._device)
         logits = self._runner.run(batch)
         return draw(logits, batch, scheduled)
@@ -358,3 +375,8 @@ def validate(request: GenerationRequest, info: ModelInfo) -> None:
                 f"token id {token_id} is outside the vocabulary of {info.vocab_size} tokens"
             )
     request.sampling.check_vocabulary(info.vocab_size)
+    if request.lora is not None and not info.lora_enabled:
+        raise UsageError(
+            f"the engine was started without adapters, and {request.lora.lora_name} is one",
+            hint="start it with --enable-lora, or with --lora-modules NAME=FOLDER",
+        )

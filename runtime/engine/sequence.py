@@ -33,6 +33,20 @@ class PromptTooLong(QtoolError):
 
 
 @dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """Which adapter writes an answer; vLLM's names.
+
+    lora_name    what it is called from its first use on
+    lora_int_id  vLLM's number for it, of no use here
+    lora_path    peft's folder; None: an adapter that is known by its name already
+    """
+
+    lora_name: str
+    lora_int_id: int = 0
+    lora_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One prompt to continue.
 
@@ -40,6 +54,7 @@ class GenerationRequest:
     cache_salt  the cache is shared only with requests of an equal one: who does not know it cannot
                 find out by timing what others have asked
     timeout     seconds after which the request ends, wherever it is; None: no bound
+    lora        the adapter to use; None: the model as it is
     """
 
     request_id: str
@@ -48,6 +63,7 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: str | None = None
     timeout: float | None = None
+    lora: LoRARequest | None = None
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not self.timeout > 0:
@@ -142,7 +158,12 @@ class Sequence:
     @property
     def cache_scope(self) -> Hashable:
         """Keys and values are shared only between sequences of an equal one."""
-        return self.request.cache_salt
+        return self.request.cache_salt, self.adapter
+
+    @property
+    def adapter(self) -> str | None:
+        lora = self.request.lora
+        return None if lora is None else lora.lora_name
 
     @property
     def num_prompt_tokens(self) -> int:
