@@ -327,6 +327,23 @@ def test_gguf_files_generate_with_their_own_tokenizer(
     assert continuation(model).strip()
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2"])
+def test_quantized_experts_run_packed(
+    family: str, tiny_checkpoint: Callable[..., Path], transformers_logits: Logits, tmp_path: Path
+) -> None:
+    plain = tiny_checkpoint(family)
+    model = quantize(plain, "compressed-tensors", "int4-g32-sym", tmp_path / "model")
+    reader = open_weights(resolve(str(model)))
+    expected = transformers_logits(twin(reader, plain, tmp_path / "twin"), tokens())
+    loaded = load_model(str(model), dtype="bfloat16")
+    experts = {use for use in loaded.kernels if use.layer.startswith(("experts", "shared"))}
+    assert {use.weight for use in experts if use.layer != "shared_router"} == {"int4-g32-sym"}
+    assert all(use.kernel in ("int4pack", "native_w4a8") for use in experts)
+    assert sum(use.count for use in experts if use.layer == "experts_down") in (4, 8)
+    error = (loaded.logits(tokens()) - expected).norm() / expected.norm()
+    assert float(error) < 0.05
+
+
 def test_codes_survive_every_conversion(books_7m: Path, tmp_path: Path) -> None:
     """int4 to Marlin, GPTQ, AWQ and Q4_0: one text, since all hold the same weights."""
     model = quantize(books_7m, "compressed-tensors", "int4-g128-sym", tmp_path / "int4")
