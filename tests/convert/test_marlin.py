@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qtool.convert import marlin
 from qtool.convert.layer import LayerSpec
@@ -98,6 +100,45 @@ def test_tensors_equal_the_reference_and_come_back(
         assert torch.equal(tensor, expected[name]), name
     read = marlin.unpack_layer(tensors, LayerSpec("layer", parsed))
     assert torch.equal(read.dequantize(), weight.dequantize())
+
+
+SCHEMES = [
+    QuantScheme(bits, group, symmetric=symmetric)
+    for bits in (4, 8)
+    for group in (*marlin.GROUP_SIZES, None)
+    for symmetric in (True, False)
+    if bits == 4 or symmetric
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scheme=st.sampled_from(SCHEMES),
+    strips=st.integers(1, 9),
+    tiles=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+def test_every_legal_shape_equals_the_reference_and_comes_back(
+    scheme: QuantScheme, strips: int, tiles: int, seed: int, random_weight: RandomWeight
+) -> None:
+    outputs, inputs = strips * marlin.OUT_MULTIPLE, tiles * marlin.IN_MULTIPLE
+    assert marlin.refuses(scheme, outputs, inputs) is None
+    weight = random_weight(scheme, outputs, inputs, seed)
+    tensors = marlin.pack_layer(weight, torch.bfloat16)
+    expected = reference(weight)
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].equal(expected[name]) for name in tensors)
+    read = marlin.unpack_layer(tensors, LayerSpec("layer", scheme))
+    assert read.codes.equal(weight.codes)
+    assert read.scales.float().equal(weight.scales.float())
+    assert (read.zeros is None) == (weight.zeros is None)
+    assert weight.zeros is None or read.zeros is None or read.zeros.equal(weight.zeros)
+
+
+@given(scheme=st.sampled_from(SCHEMES), outputs=st.integers(1, 600), inputs=st.integers(1, 900))
+def test_every_other_shape_is_refused(scheme: QuantScheme, outputs: int, inputs: int) -> None:
+    legal = outputs % marlin.OUT_MULTIPLE == 0 and inputs % marlin.IN_MULTIPLE == 0
+    assert (marlin.refuses(scheme, outputs, inputs) is None) == legal
 
 
 def test_the_worked_example_of_the_module_holds() -> None:
