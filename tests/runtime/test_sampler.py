@@ -93,7 +93,7 @@ def test_top_p_counts_among_what_top_k_left() -> None:
 )
 def test_the_nucleus_is_what_sorting_finds(logits: list[float], top_p: float) -> None:
     probabilities = torch.tensor(logits).softmax(-1)
-    kept = probabilities >= nucleus_bound(probabilities, top_p)
+    kept = probabilities >= nucleus_bound(probabilities.numpy(), top_p)
     ordered = probabilities.double().sort(descending=True).values
     needed = int((ordered.cumsum(0) < top_p - 1e-6).sum()) + 1
     # Rounding may move the cut by one; ties with the last one kept all belong.
@@ -165,8 +165,8 @@ def kept(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """[vocab] float64: the probability of each token once everything has been cut."""
     found = candidates(logits, sampling)
     whole = torch.zeros(logits.numel(), dtype=torch.float64)
-    ids = slice(None) if found.token_ids is None else found.token_ids
-    whole[ids] = found.probabilities.double()
+    ids = slice(None) if found.token_ids is None else torch.from_numpy(found.token_ids)
+    whole[ids] = torch.from_numpy(found.probabilities).double()
     return whole / whole.sum()
 
 
