@@ -320,6 +320,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             window_rule="pattern",
             defaults={
                 **_GEMMA,
+                "vocab_size": 262208,
                 "num_attention_heads": 8,
                 "num_key_value_heads": 4,
                 "sliding_window": 4096,

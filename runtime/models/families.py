@@ -31,6 +31,15 @@ NATIVE: dict[str, str] = {
     "deepseek_v2": "DeepSeek V2, V2 Lite, Coder V2",
     "deepseek_v3": "DeepSeek V3, V3.1, R1",
 }
+# Multimodal models, of which the part that writes text is run (runtime/models/text_part.py).
+TEXT_PARTS: dict[str, str] = {
+    "gemma3": "Gemma 3 4B to 27B, MedGemma",
+    "llava": "LLaVA 1.5",
+    "mistral3": "Mistral Small 3.1, 3.2",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+}
 TRANSFORMERS: dict[str, str] = {
     "afmoe": "Arcee Trinity",
     "apertus": "Apertus",
@@ -111,5 +120,7 @@ def served_families() -> Iterator[ServedFamily]:
     """Native ones first, each group by name; gguf: whether files of that kind are read, too."""
     for name, models in sorted(NATIVE.items()):
         yield ServedFamily(name, "native", models, name in ARCHITECTURES)
+    for name, models in sorted(TEXT_PARTS.items()):
+        yield ServedFamily(name, "native", f"{models}: text alone", gguf=False)
     for name, models in sorted(TRANSFORMERS.items()):
         yield ServedFamily(name, "transformers", models, name in ARCHITECTURES)

@@ -1,7 +1,8 @@
 """Which code runs a model, decided from its headers: the native decoder, or transformers' own.
 
 The native decoder has the families of `qtool.arch`; a config of one of them that says something it
-does not compute is run by transformers, with that as the reason. What neither runs is refused.
+does not compute is run by transformers, with that as the reason. What neither runs is refused. Of a
+multimodal model the part that writes text is run.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from qtool.errors import UnsupportedModel
 from qtool.runtime.models.build import KernelUse, build_decoder
 from qtool.runtime.models.model import Model
 from qtool.runtime.models.tensors import check_tensors
+from qtool.runtime.models.text_part import text_part
 
 Code = Literal["native", "transformers"]
 
@@ -81,16 +83,18 @@ def plan_decoder(reader: WeightReader) -> NativePlan | FallbackPlan:
     """Raises UnsupportedModel for a family that neither code runs, FormatError for tensors that are
     missing or of another shape.
     """
+    part = text_part(reader)
+    text = reader if part is None else part
     try:
-        architecture = find_architecture(reader.config)
-        config = DecoderConfig.from_hf(reader.config)
+        architecture = find_architecture(text.config)
+        config = DecoderConfig.from_hf(text.config)
     except UnsupportedModel as refusal:
         # Loads transformers' table of families, which takes a second.
         from qtool.runtime.models.fallback import read_config
 
         return FallbackPlan(reader, read_config(reader), refusal.message)
-    check_tensors(reader, architecture, config)
-    return NativePlan(reader, architecture, config)
+    check_tensors(text, architecture, config)
+    return NativePlan(text, architecture, config)
 
 
 def model_dtype(config: dict[str, Any]) -> str:
