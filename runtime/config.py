@@ -17,10 +17,13 @@ from typing import Literal, get_args
 
 from qtool.errors import UnknownName, UsageError
 from qtool.runtime.engine.speculative_config import SpeculativeConfig
+from qtool.settings import Activations
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
+KvCacheDtype = Literal["auto", "int8"]
+LmHead = Literal["auto", "bf16", "int8", "int4"]
 
 # What a step may take beside which others decode, in milliseconds.
 TARGET_ITL_MS = {"cpu": 200.0, "cuda": 50.0}
@@ -34,6 +37,11 @@ class EngineConfig:
     """How to load and run one model.
 
     model                    folder, .gguf file, builtin:NAME or Hub id
+    activations              int8: on a CPU quantized layers round their inputs to 8 bits and
+                             multiply whole numbers, also in float32; bf16: they do not; None:
+                             int8 where inputs are in bfloat16 already (QTOOL_ACTIVATIONS)
+    lm_head                  what a head that is stored in floating point is rounded to; auto: int8
+                             beside layers that round their inputs to 8 bits, else it stays
     max_model_len            longest prompt plus answer; None: what the model was made for
     max_num_seqs             sequences in one step
     max_num_batched_tokens   tokens in one step, prompts and answers together
@@ -49,6 +57,8 @@ class EngineConfig:
     gpu_memory_utilization   share of the memory, 0 to 1, for weights and KV pool together: of all
                              of a GPU's, or of what is free at the start on a CPU; None: a quarter
                              of what is free once the weights are there
+    kv_cache_dtype           auto: keys and values are cached in the model's type; int8: in 8 bits
+                             with a scale for each token and head, in little more than half of it
     kv_cache_memory_bytes    size of the KV pool, exactly; None: by the share above, and never more
                              than max_num_seqs sequences of max_model_len tokens can use
     speculative_config       guess tokens ahead and verify them at once; a mapping or its JSON will
@@ -65,6 +75,8 @@ class EngineConfig:
     revision: str | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
+    activations: Activations | None = None
+    lm_head: LmHead = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -74,6 +86,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     block_size: int = 32
     gpu_memory_utilization: float | None = None
+    kv_cache_dtype: KvCacheDtype = "auto"
     kv_cache_memory_bytes: int | None = None
     speculative_config: SpeculativeConfig | None = None
     enable_lora: bool = False
@@ -92,6 +105,13 @@ class EngineConfig:
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             known = get_args(SchedulingPolicy)
             raise UnknownName("scheduling policy", self.scheduling_policy, known)
+        if self.kv_cache_dtype not in get_args(KvCacheDtype):
+            known = get_args(KvCacheDtype)
+            raise UnknownName("KV cache dtype", self.kv_cache_dtype, known)
+        if self.activations not in (None, *get_args(Activations)):
+            raise UnknownName("activations", str(self.activations), get_args(Activations))
+        if self.lm_head not in get_args(LmHead):
+            raise UnknownName("head", self.lm_head, get_args(LmHead))
         share = self.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise UsageError(f"gpu_memory_utilization is {share}, must be above 0 and at most 1")

@@ -14,6 +14,7 @@ from torch import Tensor
 from qtool.convert.formats import open_weights
 from qtool.errors import UnknownName, UsageError
 from qtool.runtime.config import Device, Dtype, EngineConfig
+from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.memory import MemoryBudget, least_weight_bytes
 from qtool.runtime.models.build import KernelUse
 from qtool.runtime.models.load import Code, model_dtype, plan_decoder
@@ -77,6 +78,7 @@ def load_for(config: EngineConfig) -> LoadedModel:
         dtype=config.dtype,
         device=config.device,
         revision=config.revision,
+        rules=PackingRules(config.activations, config.lm_head),
         budget=MemoryBudget.measure(config, choose_device(config.device)),
     )
 
@@ -87,10 +89,12 @@ def load_model(
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: str | None = None,
+    rules: PackingRules = DEFAULT_RULES,
     budget: MemoryBudget | None = None,
 ) -> LoadedModel:
     """Load any model this tool writes or reads: a folder, a GGUF file, builtin:NAME or a Hub id.
 
+    rules   how quantized layers and the head are packed
     budget  what the weights have to fit into; None: that is the caller's affair
     """
     source = resolve(model, revision)
@@ -101,7 +105,7 @@ def load_model(
     if budget is not None:
         budget.check_weights(source.name, least_weight_bytes(reader, chosen))
     with torch.inference_mode():
-        built = plan.load(chosen, where)
+        built = plan.load(chosen, where, rules)
     tokenizer = Tokenizer.load(source, reader)
     eos = () if tokenizer is None else tokenizer.eos_token_ids
     return LoadedModel(

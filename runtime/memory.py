@@ -22,6 +22,7 @@ from qtool.convert.formats import Held, WeightReader
 from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.models.model import Model
 
 # Of the memory that is free once the weights are loaded, what the pool takes when nobody says.
@@ -135,7 +136,7 @@ def plan_pool(
     config: EngineConfig, model: Model, max_position_embeddings: int, budget: MemoryBudget
 ) -> PoolPlan:
     """Within memory and, unless its size was asked for, within what can ever be used."""
-    each = block_bytes(model, config.block_size)
+    each = block_bytes(model, config.block_size, config.kv_cache_dtype)
     logits_bytes = LOGITS_COPIES * config.max_num_seqs * model.vocab_size * 4
     affordable = budget.pool_bytes(logits_bytes) // each
     if affordable < 1:
@@ -151,12 +152,6 @@ def plan_pool(
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     exact = config.kv_cache_memory_bytes is not None
     return PoolPlan(affordable if exact else min(affordable, useful), max_model_len)
-
-
-def block_bytes(model: Model, block_size: int) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    channels = sum(spec.cached_channels for spec in model.attention)
-    return channels * block_size * model.dtype.itemsize
 
 
 def choose_max_model_len(asked: int | None, trained: int, pool_tokens: int) -> int:

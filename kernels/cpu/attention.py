@@ -222,14 +222,44 @@ def _decode_inputs(
     return gather, mask[None, :, None, :]
 
 
-def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+# Scales [kv_heads, slots] float32 of a cache's keys and of its values, in 8 bits.
+Scales = tuple[Tensor, Tensor]
+
+
+def write(
+    keys: Tensor,
+    values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    *,
+    scales: Scales | None = None,
+) -> None:
     """Store a step's key and value [rows, kv_heads, head_dim] in the pools, at `slots` [rows].
 
     Where `values` is a view of the keys' first channels, the key has the value in it.
     """
-    keys.index_copy_(1, slots, key.transpose(0, 1))
+    pairs = [(keys, key, None if scales is None else scales[0])]
     if not _is_view_of(values, keys):
-        values.index_copy_(1, slots, value.transpose(0, 1))
+        pairs.append((values, value, None if scales is None else scales[1]))
+    for pool, new, scale in pairs:
+        rows = new.transpose(0, 1)
+        if scale is not None:
+            rows, steps = to_8_bits(rows)
+            scale.index_copy_(1, slots, steps)
+        pool.index_copy_(1, slots, rows)
+
+
+def to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., channels] -> whole numbers of a 127th of the largest channel, int8, and that step
+    [...] float32. NaN in a channel is NaN in the step.
+    """
+    wide = x.float()
+    top = wide.abs().amax(-1)
+    tiny = top < 1e-30
+    inverse = torch.where(tiny, 0.0, 127.0 / top)
+    codes = torch.round(wide * inverse[..., None]).nan_to_num_(0.0).to(torch.int8)
+    return codes, torch.where(tiny, 0.0, top / 127.0)
 
 
 def attend(
@@ -242,13 +272,15 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
     """query [rows, heads, key_dim] over pools [kv_heads, slots, dim] -> [rows, heads, value_dim].
 
     softcap  scores become softcap * tanh(score / softcap)
     sinks    [heads], a logit of each head that takes its share of the softmax and gives nothing
+    scales   of pools in 8 bits
     """
-    pools = _Pools(keys, values, block_size)
+    pools = _Pools(keys, values, block_size, scales, query.dtype)
     rule = _Rule(scale, softcap, sinks)
     if not plan.prefill and len(plan.decode) == 1 and plan.decode[0].rows is None:
         return _decode(query, pools, plan.decode[0], rule)
@@ -280,13 +312,22 @@ class _Pools(NamedTuple):
     keys: Tensor
     values: Tensor
     block_size: int
+    scales: Scales | None
+    dtype: torch.dtype
 
     def fetch(self, gather: Gather) -> tuple[Tensor, Tensor]:
         """[kv_heads, sequences, tokens, dim] of a call's keys and of its values."""
-        keys = _fetch(self.keys, gather, self.block_size)
+        keys = self._part(self.keys, gather, 0)
         if _is_view_of(self.values, self.keys):
             return keys, keys[..., : self.values.shape[-1]]
-        return keys, _fetch(self.values, gather, self.block_size)
+        return keys, self._part(self.values, gather, 1)
+
+    def _part(self, pool: Tensor, gather: Gather, which: int) -> Tensor:
+        found = _fetch(pool, gather, self.block_size)
+        if self.scales is None:
+            return found
+        steps = _fetch(self.scales[which].unsqueeze(-1), gather, self.block_size)
+        return (found * steps).to(self.dtype)
 
 
 def _is_view_of(values: Tensor, keys: Tensor) -> bool:

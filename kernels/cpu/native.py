@@ -40,6 +40,10 @@ _PROTOTYPES = {
         None,
         (c_int32, c_void_p, *(c_int64,) * 2, c_void_p, c_int64, *(c_void_p,) * 3, c_int32),
     ),
+    "qtool_pack_matrix": (
+        None,
+        (c_void_p, c_int32, *(c_int64,) * 2, c_void_p, c_int64, c_void_p, c_int32),
+    ),
     "qtool_linear_scratch": (c_int64, (c_void_p, c_int64)),
     "qtool_linear": (
         None,

@@ -152,15 +152,22 @@ def refuses(
     device: torch.device,
     activations: Activations | None,
 ) -> str | None:
+    if isinstance(weight, QuantizedWeight):
+        group = weight.scheme.group_width(weight.shape[1])
+        if group % STRIP:
+            return f"takes groups of a multiple of {STRIP} inputs, these have {group}"
+    return refuses_any(dtype, device, activations)
+
+
+def refuses_any(
+    dtype: torch.dtype, device: torch.device, activations: Activations | None
+) -> str | None:
+    """What it has against every weight, or None."""
     if device.type != "cpu":
         return f"runs on cpu, not {device.type}"
     if dtype not in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         return f"takes bfloat16 or float32 activations, these are {name}"
-    if isinstance(weight, QuantizedWeight):
-        group = weight.scheme.group_width(weight.shape[1])
-        if group % STRIP:
-            return f"takes groups of a multiple of {STRIP} inputs, these have {group}"
     asked = activations or settings().activations
     if asked == "bf16":
         return "rounds activations to 8 bits, and bf16 was asked for"
@@ -257,6 +264,26 @@ def _pack_blocks(native: Native, weight: BlockWeight) -> NativePacked:
         midpoint=block.midpoint,
         scale_kind=block.scale_kind,
     )
+
+
+def pack_matrix(native: Native, values: Tensor) -> NativePacked:
+    """values [out, in] bfloat16 or float32, rounded to 8 bits with one scale a row."""
+    out_features, in_features = values.shape
+    values = values.contiguous()
+    codes = _empty_codes(out_features, in_features, 8)
+    scales = torch.zeros(len(codes), 1, PANEL_ROWS)
+    native.library.qtool_pack_matrix(
+        values.data_ptr(),
+        ELEMENT_TYPES[values.dtype],
+        out_features,
+        in_features,
+        codes.data_ptr(),
+        codes.numel(),
+        scales.data_ptr(),
+        torch.get_num_threads(),
+    )
+    shape = (out_features, in_features)
+    return _packed(native, shape, codes, scales, bits=8, group=in_features, midpoint=128)
 
 
 def _packed(

@@ -25,6 +25,7 @@ from qtool.runtime.engine.client import EngineStats, ModelInfo
 from qtool.runtime.engine.draw import Drawn, draw
 from qtool.runtime.engine.embedding import Pooling, embed
 from qtool.runtime.engine.grammar import GrammarCompiler
+from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.pace import Pace
 from qtool.runtime.engine.runner import ModelRunner
@@ -40,7 +41,7 @@ from qtool.runtime.engine.sequence import (
 from qtool.runtime.engine.speculation import SpeculationCounts
 from qtool.runtime.engine.speculators import make_speculation
 from qtool.runtime.loading import LoadedModel
-from qtool.runtime.memory import MemoryBudget, block_bytes, plan_pool
+from qtool.runtime.memory import MemoryBudget, plan_pool
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             weight_bytes=loaded.nbytes,
-            kv_cache_bytes=num_blocks * block_bytes(decoder, config.block_size),
+            kv_cache_bytes=num_blocks
+            * block_bytes(decoder, config.block_size, config.kv_cache_dtype),
         )
         self.blocks = BlockManager(
             num_blocks,
@@ -88,7 +90,12 @@ class Engine:
             window=widest_window(spec.window for spec in decoder.attention),
         )
         self._model = decoder
-        self._runner = ModelRunner(decoder, num_blocks=num_blocks, block_size=config.block_size)
+        self._runner = ModelRunner(
+            decoder,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            kv_cache_dtype=config.kv_cache_dtype,
+        )
         self._scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,

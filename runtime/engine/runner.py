@@ -1,41 +1,86 @@
-"""Runs batches: owns the KV pool, and gives the decoder an `attend` that reads and writes it.
+"""Runs batches: owns the KV pool, and gives the model an `attend` that reads and writes it.
 
-The pool is one tensor for keys and one for values a layer, [kv_heads, slots, dim], sized by the
-layer's `AttentionSpec`: the blocks of a head lie side by side, which is how `kernels.cpu.attention`
-wants to gather them. On a CPU its pages are touched as they are first used, so a large pool costs
-nothing until it is needed. Layers of one window share a step's plan.
+There are three ways to run a step, and the first that can be had is taken:
+
+native blocks     all blocks of the decoder in one call of the compiled library; a token's logits
+                  have the same bits whatever else is in the step (`runtime.models.native`)
+native attention  the model's own operations, with the library's attention
+torch             the model's own operations, with attention from PyTorch's; layers of one window
+                  share a step's plan
 """
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qtool.kernels.cpu import attention
+from qtool.kernels.cpu.native import (
+    MAX_HEAD_DIM,
+    Native,
+    load,
+    make_cache,
+    make_rule,
+    plan_spans,
+)
+from qtool.runtime.config import KvCacheDtype
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.blocks import Copy
-from qtool.runtime.models.attention_spec import AttentionSpec
-from qtool.runtime.models.model import Model, sinks_of
+from qtool.runtime.engine.kv_pool import KVPool
+from qtool.runtime.models.decoder import Decoder
+from qtool.runtime.models.model import Attend, Model, sinks_of
+from qtool.runtime.models.native import NativeDecoder, find_slots, why_not
 
 
 class ModelRunner:
-    def __init__(self, model: Model, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        block_size: int,
+        kv_cache_dtype: KvCacheDtype = "auto",
+    ) -> None:
         self._model = model
-        self._block_size = block_size
-        slots = num_blocks * block_size
-        self._pools = [_pools(spec, slots, model.dtype, model.device) for spec in model.attention]
+        self.pool = KVPool(
+            model.attention,
+            num_blocks,
+            block_size,
+            kv_cache_dtype,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._native = _NativeAttention.of(model, self.pool)
+        self._decoder: NativeDecoder | None = None
+        if isinstance(model, Decoder) and why_not(model) is None:
+            self._decoder = NativeDecoder(model, self.pool.layers, block_size)
         self._windows = {spec.window for spec in model.attention}
         self._sinks = [sinks_of(spec, model.device) for spec in model.attention]
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits of the sampled rows, [sampled, vocab] float32; the cache holds all rows after."""
-        model = self._model
+        model = self._decoder or self._model
+        if self._decoder is not None:
+            hidden = self._decoder.hidden(batch.token_ids, batch.positions, batch.spans)
+        elif self._native is not None:
+            attend = self._native.attend(batch)
+            hidden = self._model.hidden(batch.token_ids, batch.positions, attend)
+        else:
+            attend = self._attend(batch)
+            hidden = self._model.hidden(batch.token_ids, batch.positions, attend)
+        if batch.sampled_rows.numel() == 0:
+            return hidden.new_empty(0, model.vocab_size, dtype=torch.float32)
+        if batch.sampled_rows.numel() < hidden.shape[0]:
+            hidden = hidden.index_select(0, batch.sampled_rows)
+        return model.logits(hidden)
+
+    def _attend(self, batch: Batch) -> Attend:
+        model, block_size = self._model, self.pool.block_size
         plans = {
             window: attention.plan(
                 batch.spans,
-                block_size=self._block_size,
+                block_size=block_size,
                 window=window,
                 dtype=model.dtype,
                 device=model.device,
@@ -44,64 +89,72 @@ class ModelRunner:
         }
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            spec = model.attention[layer]
-            keys, values = self._pools[layer]
+            spec, pool = model.attention[layer], self.pool.layers[layer]
             plan = plans[spec.window]
-            attention.write(keys, values, key, value, plan.slots)
+            attention.write(pool.keys, pool.values, key, value, plan.slots, scales=pool.scales)
             return attention.attend(
                 query,
-                keys,
-                values,
+                pool.keys,
+                pool.values,
                 plan,
-                block_size=self._block_size,
+                block_size=block_size,
                 scale=spec.scale,
                 softcap=spec.softcap,
                 sinks=self._sinks[layer],
+                scales=pool.scales,
             )
 
-        hidden = model.hidden(batch.token_ids, batch.positions, attend)
-        if batch.sampled_rows.numel() == 0:
-            return hidden.new_empty(0, model.vocab_size, dtype=torch.float32)
-        if batch.sampled_rows.numel() < hidden.shape[0]:
-            hidden = hidden.index_select(0, batch.sampled_rows)
-        return model.logits(hidden)
+        return attend
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
         """Carry out copies between blocks, one after the other."""
         for source, target, num_tokens in copies:
-            there = slice(target * self._block_size, target * self._block_size + num_tokens)
-            here = slice(source * self._block_size, source * self._block_size + num_tokens)
-            for keys, values in self._pools:
-                keys[:, there] = keys[:, here]
-                values[:, there] = values[:, here]
+            self.pool.copy_block(source, target, num_tokens)
 
     @torch.inference_mode()
     def clear(self, block_ids: Sequence[int]) -> None:
-        """Zero blocks whose content may not be finite.
-
-        A block's next owner reads its unwritten end behind a mask, and 0 times NaN is NaN.
-        """
-        for block in block_ids:
-            slots = slice(block * self._block_size, (block + 1) * self._block_size)
-            for keys, values in self._pools:
-                keys[:, slots] = 0
-                values[:, slots] = 0
+        self.pool.clear(block_ids)
 
 
-def _pools(
-    spec: AttentionSpec, slots: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """keys [kv_heads, slots, key_dim] and values [kv_heads, slots, value_dim] of one layer."""
-    keys = _zeros((spec.num_kv_heads, slots, spec.key_dim), dtype, device)
-    if spec.value_in_key:
-        return keys, keys[..., : spec.value_dim]
-    return keys, _zeros((spec.num_kv_heads, slots, spec.value_dim), dtype, device)
+class _NativeAttention:
+    """`attend` by the compiled library over a pool."""
 
+    def __init__(self, native: Native, model: Model, pool: KVPool) -> None:
+        self._native = native
+        self._block_size = pool.block_size
+        self._caches = [
+            make_cache(layer.keys, layer.values, layer.key_scales, layer.value_scales)
+            for layer in pool.layers
+        ]
+        self._rules = [
+            make_rule(
+                heads=spec.num_heads,
+                scale=spec.scale,
+                window=spec.window,
+                softcap=spec.softcap,
+                sinks=sinks_of(spec, model.device),
+            )
+            for spec in model.attention
+        ]
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks the system for zero pages (calloc), torch writes the zeros.
-    words = np.zeros(shape, dtype=np.uint16 if dtype.itemsize == 2 else np.uint32)
-    return torch.from_numpy(words).view(dtype)
+    @classmethod
+    def of(cls, model: Model, pool: KVPool) -> "_NativeAttention | None":
+        """None where the library does not serve this model."""
+        if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        if any(max(spec.key_dim, spec.value_dim) > MAX_HEAD_DIM for spec in model.attention):
+            return None
+        native = load()
+        return cls(native, model, pool) if isinstance(native, Native) else None
+
+    def attend(self, batch: Batch) -> Attend:
+        table = plan_spans(batch.spans, block_size=self._block_size)
+        slots = find_slots(batch.spans, self._block_size)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache = self._caches[layer]
+            self._native.write_cache(key, value, cache, slots)
+            return self._native.paged_attention(query, cache, table, self._rules[layer])
+
+        return attend

@@ -18,7 +18,15 @@ from qtool.convert.formats import WeightReader
 from qtool.decoder_config import DecoderConfig, ExpertsConfig, LatentConfig
 from qtool.kernels.dispatch import describe
 from qtool.progress import bar
-from qtool.runtime.layers import Fused, Linear, Linears, pack
+from qtool.runtime.layers import (
+    DEFAULT_RULES,
+    Fused,
+    Linear,
+    Linears,
+    PackingRules,
+    pack,
+    pack_head,
+)
 from qtool.runtime.models.attention import LatentAttention, SelfAttention
 from qtool.runtime.models.decoder import Block, Decoder, attention_specs
 from qtool.runtime.models.mlp import Mlp, SparseMlp
@@ -62,9 +70,10 @@ def build_decoder(
     config: DecoderConfig,
     dtype: torch.dtype,
     device: torch.device,
+    rules: PackingRules = DEFAULT_RULES,
 ) -> Built:
     """Of weights that `tensors.check_tensors` has accepted."""
-    return _Builder(reader, architecture, config, dtype, device).build()
+    return _Builder(reader, architecture, config, dtype, device, rules).build()
 
 
 class _Builder:
@@ -75,12 +84,14 @@ class _Builder:
         config: DecoderConfig,
         dtype: torch.dtype,
         device: torch.device,
+        rules: PackingRules,
     ) -> None:
         self._reader = reader
         self._architecture = architecture
         self._config = config
         self._dtype = dtype
         self._device = device
+        self._rules = rules
         self._ropes = list(dict.fromkeys(layer.rope for layer in config.layers if layer.rope))
         self._uses: Counter[tuple[str, str, str, str]] = Counter()
         self._nbytes = 0
@@ -93,8 +104,7 @@ class _Builder:
             for index in range(config.num_layers):
                 blocks.append(self._block(index))
                 progress.advance()
-        tied = DenseWeight(embedding) if config.tie_word_embeddings else None
-        head = self._linear(("head",), None, given=tied)
+        head = self._head(embedding)
         if isinstance(head, Linear) and head.shares(embedding):
             self._nbytes -= embedding.nbytes
         norm = self._norm("norm", None)
@@ -113,6 +123,26 @@ class _Builder:
         )
         uses = tuple(KernelUse(*key, count) for key, count in self._uses.items())
         return Built(decoder, uses, self._nbytes)
+
+    def _head(self, embedding: Tensor) -> Linear:
+        """Its own weight or the embedding's, as that is stored where it is packed."""
+        tied = self._config.tie_word_embeddings
+        role: Role = "embed" if tied else "head"
+        module = self._architecture.hf_name(role, None)
+        weight = self._reader.weight(module)
+        stored = describe(weight)
+        if tied:
+            stored = f"the embedding, {stored}"
+            if isinstance(weight, DenseWeight):
+                weight = DenseWeight(embedding)
+        native = any(kernel == "native_w4a8" for _, _, kernel, _ in self._uses)
+        bias = self._bias(self._architecture.hf_name("head", None))
+        layer, choice = pack_head(
+            weight, bias, self._dtype, self._device, self._rules, beside_native=native
+        )
+        self._nbytes += layer.nbytes
+        self._count("head", stored, choice.kernel.name, choice.reason)
+        return layer
 
     def _block(self, index: int) -> Block:
         latent = self._config.latent
@@ -258,12 +288,11 @@ class _Builder:
         index: int | None,
         expert: int | None = None,
         *,
-        given: Weight | None = None,
         orders: dict[Role, Tensor] | None = None,
     ) -> Linear | Linears:
         """One packed layer of the roles' weights side by side, their rows in `orders`."""
         modules = [self._architecture.hf_name(role, index, expert) for role in roles]
-        weights = [given or self._reader.weight(module) for module in modules]
+        weights: list[Weight] = [self._reader.weight(module) for module in modules]
         biases = [self._bias(module) for module in modules]
         for place, role in enumerate(roles):
             order = (orders or {}).get(role)
@@ -271,11 +300,10 @@ class _Builder:
                 bias = biases[place]
                 weights[place] = weights[place].rows(order)
                 biases[place] = None if bias is None else bias[order]
-        fused: Fused = pack(weights, biases, self._dtype, self._device)
+        fused: Fused = pack(weights, biases, self._dtype, self._device, self._rules)
         self._nbytes += fused.layer.nbytes
         for role, weight, choice in zip(roles, weights, fused.choices, strict=True):
-            stored = "the embedding" if given is not None else describe(weight)
-            self._count(role, stored, choice.kernel.name, choice.reason)
+            self._count(role, describe(weight), choice.kernel.name, choice.reason)
         return fused.layer
 
     def _count(self, role: Role, stored: str, kernel: str, reason: str) -> None:

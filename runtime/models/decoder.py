@@ -85,17 +85,25 @@ class Decoder:
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """token_ids, positions [rows] int64 -> the last block's output [rows, hidden]."""
         turns = [rotation.turn(positions, self.dtype) for rotation in self.rotations]
-        x = self.embedding.index_select(0, token_ids)
-        if self.config.embedding_scale != 1.0:
-            # Rounded to the model's type, as it was when the model was trained.
-            x = x.mul_(torch.tensor(self.config.embedding_scale, dtype=self.dtype))
+        x = self.embed(token_ids)
         for block in self.blocks:
             x = block(x, turns, attend)
         return x
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids [rows] int64 -> the first block's input [rows, hidden]."""
+        x = self.embedding.index_select(0, token_ids)
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the model's type, as it was when the model was trained.
+            x = x.mul_(torch.tensor(self.config.embedding_scale, dtype=self.dtype))
+        return x
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> [rows, vocab] float32."""
-        logits = self.head(self.norm(hidden)).float()
+        return self.shape_logits(self.head(self.norm(hidden)).float())
+
+    def shape_logits(self, logits: Tensor) -> Tensor:
+        """The head's output [rows, vocab] float32 as the family scales and caps it, in place."""
         config = self.config
         if config.logits_scale != 1.0:
             logits = logits.mul_(config.logits_scale)

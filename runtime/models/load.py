@@ -14,6 +14,7 @@ from qtool.arch import Architecture, find_architecture
 from qtool.convert.formats import WeightReader
 from qtool.decoder_config import DecoderConfig
 from qtool.errors import UnsupportedModel
+from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.models.build import KernelUse, build_decoder
 from qtool.runtime.models.model import Model
 from qtool.runtime.models.tensors import check_tensors
@@ -41,8 +42,10 @@ class NativePlan:
     architecture: Architecture
     config: DecoderConfig
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> LoadedDecoder:
-        built = build_decoder(self.reader, self.architecture, self.config, dtype, device)
+    def load(
+        self, dtype: torch.dtype, device: torch.device, rules: PackingRules = DEFAULT_RULES
+    ) -> LoadedDecoder:
+        built = build_decoder(self.reader, self.architecture, self.config, dtype, device, rules)
         return LoadedDecoder(
             model=built.decoder,
             code="native",
@@ -62,7 +65,9 @@ class FallbackPlan:
     config: Any
     reason: str
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> LoadedDecoder:
+    def load(
+        self, dtype: torch.dtype, device: torch.device, rules: PackingRules = DEFAULT_RULES
+    ) -> LoadedDecoder:
         from qtool.runtime.models.fallback import load_fallback
 
         loaded = load_fallback(self.reader, self.config, dtype, device)

@@ -37,8 +37,8 @@ def pool_bytes_of(engine: Engine) -> int:
     """Of the real tensors."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for pools in engine._runner._pools
-        for tensor in pools
+        for layer in engine._runner.pool.layers
+        for tensor in layer.tensors
     }
     return sum(storages.values())
 
@@ -101,7 +101,8 @@ def test_a_model_that_cannot_fit_is_refused_before_a_weight_is_read(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("qtool.runtime.loading.build_decoder", never)
+    for name in ("tensor", "weight"):
+        monkeypatch.setattr(type(reader), name, never)
     small = MemoryBudget(10 * needed, 0, "cpu", utilization=0.05)
     with pytest.raises(NotEnoughMemory, match="its weights take at least") as raised:
         load_model(folder, budget=small)

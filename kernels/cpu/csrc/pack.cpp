@@ -1,9 +1,11 @@
 // From weights as files hold them to the layout of a QtoolLinear.
 //
-// The bytes of GGUF blocks are those of ggml-common.h; what their fields mean is told beside the
-// codecs of this project. Nothing is rounded: codes, scales and minima are moved.
+// Codes and blocks are moved, nothing is rounded; a matrix in floating point is, row by row. The
+// bytes of GGUF blocks are those of ggml-common.h; what their fields mean is told beside the codecs of
+// this project.
 
 #include "interface.h"
+#include "isa.h"
 #include "threads.h"
 
 #include <sys/mman.h>
@@ -260,7 +262,45 @@ void pack_block_panel(int32_t type, const uint8_t* data, int64_t out, int64_t in
   }
 }
 
+template <class T>
+void pack_matrix_panel(const T* values, int64_t out, int64_t in, int64_t panel, uint8_t* codes,
+                       float* scales) {
+  const int64_t rows = std::min(kPanel, out - panel * kPanel);
+  uint8_t* const to = codes + panel * in * kPanel;
+  if (rows < kPanel) std::memset(to, 0, static_cast<size_t>(in * kPanel));
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* const from = values + (panel * kPanel + row) * in;
+    Floats largest = zeros();
+    for (int64_t i = 0; i < in; i += kLanes) largest = maximum(largest, absolute(load(from + i)));
+    const float top = reduce_max(largest);
+    const bool tiny = top < 1e-30f;
+    scales[panel * kPanel + row] = tiny ? 0.0f : top / 127.0f;
+    const Floats inverse = set1(tiny ? 0.0f : 127.0f / top);
+    for (int64_t i = 0; i < in; i += kStrip) {
+      int8_t whole[kStrip];
+      for (int64_t j = 0; j < kStrip; j += kLanes)
+        store_bytes(whole + j, round_to_ints(mul(load(from + i + j), inverse)));
+      uint8_t moved[kStrip];
+      for (int64_t j = 0; j < kStrip; ++j) moved[j] = static_cast<uint8_t>(whole[j]) ^ 0x80;
+      pack_strip(moved, 8, row, to + i * kPanel);
+    }
+  }
+}
+
 }  // namespace
+
+void qtool_pack_matrix(const void* values, int32_t type, int64_t out, int64_t in, uint8_t* codes,
+                       int64_t code_bytes, float* scales, int32_t threads) {
+  ask_for_huge_pages(codes, code_bytes);
+  with_team(threads, [&](Team& team) {
+    team.each(ceil_div(out, kPanel), 4, [&](int64_t panel) {
+      if (type == kBfloat16)
+        pack_matrix_panel(static_cast<const Bfloat16*>(values), out, in, panel, codes, scales);
+      else
+        pack_matrix_panel(static_cast<const float*>(values), out, in, panel, codes, scales);
+    });
+  });
+}
 
 void qtool_pack_codes(const uint8_t* codes, int64_t out, int64_t in, int32_t bits, uint8_t* packed,
                       int64_t packed_bytes, int32_t threads) {

@@ -1,0 +1,124 @@
+"""The KV cache: for each layer keys and values of every slot, and what is done to whole blocks.
+
+keys [kv_heads, slots, key_dim] and values [kv_heads, slots, value_dim] of a layer, sized by its
+`AttentionSpec`; a slot is block number times block size plus offset. The blocks of a head lie side
+by side, which is how `kernels.cpu.attention` wants to gather them. On a CPU pages are touched as
+they are first used, so a large pool costs nothing until it is needed.
+
+int8 holds each head of a token in whole numbers of a 127th of its largest channel, with that scale
+in float32: 4 bytes for 64 to 256, so that a cache of the same memory has nearly twice the tokens of
+bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtool.runtime.config import KvCacheDtype
+from qtool.runtime.models.attention_spec import AttentionSpec
+from qtool.runtime.models.model import Model
+
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerPool:
+    """One layer: keys and values as above, of the model's type or int8 with scales
+    [kv_heads, slots] float32. Values may be a view of the keys' first channels.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor] | None:
+        if self.key_scales is None or self.value_scales is None:
+            return None
+        return self.key_scales, self.value_scales
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Each memory once."""
+        parts = [self.keys, self.key_scales]
+        if self.values.data_ptr() != self.keys.data_ptr():
+            parts += [self.values, self.value_scales]
+        return tuple(part for part in parts if part is not None)
+
+
+class KVPool:
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        num_blocks: int,
+        block_size: int,
+        kv_cache_dtype: KvCacheDtype,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """dtype: the model's, which "auto" caches in."""
+        self.block_size = block_size
+        self.num_slots = num_blocks * block_size
+        small = kv_cache_dtype == "int8"
+        held = torch.int8 if small else dtype
+        self.layers = tuple(_layer(spec, self.num_slots, held, device) for spec in specs)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for layer in self.layers for part in layer.tensors)
+
+    def copy_block(self, source: int, target: int, num_tokens: int) -> None:
+        """The first tokens of one block to another."""
+        here = slice(source * self.block_size, source * self.block_size + num_tokens)
+        there = slice(target * self.block_size, target * self.block_size + num_tokens)
+        for layer in self.layers:
+            for part in layer.tensors:
+                part[:, there] = part[:, here]
+
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Zero blocks whose content may not be finite.
+
+        A block's next owner reads its unwritten end behind a mask, and 0 times NaN is NaN.
+        """
+        for block in block_ids:
+            slots = slice(block * self.block_size, (block + 1) * self.block_size)
+            for layer in self.layers:
+                for part in layer.tensors:
+                    part[:, slots] = 0
+
+
+def block_bytes(model: Model, block_size: int, kv_cache_dtype: KvCacheDtype = "auto") -> int:
+    """Bytes of one block over all layers, keys and values."""
+    channels = sum(spec.cached_channels for spec in model.attention)
+    if kv_cache_dtype != "int8":
+        return channels * block_size * model.dtype.itemsize
+    heads = sum(spec.num_kv_heads * (1 if spec.value_in_key else 2) for spec in model.attention)
+    return (channels + heads * SCALE_BYTES) * block_size
+
+
+def _layer(spec: AttentionSpec, slots: int, dtype: torch.dtype, device: torch.device) -> LayerPool:
+    def scales() -> Tensor | None:
+        if dtype != torch.int8:
+            return None
+        return _zeros((spec.num_kv_heads, slots), torch.float32, device)
+
+    keys, key_scales = _zeros((spec.num_kv_heads, slots, spec.key_dim), dtype, device), scales()
+    if spec.value_in_key:
+        return LayerPool(keys, keys[..., : spec.value_dim], key_scales, key_scales)
+    values = _zeros((spec.num_kv_heads, slots, spec.value_dim), dtype, device)
+    return LayerPool(keys, values, key_scales, scales())
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zero pages (calloc), torch writes the zeros.
+    words = np.zeros(shape, dtype={1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.itemsize])
+    return torch.from_numpy(words).view(dtype)
