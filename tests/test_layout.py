@@ -56,6 +56,7 @@ LAYER_OF_PREFIX = {
     "qtool.runtime.layers": "engine",
     "qtool.runtime.loading": "engine",
     "qtool.runtime.memory": "engine",
+    "qtool.runtime.random_model": "engine",
     "qtool.runtime.models": "engine",
     "qtool.runtime.tokenizer": "engine",
     "qtool.calibration": "calibration",
