@@ -267,7 +267,9 @@ def _closing_lines(facts: dict[str, Any], outcome: Outcome) -> str:
     kind = facts["target"]
     if "type" in facts:
         kind = f"GGUF {facts['type']}, {facts['bits_per_weight']:.2f} bits a weight"
-    lines = [f"{outcome.out}: {outcome.nbytes / 1e6:.1f} MB, {kind}, read back and checked"]
+    more = outcome.num_files - 1
+    name = f"{outcome.out} and {more} more" if more else str(outcome.out)
+    lines = [f"{name}: {outcome.nbytes / 1e6:.1f} MB, {kind}, read back and checked"]
     if outcome.exact_layers:
         lines.append(f"{outcome.exact_layers} layers hold the source's weights bit for bit")
     if outcome.rounded_layers:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from qtool.convert.formats import ACT_ORDER, FORMATS, Held
-from qtool.convert.gguf.blocks.legacy import repack_type
+from qtool.convert.gguf.repack import code_type
 from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.scheme import QuantScheme
 
@@ -97,9 +97,11 @@ def _to_gguf(held: Held) -> Carry:
         return Carry("requantizes", "becomes Q4_K_M; --type F32, F16 or BF16 keep the values")
     if held.kind in TENSOR_TYPES:
         return Carry("lossless")
-    kept = None if held.scheme is None else repack_type(held.scheme, held.shape[1])
+    kept = code_type(held)
     if kept is None:
         return Carry("requantizes", f"no block type has the codes of {held.kind}: becomes Q4_K_M")
+    if kept == "MXFP4":
+        return Carry("lossless")
     if kept == "Q4_1":
         return Carry("near-lossless", "kept as Q4_1, whose minima are rounded to float16")
     return _rounded_scales(held, "float16")

@@ -58,6 +58,7 @@ def write_gguf_files(plan: ExportPlan, out: Path, *, force: bool = False) -> Out
         notes=written.notes,
         near_layers=len(near),
         max_rms_error=max(near, default=0.0),
+        num_files=len(written.paths),
     )
 
 

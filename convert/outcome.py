@@ -24,6 +24,7 @@ class Outcome:
     max_rms_error    the largest change among those, in the root mean square, relative to a layer's
     again_layers     packed layers whose weights were rounded a second time
     max_again_error  the largest change among those, likewise
+    num_files        of a GGUF model; `out` is the first
     """
 
     out: Path
@@ -36,3 +37,4 @@ class Outcome:
     max_rms_error: float = 0.0
     again_layers: int = 0
     max_again_error: float = 0.0
+    num_files: int = 1

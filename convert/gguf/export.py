@@ -25,22 +25,19 @@ from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import WeightReader
 from qtool.convert.gguf.arrange import matrices, vector
 from qtool.convert.gguf.blocks.codecs import quantize, slab_rows
-from qtool.convert.gguf.blocks.legacy import half_scale_error, pack_q4_0, pack_q4_1, pack_q8_0
+from qtool.convert.gguf.blocks.legacy import pack_q4_0
 from qtool.convert.gguf.import_ import FLOAT_DTYPES, GgufWeights
 from qtool.convert.gguf.names import NameMap
 from qtool.convert.gguf.parallel import run_in_order
 from qtool.convert.gguf.parts import part_paths
-from qtool.convert.gguf.plan import CODE_TYPES, ExportPlan, PlannedTensor, derived_values
+from qtool.convert.gguf.plan import ExportPlan, PlannedTensor, derived_values
+from qtool.convert.gguf.repack import repack, require_scales
 from qtool.convert.gguf.sizes import Sizes
 from qtool.convert.gguf.staging import ExportStage
 from qtool.convert.gguf.writer import TensorInfo
 from qtool.errors import QtoolError
 from qtool.progress import bar, console
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
-
-PACKERS = dict(zip(CODE_TYPES, (pack_q4_0, pack_q4_1, pack_q8_0), strict=True))
-# A scale may move by half precision's rounding where repacking needs it; more is not repacking.
-MAX_SCALE_ERROR = 2.0**-10
 
 
 class Written(NamedTuple):
@@ -166,23 +163,9 @@ def _jobs(
             known = known[number * columns : (number + 1) * columns]
         module = arranged.parts[min(number, len(arranged.parts) - 1)].rpartition(".")[0]
         if tensor.how == "repack":
-            assert isinstance(weight, QuantizedWeight), type(weight)
-            notes += _repack_notes(module, weight, tensor.info.type.name)
+            notes += require_scales(module, weight, tensor.info.type.name)
         order = names.row_order(module)
         yield from _slabs(replace(tensor, importance=known), weight, order)
-
-
-def _repack_notes(module: str, weight: QuantizedWeight, type: str) -> list[str]:
-    error = half_scale_error(weight)
-    if error > MAX_SCALE_ERROR:
-        raise QtoolError(
-            f"{module}: half precision changes its scales by {error:.2g} of them, "
-            f"so {type} cannot hold it",
-            "choose a --type that quantizes again, such as Q4_K_M",
-        )
-    if error == 0:
-        return []
-    return [f"{module}: scales rounded to half precision, by up to {error:.2g} of one"]
 
 
 def _slabs(
@@ -206,8 +189,7 @@ def _encode_rows(tensor: PlannedTensor, weight: Weight, rows: Tensor) -> Tensor:
         return _encode(tensor, weight.values[rows])
     part = weight.rows(rows)
     if tensor.how == "repack":
-        assert isinstance(part, QuantizedWeight), type(part)
-        return PACKERS[tensor.info.type.name](part, max_scale_error=MAX_SCALE_ERROR)
+        return repack(part, tensor.info.type.name)
     if tensor.how == "copy":
         # a Q4_0 block weight comes out of a GGUF reader as codes: the same bytes again
         if isinstance(part, QuantizedWeight):

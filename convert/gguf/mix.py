@@ -27,7 +27,7 @@ from qtool.convert.gguf.mix_rules import (
     Place,
     type_by_rules,
 )
-from qtool.convert.gguf.types import FILE_TYPES, TENSOR_TYPES
+from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.errors import QtoolError, UnknownName, UsageError
 
 # By substring of the name, the first that is found; fused qkv and MLA's kv_b count as v.
@@ -96,14 +96,6 @@ class TypeChoice(NamedTuple):
     @property
     def fell_back(self) -> bool:
         return self.type != self.wanted
-
-
-def find_file_type(name: str) -> str:
-    """The canonical spelling of a file type the user named."""
-    found = next((known for known in FILE_TYPES if known.lower() == name.lower()), None)
-    if found is None:
-        raise UnknownName("GGUF type", name, FILE_TYPES)
-    return found
 
 
 def category(name: str, *, tied: bool) -> Category:

@@ -2,8 +2,7 @@
 
     copy        already held as it will be
     cast        another floating type
-    repack      integer codes kept: symmetric int2 to int4 is Q4_0, symmetric int5 to int8 is Q8_0,
-                and int2 to int4 with zero points is Q4_1 but for the rounding of its minima
+    repack      codes kept, of integers and of 4-bit floats (repack.py)
     quantize    rounded for the first time
     requantize  rounded again; the plan warns
     decode      a quantized weight written out in a floating type
@@ -25,7 +24,6 @@ from qtool.arch import find_family
 from qtool.convert.formats import Held, WeightReader
 from qtool.convert.gguf.arrange import Arranged, arrange
 from qtool.convert.gguf.blocks.codecs import can_write
-from qtool.convert.gguf.blocks.legacy import repack_type
 from qtool.convert.gguf.imatrix import ImportanceMatrix
 from qtool.convert.gguf.import_ import FLOAT_DTYPES, GgufWeights
 from qtool.convert.gguf.metadata import export_entries
@@ -34,11 +32,12 @@ from qtool.convert.gguf.mix import (
     TypeChoice,
     choose_types,
     file_order,
-    find_file_type,
+    fixed_by_hand,
     require_importance,
 )
 from qtool.convert.gguf.mix_rules import DEFAULT_TYPES, MixModel
 from qtool.convert.gguf.names import NameMap
+from qtool.convert.gguf.repack import CODE_TYPES, code_type
 from qtool.convert.gguf.ropes import DERIVED_TENSORS, derived_tensors
 from qtool.convert.gguf.sizes import Sizes
 from qtool.convert.gguf.split import SplitLimits, split_layouts
@@ -54,9 +53,7 @@ _ROUNDED = ("quantize", "requantize")
 _EMBEDDING = "token_embd.weight"
 _FLOAT_TYPES = {str(dtype).removeprefix("torch."): name for name, dtype in FLOAT_DTYPES.items()}
 
-# Types that keep integer codes: the first that a model has codes for is its file's type, where
-# none is asked for; DEFAULT_TYPE where it has none.
-CODE_TYPES = ("Q4_0", "Q4_1", "Q8_0")
+# The file's type where none is asked for and no type has the model's codes.
 DEFAULT_TYPE = "Q4_K_M"
 
 
@@ -158,8 +155,7 @@ class _Source(NamedTuple):
     @property
     def repacks_to(self) -> str | None:
         """The type whose codes it has already, or None."""
-        scheme = self.held.scheme
-        return None if scheme is None else repack_type(scheme, self.held.shape[-1])
+        return code_type(self.held)
 
 
 def plan_export(
@@ -173,8 +169,8 @@ def plan_export(
 ) -> ExportPlan:
     """Decide a whole export without reading weights.
 
-    type  a file type such as "Q4_K_M"; None keeps integer codes where a type has them (Q4_0, Q4_1,
-          Q8_0), and makes Q4_K_M of everything else
+    type  a file type such as "Q4_K_M"; None keeps codes where a type has them (Q4_0, Q4_1, Q8_0,
+          MXFP4), and makes Q4_K_M of everything else
     pre   tokenizer.ggml.pre, where the tokenizer's is not recognized
     overrides   types that were fixed by hand
     importance  decides some types and, for each weight that it knows, how it is rounded
@@ -187,7 +183,7 @@ def plan_export(
     own = {source.repacks_to for source in sources}
     kept = next((kept for kept in CODE_TYPES if kept in own), None)
     keep_codes = type is None and kept is not None
-    file_type = _writable(type or kept or DEFAULT_TYPE)
+    file_type = _writable(type or CODE_TYPES.get(kept or "", DEFAULT_TYPE))
     shapes = {source.gguf: source.held.shape for source in sources}
     model = MixModel(
         architecture.gguf_name,
@@ -200,6 +196,7 @@ def plan_export(
     choices = choose_types(file_type, shapes, model, overrides)
     require_importance(file_type, choices, () if importance is None else importance.entries)
     by_name = {source.gguf: source for source in sources}
+    tied = "output.weight" not in by_name
     tensors = []
     derived = derived_values(reader, config)
     for name in file_order([*by_name, *derived]):
@@ -215,7 +212,7 @@ def plan_export(
             choice = TypeChoice(kind, kind)
         elif choice is None:  # norms and biases, which the converter writes as F32
             choice = TypeChoice("F32", "F32")
-        else:
+        elif not fixed_by_hand(name, overrides or MixOverrides(), tied=tied):
             choice = _keep_codes(source, file_type, choice, keep_all=keep_codes)
         tensors.append(_plan_tensor(source, choice, importance))
     num_weights = sum(_count(tensor) for tensor in tensors)
@@ -232,10 +229,11 @@ def _writable(name: str) -> str:
     """The file type, checked to be one whose default type can be written."""
     aliases = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's
     known = [file_type for file_type, default in DEFAULT_TYPES.items() if can_write(default)]
-    file_type = find_file_type(aliases.get(name.upper(), name))
-    if file_type not in known:
+    wanted = aliases.get(name.upper(), name).lower()
+    found = next((file_type for file_type in known if file_type.lower() == wanted), None)
+    if found is None:
         raise UnknownName("GGUF type that can be written", name, known)
-    return file_type
+    return found
 
 
 def _keep_codes(
@@ -247,7 +245,7 @@ def _keep_codes(
               and linears that were left in 16 bit get 8, not 4
     """
     type = source.repacks_to
-    if type is not None and (file_type == type or keep_all):
+    if type is not None and (DEFAULT_TYPES[file_type] == type or keep_all):
         return TypeChoice(type, type)
     in_block = source.gguf.startswith("blk.")
     if keep_all and in_block and source.is_dense:

@@ -6,15 +6,20 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
 from qtool.cli import main
+from qtool.convert.float4 import E2M1
 from qtool.convert.formats import WeightReader, open_weights
+from qtool.convert.gguf.options import GgufOptions
+from qtool.convert.gguf.repack import repack
 from qtool.convert.run import convert_model
 from qtool.errors import OutputExists, QtoolError, UsageError
+from qtool.scheme import FloatScheme
 from qtool.source import resolve
-from qtool.weights import QuantizedWeight
+from qtool.weights import CodebookWeight, QuantizedWeight
 
 PackedCheckpoint = Callable[..., Path]
 FORMAT_NAMES = ("compressed-tensors", "gptq", "awq", "marlin")
@@ -42,8 +47,8 @@ def test_q4_0_goes_back_to_every_packed_format(
     target: str, packed_checkpoint: PackedCheckpoint, tmp_path: Path
 ) -> None:
     folder = packed_checkpoint("compressed-tensors", "int4-g64-sym", "llama")
-    gguf = convert_model(str(folder), to="gguf", out=tmp_path / "model.gguf")
-    back = convert_model(str(gguf), to=target, out=tmp_path / "back")
+    file = convert_model(str(folder), to="gguf", out=tmp_path / "model.gguf")
+    back = convert_model(str(file), to=target, out=tmp_path / "back")
     before, after = opened(folder), opened(back)
     assert sorted(after.modules()) == sorted(before.modules())
     for module in before.modules():
@@ -58,8 +63,8 @@ def test_a_gguf_file_becomes_a_folder_that_transformers_loads(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = convert_model(str(books_7m), to="gguf", type="BF16", out=tmp_path / "books.gguf")
-    out = convert_model(str(gguf), to="hf", out=tmp_path / "books")
+    file = convert_model(str(books_7m), to="gguf", type="BF16", out=tmp_path / "books.gguf")
+    out = convert_model(str(file), to="hf", out=tmp_path / "books")
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -93,9 +98,9 @@ def test_rounding_a_second_time_is_warned_of(
 
 
 def test_k_quants_are_not_squeezed_into_integer_formats(books_7m: Path, tmp_path: Path) -> None:
-    gguf = convert_model(str(books_7m), to="gguf", type="Q4_K_M", out=tmp_path / "books.gguf")
+    file = convert_model(str(books_7m), to="gguf", type="Q4_K_M", out=tmp_path / "books.gguf")
     with pytest.raises(QtoolError, match=r"marlin cannot hold Q\d_K without requantizing"):
-        convert_model(str(gguf), to="marlin", out=tmp_path / "marlin")
+        convert_model(str(file), to="marlin", out=tmp_path / "marlin")
 
 
 def test_an_output_that_is_taken_or_misnamed_is_refused(books_7m: Path, tmp_path: Path) -> None:
@@ -124,3 +129,46 @@ def test_awq_becomes_q4_1_and_its_change_is_measured(
     for module in before.modules():
         meant, found = before.weight(module).dequantize(), after.weight(module).dequantize()
         assert float((found - meant).norm() / meant.norm()) <= facts["max_rms_error"]
+
+
+def test_types_by_hand_win_over_codes_that_could_be_kept(
+    packed_checkpoint: PackedCheckpoint, tmp_path: Path
+) -> None:
+    folder = packed_checkpoint("compressed-tensors", "int4-g128-sym")
+    options = GgufOptions(tensor_types=(r"ffn_up=Q6_K",))
+    out = convert_model(str(folder), to="gguf", out=tmp_path / "model.gguf", gguf=options)
+    after = opened(out)
+    assert after.describe("model.layers.0.mlp.up_proj").kind == "Q6_K"
+    assert after.describe("model.layers.0.mlp.down_proj").kind == "Q4_0"
+
+
+def test_mxfp4_keeps_its_codes(
+    foreign_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = foreign_checkpoint("mxfp4")
+    out = tmp_path / "model.gguf"
+    main(["convert", str(folder), "--to", "gguf", "--out", str(out), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["type"], facts["tensors"]["repack"]) == ("MXFP4_MOE", facts["exact_layers"])
+    before, file = opened(folder), gguf.GGUFReader(out)
+    stored = {tensor.name: tensor for tensor in file.tensors}
+    for block in range(2):
+        for theirs, ours in (("ffn_up", "mlp.up_proj"), ("attn_v", "self_attn.v_proj")):
+            tensor = stored[f"blk.{block}.{theirs}.weight"]
+            assert tensor.tensor_type.name == "MXFP4"
+            read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            meant = before.weight(f"model.layers.{block}.{ours}").dequantize()
+            assert torch.equal(torch.from_numpy(read), meant)
+
+
+def test_a_scale_that_is_no_power_of_two_is_no_mxfp4s() -> None:
+    codes = torch.arange(64, dtype=torch.uint8).view(2, 32) % 16
+    scheme = FloatScheme("mxfp4", (1, 32))
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    for scales, exponents in (([2.0**-3, 1.0], [124, 127]), ([2.0**-127, 2.0**127], [0, 254])):
+        weight = CodebookWeight(codes, table, torch.tensor(scales), scheme)
+        assert repack(weight, "MXFP4")[:, 0].tolist() == exponents
+    with pytest.raises(QtoolError, match="no power of two"):
+        repack(CodebookWeight(codes, table, torch.tensor([1.0, 1.5]), scheme), "MXFP4")

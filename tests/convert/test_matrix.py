@@ -27,7 +27,8 @@ QUICK = {
     ("compressed-tensors", "int4", "hf"),
     ("compressed-tensors", "int8, W8A8", "gguf"),
     ("compressed-tensors", "FP8, MXFP8", "marlin"),
-    ("compressed-tensors", "NVFP4, MXFP4", "gptq"),
+    ("compressed-tensors", "NVFP4", "gptq"),
+    ("compressed-tensors", "MXFP4", "gguf"),
     ("gptq", "act-order", "awq"),
     ("gptq", "int4 asymmetric", "gptq"),
     ("awq", "int4", "gguf"),
@@ -41,7 +42,8 @@ QUICK = {
 }
 FOREIGN_KINDS = {
     ("compressed-tensors", "FP8, MXFP8"): "fp8-channel",
-    ("compressed-tensors", "NVFP4, MXFP4"): "nvfp4",
+    ("compressed-tensors", "MXFP4"): "mxfp4",
+    ("compressed-tensors", "NVFP4"): "nvfp4",
     ("fp8", "FP8 in blocks"): "fine-grained-fp8",
     ("bitsandbytes", "NF4, FP4"): "nf4",
     ("bitsandbytes", "int8"): "llm-int8",

@@ -393,6 +393,7 @@ def test_types_that_cannot_be_written_are_refused_with_those_that_can(books_7m: 
         with pytest.raises(UnknownName) as caught:
             plan_export(opened(books_7m), type)
         assert "Q4_K_M" in str(caught.value.hint)
+    assert plan_export(opened(books_7m), "q4_k").file_type == "Q4_K_M"
     with pytest.raises(QtoolError, match="importance matrix"):
         plan_export(opened(books_7m), "Q2_K_S")
 

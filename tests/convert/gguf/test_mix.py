@@ -13,7 +13,6 @@ from qtool.convert.gguf.mix import (
     category,
     choose_types,
     file_order,
-    find_file_type,
     is_quantizable,
     require_importance,
 )
@@ -217,13 +216,6 @@ def test_only_weight_matrices_are_quantized(
     name: str, shape: tuple[int, ...], expected: bool
 ) -> None:
     assert is_quantizable(name, shape) is expected
-
-
-def test_names_of_file_types_are_found_in_any_case() -> None:
-    assert find_file_type("q4_k_m") == "Q4_K_M"
-    with pytest.raises(UnknownName) as caught:
-        find_file_type("Q4_K_N")
-    assert "Q4_K_M" in str(caught.value.hint)
 
 
 def test_fused_projections_count_as_v() -> None:
