@@ -5,7 +5,6 @@ What loads torch or the web stack is imported inside the commands, so that --hel
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -22,6 +21,14 @@ from qtool.runtime.config import (
     SchedulingPolicy,
 )
 from qtool.runtime.engine.speculative_config import SpeculativeConfig
+from qtool.runtime.flags import ServeCommand
+from qtool.runtime.server_options import (
+    SERVER_FLAGS,
+    json_object,
+    server_config,
+    server_options,
+)
+from qtool.settings import settings
 
 if TYPE_CHECKING:
     from qtool.runtime.server.chat_backends import ChatBackend
@@ -110,7 +117,7 @@ def engine_options(command: F) -> F:
     return command
 
 
-@click.command()
+@click.command(cls=ServeCommand)
 @click.argument("model", required=False)
 @click.option("--list-models", is_flag=True, help="Print the families that can be served.")
 @click.option("--json", "as_json", is_flag=True, help="Print that list as JSON.")
@@ -157,70 +164,25 @@ def engine_options(command: F) -> F:
     show_default=True,
     help="What requests without a seed of their own are sampled from.",
 )
-@click.option(
-    "--served-model-name",
-    multiple=True,
-    metavar="NAME",
-    help="What clients call the model; repeat for several.  [default: MODEL as given]",
-)
-@click.option(
-    "--api-key",
-    multiple=True,
-    metavar="KEY",
-    help="Ask clients for this key; repeat for several.  [default: any key, or none]",
-)
-@click.option(
-    "--allowed-origins",
-    multiple=True,
-    metavar="ORIGIN",
-    help="Web pages that may call from a browser (CORS); '*': all.  [default: this machine's]",
-)
-@click.option(
-    "--generation-config",
-    type=click.Choice(["auto", "vllm"]),
-    default="auto",
-    show_default=True,
-    help="auto: sampling defaults of the model's generation_config.json; vllm: OpenAI's.",
-)
-@click.option(
-    "--shutdown-timeout",
-    type=click.FloatRange(min=0),
-    default=25.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long running answers get after SIGTERM.",
-)
-@click.option(
-    "--sse-keep-alive-interval",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Send a comment on streams silent for so long; 0: never.",
-)
-@click.option("--disable-log-requests", is_flag=True, help="No line for each request.")
-# Flags of vLLM command lines that need nothing here, accepted so that those lines work.
+@server_options
+# Read from the files: accepted so that other servers' command lines work.
 @click.option("--quantization", "-q", hidden=True)
-@click.option("--tensor-parallel-size", "-tp", type=int, default=1, hidden=True)
-@click.option("--enforce-eager", is_flag=True, hidden=True)
 def serve(
     model: str | None,
     list_models: bool,
     as_json: bool,
     host: str,
     port: int,
+    uds: str | None,
     max_num_queued_reqs: int | None,
-    served_model_name: tuple[str, ...],
-    api_key: tuple[str, ...],
-    allowed_origins: tuple[str, ...],
+    chat_template: str | None,
     generation_config: str,
-    shutdown_timeout: float,
-    sse_keep_alive_interval: float,
-    disable_log_requests: bool,
+    override_generation_config: str | None,
+    max_new_tokens: int | None,
+    log_format: str,
+    threads: int | None,
     quantization: str | None,
-    tensor_parallel_size: int,
-    enforce_eager: bool,
-    **engine_flags: Any,
+    **flags: Any,
 ) -> None:
     """Serve MODEL with an OpenAI-compatible API.
 
@@ -239,54 +201,34 @@ def serve(
         return
     if model is None:
         raise click.MissingParameter(param_hint="'MODEL'", param_type="argument")
-    if tensor_parallel_size != 1:
-        raise UsageError(
-            f"--tensor-parallel-size is {tensor_parallel_size}; one device is used in this version",
-            "leave it out",
-        )
-    engine = engine_config(model, max_num_waiting=max_num_queued_reqs, **engine_flags)
-    from qtool.runtime.server.config import ServerConfig
-    from qtool.runtime.server.launch import launch
-
-    server = ServerConfig(
-        served_model_names=served_model_name or (model.rstrip("/") or model,),
-        model_root=model,
-        api_keys=api_key,
-        allowed_origins=tuple(origin for text in allowed_origins for origin in _origins(text)),
+    overrides = json_object(override_generation_config, "--override-generation-config")
+    if max_new_tokens is not None and max_new_tokens > 0:
+        overrides["max_new_tokens"] = max_new_tokens
+    server_flags = {name: flags.pop(name) for name in SERVER_FLAGS if name in flags}
+    engine = engine_config(model, max_num_waiting=max_num_queued_reqs, **flags)
+    server = server_config(
+        model,
         max_running=engine.max_num_seqs,
         max_queued=engine.num_waiting_limit,
-        shutdown_timeout=shutdown_timeout,
-        sse_keep_alive_seconds=sse_keep_alive_interval,
-        log_requests=not disable_log_requests,
+        **server_flags,
     )
-    if quantization is not None:
-        click.echo(
-            f"--quantization {quantization}: not needed, the format is read from the files",
-            err=True,
-        )
+    from qtool.runtime.server.launch import LaunchOptions, launch
+
     launch(
         engine,
         server,
-        host=host,
-        port=port,
-        use_generation_config=generation_config == "auto",
+        LaunchOptions(
+            host=host,
+            port=port,
+            uds=uds,
+            use_generation_config=generation_config == "auto",
+            generation_overrides=overrides,
+            chat_template=chat_template,
+            quantization=quantization,
+            threads=threads,
+            log_as_json=log_format == "json",
+        ),
     )
-
-
-def _origins(text: str) -> list[str]:
-    """One origin, or vLLM's form: a JSON list of them."""
-    if not text.startswith("["):
-        return [text]
-    try:
-        origins = json.loads(text)
-    except json.JSONDecodeError:
-        origins = None
-    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
-        raise UsageError(
-            f"--allowed-origins is {text!r}, neither an origin nor a JSON list of origins",
-            "for example --allowed-origins https://app.example or '[\"*\"]'",
-        )
-    return origins
 
 
 @click.command()
@@ -337,7 +279,7 @@ def chat(
     if is_url:
         from qtool.runtime.server.chat_remote import RemoteChat
 
-        backend = RemoteChat(model_or_url, model=model_name, api_key=api_key)
+        backend = RemoteChat(model_or_url, model=model_name, api_key=api_key or settings().api_key)
     else:
         if model_name is not None or api_key is not None:
             raise UsageError(

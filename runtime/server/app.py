@@ -67,7 +67,12 @@ SCHEMA_REFERENCE = "#/components/schemas/{model}"
 
 
 def create_app(service: Service) -> FastAPI:
-    app = FastAPI(title="qtool", version=__version__, description="An OpenAI-compatible server.")
+    app = FastAPI(
+        title="qtool",
+        version=__version__,
+        description="An OpenAI-compatible server.",
+        root_path=service.config.root_path,
+    )
     for routes in ROUTES:
         app.include_router(routes(service))
     _add_operations(app, service)
@@ -179,8 +184,9 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
         CORSMiddleware,
         allow_origins=list(origins),
         allow_origin_regex=None if origins else LOCAL_ORIGINS,
-        allow_methods=["*"],
-        allow_headers=["*"],
+        allow_methods=list(service.config.allowed_methods),
+        allow_headers=list(service.config.allowed_headers),
+        allow_credentials=service.config.allow_credentials,
         expose_headers=["x-request-id"],
     )
 

@@ -29,6 +29,17 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """Files, and whether clients must have certificates: ssl.CERT_NONE, _OPTIONAL or _REQUIRED."""
+
+    certificate: str
+    key: str | None = None
+    password: str | None = None
+    client_authorities: str | None = None
+    client_certificates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     served_model_names: tuple[str, ...]
     """The first is the one answers are signed with; all of them are accepted and listed."""
@@ -39,6 +50,12 @@ class ServerConfig:
     """Empty: any key, or none, is accepted."""
     allowed_origins: tuple[str, ...] = ()
     """Browser origins for CORS; empty: pages on this machine only; "*": all."""
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    root_path: str = ""
+    """The path under which a proxy shows this server."""
+    tls: Tls | None = None
     max_running: int = 32
     """How many sequences the engine runs at once; what is above it waits."""
     max_queued: int = 512

@@ -42,6 +42,7 @@ class Exchange(ABC):
         model = service.model_name(body.model)
         self.head = Head(f"{self.id_prefix}-{uuid.uuid4().hex}", model, int(time.time()))
         self.num_prompt_tokens = 0
+        self.request_id = ""
         self._first_token: float | None = None
 
     @abstractmethod
@@ -55,6 +56,7 @@ class Exchange(ABC):
         return answers
 
     async def response(self, request: Request) -> Response:
+        self.request_id = request.scope.get("request_id", "")
         try:
             return await self._response(request)
         except (ApiError, QtoolError, ClientGone):
@@ -169,6 +171,19 @@ class Exchange(ABC):
             usage.completion_tokens,
             seconds,
             finish_reason,
+            extra={
+                "fields": {
+                    "request_id": self.request_id,
+                    "id": self.head.id,
+                    "model": self.head.model,
+                    "prompt_tokens": usage.prompt_tokens,
+                    "cached_tokens": usage.cached_tokens,
+                    "completion_tokens": usage.completion_tokens,
+                    "seconds": round(seconds, 4),
+                    "seconds_to_first_token": round(self._timing().to_first_token, 4),
+                    "finish_reason": finish_reason,
+                }
+            },
         )
 
 

@@ -6,11 +6,14 @@ import asyncio
 import logging
 import socket
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import click
 import orjson
+import torch
 
 from qtool.errors import UnsupportedModel
 from qtool.json_files import read_json
@@ -19,34 +22,80 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine
 from qtool.runtime.engine.client import ModelInfo
 from qtool.runtime.loading import LoadedModel, load_for
+from qtool.runtime.server.chat_templates import find_chat_template
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
-from qtool.runtime.server.serve import ServerRun, bind, stop_signals, url_of
+from qtool.runtime.server.serve import ServerRun, bind, bind_unix, stop_signals, url_of
 from qtool.runtime.server.service import Service
 from qtool.source import Source
 
 LOG_FORMAT = "%(asctime)s %(message)s"
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """How a server starts, beside what it and its engine are.
+
+    uds                    a Unix socket to listen on in place of host and port
+    generation_overrides   sampling defaults of the operator's, above the model's own
+    chat_template          a file, a template or a built-in name; None: the model's
+    quantization           what the command line says of the model's format
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    use_generation_config: bool = True
+    generation_overrides: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    quantization: str | None = None
+    threads: int | None = None
+    log_as_json: bool = False
+
+
 def launch(
-    engine_config: EngineConfig,
-    server_config: ServerConfig,
-    *,
-    host: str,
-    port: int,
-    use_generation_config: bool,
+    engine_config: EngineConfig, server_config: ServerConfig, options: LaunchOptions
 ) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    bound = bind(host, port)
+    template = None if options.chat_template is None else find_chat_template(options.chat_template)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    bound = bind_unix(options.uds) if options.uds else bind(options.host, options.port)
     try:
         with bar(f"Loading {engine_config.model}"):
             loaded = load(engine_config)
-        if use_generation_config:
-            defaults = sampling_defaults(generation_config(loaded.source))
-            server_config = replace(server_config, sampling=defaults)
-        log_to_stderr()
+        assert loaded.tokenizer is not None  # load() refuses models without one
+        if template is not None:
+            loaded.tokenizer.use_chat_template(template)
+        engine_config = within_context(engine_config, loaded)
+        note_format(options.quantization, loaded.format)
+        recommended = generation_config(loaded.source) if options.use_generation_config else {}
+        defaults = sampling_defaults({**recommended, **options.generation_overrides})
+        server_config = replace(server_config, sampling=defaults)
+        log_to_stderr(as_json=options.log_as_json)
         asyncio.run(_serve(loaded, engine_config, server_config, bound))
     finally:
         bound.close()
+        if options.uds:
+            Path(options.uds).unlink(missing_ok=True)
+
+
+def within_context(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
+    """A context longer than the model was made for is cut to what it was made for, and said so."""
+    asked, trained = config.max_model_len, loaded.max_position_embeddings
+    if asked is None or asked <= trained:
+        return config
+    say(f"--max-model-len {asked}: the model was made for {trained} tokens, which are used")
+    return replace(config, max_model_len=trained)
+
+
+def note_format(asked: str | None, found: str) -> None:
+    """`--quantization` cannot change what the files are; where it says otherwise, say so."""
+    if asked is None:
+        return
+    simple = asked.lower().removesuffix("_marlin").replace("auto_", "").replace("_", "-")
+    if simple in found.lower().replace("_", "-"):
+        return
+    say(f"--quantization {asked}: the files are {found}, and served as that")
 
 
 async def _serve(
@@ -63,7 +112,7 @@ async def _serve(
         print_plan(loaded, client.info)
         run = ServerRun(service, bound)
         with stop_signals(asyncio.get_running_loop(), run.request_stop):
-            await run.serve(lambda: print_ready(url_of(bound), server_config))
+            await run.serve(lambda: print_ready(url_of(bound, server_config.tls), server_config))
     finally:
         await client.stop()
 
@@ -135,6 +184,10 @@ def announce_template(loaded: LoadedModel) -> None:
         )
 
 
+def say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 def _size(num_bytes: int) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= scale:
@@ -148,14 +201,33 @@ def print_ready(url: str, config: ServerConfig) -> None:
         {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64, "stream": True}
     ).decode()
     key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+    if url.startswith("unix:"):
+        click.echo(f"Serving {config.served_model_names[0]} at {url}")
+        return
     click.echo(f"Serving {config.served_model_names[0]} at {url}/v1")
     click.echo(f"try: curl -N {url}/v1/chat/completions{key} -d '{body}'")
 
 
-def log_to_stderr() -> None:
+class JsonFormatter(logging.Formatter):
+    """One object a line, for collectors of logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line).decode()
+
+
+def log_to_stderr(*, as_json: bool = False) -> None:
     """qtool's own lines, and uvicorn's tracebacks, on stderr; other libraries are left alone."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(LOG_FORMAT))
     for name, level in (("qtool", logging.INFO), ("uvicorn.error", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.addHandler(handler)

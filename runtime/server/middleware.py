@@ -41,6 +41,8 @@ class RequestIdMiddleware:
         usable = given is not None and 0 < len(given) <= MAX_REQUEST_ID_BYTES and _printable(given)
         request_id = given if given is not None and usable else uuid.uuid4().hex.encode()
 
+        scope["request_id"] = request_id.decode()
+
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]

@@ -8,6 +8,7 @@ with running_server("builtin:books-7m", "--dtype", "float32") as server:
 from __future__ import annotations
 
 import re
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import orjson
 from qtool.errors import QtoolError
 from qtool.settings import child_environment
 
-READY = re.compile(r"^Serving .* at (http://\S+)/v1$")
+READY = re.compile(r"^Serving .* at ((?:https?://|unix:)\S+?)(?:/v1)?$")
 STOP_SECONDS = 30
 LOG_CHARACTERS = 2000
 ANSWER_SECONDS = 300.0  # between two events, a long prefill included
@@ -45,9 +46,12 @@ class RunningServer:
 
 @contextmanager
 def running_server(
-    model: str, *flags: str, start_seconds: float = 120.0
+    model: str, *flags: str, start_seconds: float = 120.0, verify: str | bool = True
 ) -> Iterator[RunningServer]:
-    """`qtool serve MODEL --port 0 FLAGS`: given once it is healthy, stopped by SIGTERM after."""
+    """`qtool serve MODEL --port 0 FLAGS`: given once it is healthy, stopped by SIGTERM after.
+
+    verify  for TLS: the file of the certificate to trust
+    """
     command = [sys.executable, "-m", "qtool", "serve", model, "--port", "0", *flags]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -59,7 +63,7 @@ def running_server(
             env=child_environment(PYTHONSAFEPATH="1", PYTHONUNBUFFERED="1"),
         )
         try:
-            url = _wait_until_ready(process, start_seconds)
+            url = _wait_until_ready(process, start_seconds, verify)
             server = RunningServer(url or "", process, log)
             if url is None:
                 reason = server.log()[-LOG_CHARACTERS:].strip() or "it printed nothing"
@@ -69,7 +73,9 @@ def running_server(
             _stop(process)
 
 
-def _wait_until_ready(process: subprocess.Popen[str], seconds: float) -> str | None:
+def _wait_until_ready(
+    process: subprocess.Popen[str], seconds: float, verify: str | bool
+) -> str | None:
     """The URL that the server prints; None when it ends or takes too long before it does."""
     assert process.stdout is not None
     # Reading a line cannot time out; a process that is stuck is ended from beside.
@@ -78,11 +84,17 @@ def _wait_until_ready(process: subprocess.Popen[str], seconds: float) -> str | N
     try:
         for line in process.stdout:
             if found := READY.match(line.rstrip()):
-                httpx.get(f"{found[1]}/health", timeout=seconds).raise_for_status()
+                if not found[1].startswith("unix:"):
+                    health = httpx.get(f"{found[1]}/health", timeout=seconds, verify=_trust(verify))
+                    health.raise_for_status()
                 return found[1]
     finally:
         giving_up.cancel()
     return None
+
+
+def _trust(verify: str | bool) -> ssl.SSLContext | bool:
+    return ssl.create_default_context(cafile=verify) if isinstance(verify, str) else verify
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

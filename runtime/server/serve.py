@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import signal
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,6 +22,7 @@ from fastapi import FastAPI
 
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.server.app import create_app
+from qtool.runtime.server.config import ServerConfig, Tls
 from qtool.runtime.server.service import Service, logger
 
 # After the drain every answer has ended; connections get this long to take their last bytes.
@@ -60,21 +63,56 @@ def _cannot_bind(host: str, port: int, error: OSError) -> QtoolError:
     return UsageError(f"cannot listen on {host}:{port}: {error.strerror}", "try --host 127.0.0.1")
 
 
-def url_of(bound: socket.socket) -> str:
+def bind_unix(path: str) -> socket.socket:
+    """A bound Unix socket; one that a server which is gone has left behind is replaced."""
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if stat.S_ISSOCK(os.stat(path).st_mode) and not _answers(path):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    try:
+        bound.bind(path)
+    except OSError as error:
+        bound.close()
+        raise UsageError(f"cannot listen on {path}: {error.strerror}") from None
+    return bound
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as tried:
+        try:
+            tried.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+def url_of(bound: socket.socket, tls: Tls | None = None) -> str:
     """Where to reach a bound socket from this machine."""
+    if bound.family == socket.AF_UNIX:
+        return f"unix:{bound.getsockname()}"
+    scheme = "http" if tls is None else "https"
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if bound.family == socket.AF_INET else "::1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
+        tls = config.tls or Tls("")
         super().__init__(
             uvicorn.Config(
                 app,
+                root_path=config.root_path,
+                ssl_certfile=tls.certificate or None,
+                ssl_keyfile=tls.key,
+                ssl_keyfile_password=tls.password,
+                ssl_ca_certs=tls.client_authorities,
+                ssl_cert_reqs=tls.client_certificates,
                 log_config=None,
                 log_level="warning",
                 access_log=False,
@@ -95,7 +133,7 @@ class ServerRun:
     def __init__(self, service: Service, bound: socket.socket) -> None:
         self._service = service
         self._bound = bound
-        self._server = _Server(create_app(service))
+        self._server = _Server(create_app(service), service.config)
         self._stop_now = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
 

@@ -10,9 +10,9 @@ import openai
 import pytest
 
 from qtool.errors import UsageError
-from qtool.runtime.command import _origins
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
 from qtool.runtime.server.launch import sampling_defaults
+from qtool.runtime.server_options import json_list
 
 
 def test_keys_guard_the_api_and_nothing_else(serve: Callable[..., Any]) -> None:
@@ -38,7 +38,7 @@ def test_keys_guard_the_api_and_nothing_else(serve: Callable[..., Any]) -> None:
     ("given", "read"), [("*", ["*"]), ('["*"]', ["*"]), ("https://a.b", ["https://a.b"])]
 )
 def test_origins_are_given_one_by_one_or_as_json(given: str, read: list[str]) -> None:
-    assert _origins(given) == read
+    assert json_list(given, "--allowed-origins") == read
 
 
 def test_a_model_can_have_several_names(serve: Callable[..., Any]) -> None:
@@ -106,7 +106,7 @@ def test_sampling_values_are_read_from_the_generation_config() -> None:
         "max_new_tokens": 2048,
         "do_sample": True,
     }
-    assert sampling_defaults(given) == SamplingDefaults(0.6, 0.95, 20, 0.0, 2048)
+    assert sampling_defaults(given) == SamplingDefaults(0.6, 0.95, 20, 0.0, max_new_tokens=2048)
 
 
 @pytest.mark.parametrize(
