@@ -130,6 +130,8 @@ near-lossless  the same codes, with scales or minima rounded to a narrower float
 requantizes    the codes do not fit: rounded a second time
 no             the source is not quantized: `qtool quantize` writes these formats
 
+gptq is read in versions 1 and 2 and written in version 1
+
 *  with --type: f32 for hf, where bf16 and fp16 are near-lossless; for gguf BF16, F16, F32 or the
    type that the source has, where Q4_K_M is the default
 +  with --requantize; without it such linears stay in 16 bit, or the model is refused"""

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from qtool.api import convert
+from qtool.api import GgufOptions, convert
 from qtool.cli import main
 from qtool.convert.command import convert as convert_command
 from qtool.convert.gguf.container import GgufFile
-from qtool.convert.gguf.options import GgufOptions
 from qtool.convert.gguf_options import gguf_options, options_for
 from qtool.errors import QtoolError, UnknownName, UsageError
 
@@ -127,6 +126,7 @@ def test_a_dry_run_lists_every_tensor_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_progress_never_shows_hidden_names(books_7m: Path, tmp_path: Path) -> None:
     """On a terminal, where bars are drawn."""
     ours, theirs = pty.openpty()

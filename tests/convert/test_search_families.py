@@ -66,7 +66,7 @@ def with_weights_of(gguf: Path, folder: Path, out: Path) -> Path:
     "family",
     [
         "mixtral",
-        "gpt2",
+        pytest.param("gpt2", marks=pytest.mark.slow),
         pytest.param("qwen2_moe", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", marks=pytest.mark.slow),
         pytest.param("phi3", marks=pytest.mark.slow),

@@ -97,7 +97,7 @@ def num_lines(out: Path) -> int:
     return len((stage(out) / "journal").read_text().splitlines()) - 1
 
 
-@pytest.mark.parametrize("split", [0, 2_000_000])
+@pytest.mark.parametrize("split", [pytest.param(0, marks=pytest.mark.slow), 2_000_000])
 def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(
     split: int, books_7m: Path, tmp_path: Path
 ) -> None:
@@ -250,7 +250,7 @@ def test_a_file_that_is_not_as_meant_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("after", [9, 20])
+@pytest.mark.parametrize("after", [pytest.param(9, marks=pytest.mark.slow), 20])
 def test_a_search_goes_on_behind_the_blocks_that_are_written(
     after: int, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
