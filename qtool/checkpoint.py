@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -118,9 +119,20 @@ class Checkpoint:
         return read_json(path) if path.is_file() else {}
 
 
+def _without_twins(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of a header; the format forbids a key twice, and parsers differ in which they
+    take."""
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise FormatError(f"{where}: the header has the key {name!r} twice")
+        entries[name] = value
+    return entries
+
+
 def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a safetensors file, checked: known dtypes, sizes that agree with shapes, no
-    gaps, no overlaps.
+    gaps, no overlaps, no name twice.
 
     Layout: u64 little-endian header length, JSON header, data. Raises FormatError with the file
     and the key.
@@ -138,7 +150,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=partial(_without_twins, path.name))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path.name}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):

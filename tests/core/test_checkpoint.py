@@ -223,6 +223,12 @@ HOSTILE = {
         raw_safetensors({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, b"x" * 12),
         "'b' at offset 4 overlaps",
     ),
+    "a name twice": (
+        raw_safetensors({"a": entry([1], 0, 4), "b": entry([1], 4, 8)}, b"x" * 8).replace(
+            b'"b"', b'"a"'
+        ),
+        "the key 'a' twice",
+    ),
     "gap": (raw_safetensors({"a": entry([1], 4, 8)}, b"x" * 8), "'a' at offset 4 leaves a gap"),
     "size that disagrees": (raw_safetensors({"a": entry([3], 0, 8)}, b"x" * 8), "takes 12 bytes"),
     "negative shape": (raw_safetensors({"a": entry([-1], 0, 4)}, b"1234"), "has shape"),
