@@ -69,6 +69,12 @@ from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A folder of your own lm-eval task files.",
 )
+@click.option(
+    "--compare",
+    "compare_reports",
+    is_flag=True,
+    help="The arguments are report.json files of before: set them side by side.",
+)
 @click.option("--no-speed", is_flag=True, help="Do not time generation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def evaluate(
@@ -85,6 +91,7 @@ def evaluate(
     task_limit: int | None,
     lm_eval: str | None,
     lm_eval_include: Path | None,
+    compare_reports: bool,
     no_speed: bool,
     as_json: bool,
 ) -> None:
@@ -97,7 +104,11 @@ def evaluate(
       qtool eval ./Qwen3-0.6B-int4 --against Qwen/Qwen3-0.6B
       qtool eval ./books-7m-int4 ./books-7m-Q4_K_M.gguf --against builtin:books-7m --out report
       qtool eval ./Qwen3-0.6B-int4 --tasks hellaswag,arc_easy,./mine.jsonl --task-limit 500
+      qtool eval --compare monday/report.json tuesday/report.json
     """
+    if compare_reports:
+        _print_comparison(models, as_json=as_json)
+        return
     from qtool.runtime.evaluate.report import to_json
     from qtool.runtime.evaluate.run import evaluate as run
     from qtool.runtime.evaluate.terminal import print_report
@@ -125,6 +136,28 @@ def evaluate(
         click.echo(f"report in {folder}", err=True)
     else:
         print_report(report, folder)
+
+
+def _print_comparison(paths: tuple[str, ...], *, as_json: bool) -> None:
+    from qtool.runtime.evaluate.comparison import (
+        HEADER,
+        comparison_notes,
+        comparison_rows,
+        comparison_table,
+        read_report,
+    )
+    from qtool.runtime.evaluate.terminal import output_console
+
+    reports = {path: read_report(Path(path)) for path in paths}
+    notes = comparison_notes(reports)
+    if as_json:
+        rows = [dict(zip(HEADER, row, strict=True)) for row in comparison_rows(reports)]
+        click.echo(json.dumps({"rows": rows, "notes": notes}))
+        return
+    console = output_console()
+    console.print(comparison_table(reports))
+    for note in notes:
+        console.print(f"- {note}", markup=False, style="dim")
 
 
 def _names(text: str | None) -> list[str]:

@@ -36,7 +36,7 @@ DELTA_P_PERCENTILES = (99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0,
 
 
 class TokenDivergence(NamedTuple):
-    """What is kept of each scored token, [tokens] each: five numbers in place of two rows of the
+    """What is kept of each scored token, [tokens] each: six numbers in place of two rows of the
     vocabulary.
     """
 
@@ -44,7 +44,13 @@ class TokenDivergence(NamedTuple):
     reference_nll: Tensor  # float64, the original's -ln p(t)
     kld: Tensor  # float64
     delta_p: Tensor  # float64
-    same_top: Tensor  # bool
+    top: Tensor  # int64, the candidate's likeliest token
+    reference_top: Tensor  # int64, the original's
+
+    @property
+    def same_top(self) -> Tensor:
+        """[tokens] bool"""
+        return self.top == self.reference_top
 
 
 class Estimate(NamedTuple):
@@ -78,7 +84,7 @@ class Divergence:
 
 
 def compare(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenDivergence:
-    """The five numbers of each row.
+    """The six numbers of each row.
 
     logits, reference   [rows, vocab] float32, of the candidate and of the original
     targets             [rows] int64, the token that came next
@@ -158,7 +164,8 @@ def _compare_slice(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenD
         reference_nll=reference_nll,
         kld=kld.double(),
         delta_p=(-nll).exp() - (-reference_nll).exp(),
-        same_top=ln_q.argmax(dim=-1) == ln_p.argmax(dim=-1),
+        top=ln_q.argmax(dim=-1),
+        reference_top=ln_p.argmax(dim=-1),
     )
 
 

@@ -10,19 +10,17 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from qtool.runtime.evaluate.plots import divergence_plot, layer_plots
-from qtool.runtime.evaluate.report import (
+from qtool.runtime.evaluate.plots import divergence_plot, layer_plots, pareto_plot
+from qtool.runtime.evaluate.report import EvaluationReport, ModelReport, grade, verdict
+from qtool.runtime.evaluate.rows import (
     TABLE_HEADER,
     TASK_HEADER,
-    EvaluationReport,
-    ModelReport,
     divergence_rows,
     footnotes,
-    grade,
     table_rows,
     task_notes,
     task_rows,
-    verdict,
+    worst_rows,
 )
 
 _WITH_ERROR = re.compile(r"^(.+?) ± (\S+)( %|)(?:, (.+)|)$")
@@ -75,6 +73,7 @@ svg .median { stroke: var(--card); stroke-width: 2.5; }
 svg .dot { fill: var(--card); stroke: var(--bar); stroke-width: 2; }
 svg .mean { fill: var(--mark); }
 svg .rtn { stroke: var(--mark); stroke-width: 2; }
+.worst td:first-child { white-space: normal; min-width: 240px; font-weight: 400; }
 .item { white-space: nowrap; }
 .key { display: inline-block; width: 11px; height: 11px; margin: 0 5px 0 12px; border-radius: 3px;
   background: var(--bar); vertical-align: -1px; }
@@ -99,6 +98,7 @@ def to_html(report: EvaluationReport) -> str:
         f"<h2>Summary</h2>{_summary(report)}",
         _tasks(report) if task_rows(report) else "",
         _divergences(report.models) if compared else "",
+        "".join(_worst(model) for model in report.models),
         _layers(report.models),
         _reproduce(report),
     ]
@@ -149,12 +149,43 @@ def _divergences(models: Sequence[ModelReport]) -> str:
     rows = [(cells[0][0], *(text for _, text in cells)) for cells in zip(*columns, strict=True)]
     return (
         "<h2>How far the predictions moved</h2>"
+        f"{_pareto(models)}"
         f"<figure>{divergence_plot(compared)}<figcaption>KL divergence of each scored token from "
         "the original, in nats, left is better."
         f"{_key('', '10 % to 90 % of tokens, line at the median')}"
         f"{_key('ring', '99 %, 99.9 %, largest')}{_key('mark', 'mean')}</figcaption></figure>"
         "<details><summary>All statistics</summary>"
         f"{_table(('', *compared), rows)}</details>"
+    )
+
+
+def _pareto(models: Sequence[ModelReport]) -> str:
+    """Size against divergence, where there are several to choose among."""
+    points = {
+        model.name: (model.size_bytes, model.divergence.kld.value)
+        for model in models
+        if model.divergence is not None
+    }
+    if len(points) < 2:
+        return ""
+    return (
+        f"<figure>{pareto_plot(points)}<figcaption>Mean KL divergence against size, lower left is "
+        f"better.{_key('mark', 'nothing here is both smaller and closer')}"
+        f"{_key('ring', 'another is both')}</figcaption></figure><p></p>"
+    )
+
+
+def _worst(model: ModelReport) -> str:
+    if not model.worst:
+        return ""
+    header = ("after", "came", "says", "original says", "p", "original's p", "KLD")
+    rows = [
+        (before, token, top, other, p, original, kld)
+        for kld, before, token, p, original, top, other in worst_rows(model)
+    ]
+    return (
+        f"<details><summary>Where {escape(model.name)} is furthest from the original"
+        f'</summary><div class="worst">{_table(header, rows)}</div></details>'
     )
 
 

@@ -72,6 +72,64 @@ def _ends(divergence: Divergence) -> tuple[float, float]:
     return smallest, max(divergence.kld_max, 10 * smallest)
 
 
+def pareto_plot(points: Mapping[str, tuple[int, float]]) -> str:
+    """A mark a model: size in bytes along, mean KLD up (logarithmic). Full where no other model is
+    at most as large and at most as far, and smaller or closer; a ring where one is.
+    """
+    left, right, top, bottom = 76, 40, 24, 46
+    width, height = 760, 300
+    klds = {name: max(kld, SMALLEST_KLD) for name, (_, kld) in points.items()}
+    low = math.floor(math.log10(min(klds.values())))
+    high = max(low + 1, math.ceil(math.log10(max(klds.values()))))
+    largest = 1.08 * max(size for size, _ in points.values())
+
+    def x(size: float) -> float:
+        return left + size / largest * (width - left - right)
+
+    def y(kld: float) -> float:
+        return top + (high - math.log10(kld)) / (high - low) * (height - top - bottom)
+
+    parts = []
+    for power in range(low, high + 1):
+        parts.append(_line(left, y(10.0**power), width - right, y(10.0**power), "grid"))
+        parts.append(_text(left - 8, y(10.0**power) + 4, f"{10.0**power:g}", "tick", anchor="end"))
+    for size in round_numbers(largest):
+        parts.append(_line(x(size), top, x(size), height - bottom, "grid"))
+        label = f"{size / 1e6:g} MB"
+        parts.append(_text(x(size), height - bottom + 18, label, "tick", anchor="middle"))
+    for name, (size, kld) in points.items():
+        kind = "mean" if is_best(points, name) else "dot"
+        anchor = "end" if x(size) > 0.7 * width else "start"
+        shift = -10 if anchor == "end" else 10
+        parts.append(
+            f'<circle class="{kind}" cx="{x(size):.1f}" cy="{y(klds[name]):.1f}" r="5">'
+            f"<title>{escape(name)}: {size / 1e6:.4g} MB, {kld:.4g} nats</title></circle>"
+        )
+        parts.append(
+            _text(x(size) + shift, y(klds[name]) - 8, _shortened(name, 30), "label", anchor=anchor)
+        )
+    return _svg(width, height, "Mean KL divergence against size", parts)
+
+
+def round_numbers(largest: float) -> list[float]:
+    """0 and up to five multiples of 1, 2 or 5 times a power of ten, not above `largest`.
+
+    >>> round_numbers(5.8)
+    [0.0, 2.0, 4.0]
+    """
+    power = 10.0 ** math.floor(math.log10(largest))
+    step = next(factor * power for factor in (0.2, 0.5, 1, 2, 5) if largest / (factor * power) <= 5)
+    return [step * count for count in range(int(largest / step) + 1)]
+
+
+def is_best(points: Mapping[str, tuple[int, float]], name: str) -> bool:
+    """Whether no other model is as good in both size and divergence and better in one."""
+    own = points[name]
+    return not any(
+        size <= own[0] and kld <= own[1] and (size, kld) != own for size, kld in points.values()
+    )
+
+
 def layer_plots(layers: Sequence[LayerReport]) -> list[str]:
     """One panel for each kind of linear (q_proj, down_proj, ...), one bar for each block: the
     layer's relative error, and a tick at the error of plain rounding. All panels share one scale.

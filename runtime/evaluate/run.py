@@ -13,7 +13,6 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,88 +23,33 @@ from qtool.json_files import write_json
 from qtool.output import OutputFolder
 from qtool.progress import bar
 from qtool.runtime.config import Device
+from qtool.runtime.evaluate.agreement import Agreement, agreement
 from qtool.runtime.evaluate.divergence import summarize
+from qtool.runtime.evaluate.markdown import to_markdown
+from qtool.runtime.evaluate.outcomes import (
+    Questions,
+    Scoring,
+    Spoken,
+    let_speak,
+    score_models,
+)
 from qtool.runtime.evaluate.page import to_html
 from qtool.runtime.evaluate.perplexity import (
-    Protocol,
-    llama_cpp_protocol,
-    papers_protocol,
     perplexity,
 )
-from qtool.runtime.evaluate.report import (
-    EvaluationReport,
-    ModelReport,
-    Speed,
-    TextUsed,
-    to_json,
-    to_markdown,
-)
+from qtool.runtime.evaluate.report import EvaluationReport, ModelReport, TextUsed, to_json
 from qtool.runtime.evaluate.scorer import (
     DTYPES,
-    RuntimeScorer,
-    Scorer,
-    TokenizedText,
-    open_scorer,
-    require_same_tokens,
 )
 from qtool.runtime.evaluate.sizes import weight_hashes
-from qtool.runtime.evaluate.speed import measure_speed
-from qtool.runtime.evaluate.stream import Scored, plan_passes, score
 from qtool.runtime.evaluate.subject import Subject, find_reference, open_subjects
-from qtool.runtime.evaluate.tasks.harness import HarnessRun, run_harness
-from qtool.runtime.evaluate.tasks.results import Answers, HarnessResult, TaskResult
-from qtool.runtime.evaluate.tasks.results import summarize as summarize_task
-from qtool.runtime.evaluate.tasks.scoring import answer
-from qtool.runtime.evaluate.tasks.tasks import Task, open_task, require_different_names
+from qtool.runtime.evaluate.tasks.tasks import open_task, require_different_names
 from qtool.runtime.evaluate.text import (
     DEFAULT_MAX_TOKENS,
-    EvaluationText,
     ScoringDtype,
     read_text,
 )
 from qtool.source import Source
-
-# Of the machine's memory, what the loaded models may take together.
-MEMORY_SHARE = 0.6
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What scoring found of one model."""
-
-    scored: Scored
-    scored_by: str
-    dtype: str
-    tasks: tuple[TaskResult, ...]
-    harness: tuple[HarnessResult, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Questions:
-    """What is asked of every model."""
-
-    tasks: tuple[Task, ...]
-    lm_eval: tuple[str, ...]
-    lm_eval_include: Path | None
-    limit: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """One model's answers, task by task."""
-
-    answers: tuple[Answers, ...]
-    harness: HarnessRun
-
-
-@dataclass(frozen=True, slots=True)
-class _Scoring:
-    """What scoring found of all models, by name."""
-
-    num_tokens: int
-    num_tokens_used: int
-    protocols: tuple[Protocol, ...]
-    outcomes: Mapping[str, _Outcome]
 
 
 def evaluate(
@@ -148,18 +92,20 @@ def evaluate(
     require_different_names(opened)
     subjects = open_subjects(wanted)
     reference, note = find_reference(against, subjects)
-    scoring = _score(
+    scoring = score_models(
         subjects,
         reference,
         content,
         max_tokens,
-        _Questions(opened, tuple(lm_eval), lm_eval_include, task_limit),
+        Questions(opened, tuple(lm_eval), lm_eval_include, task_limit),
         dtype=dtype,
         device=device,
     )
+    originals = [] if reference is None else [reference]
+    speeds = let_speak([*originals, *subjects], scoring, device) if speed else {}
     reports = {
-        subject.name: _model_report(subject, scoring, device=device, with_speed=speed)
-        for subject in [*subjects, *([] if reference is None else [reference])]
+        subject.name: _model_report(subject, reference, scoring, speeds)
+        for subject in [*originals, *subjects]
     }
     report = EvaluationReport(
         text=TextUsed(
@@ -167,7 +113,7 @@ def evaluate(
             sha256=content.sha256,
             num_characters=len(content.content),
             num_tokens=scoring.num_tokens,
-            num_tokens_used=scoring.num_tokens_used,
+            num_tokens_used=scoring.used.numel(),
             overlap=content.overlap,
         ),
         reference=None if reference is None else reports[reference.name],
@@ -241,25 +187,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def memory_groups(needed: Sequence[int], *, beside: int, budget: int) -> list[list[int]]:
-    """Which models to load together: indices in order, each group and `beside` bytes in the budget.
-
-    A model that does not fit even alone is tried alone.
-
-    >>> memory_groups([4, 4, 9], beside=2, budget=10)
-    [[0, 1], [2]]
-    """
-    groups: list[list[int]] = []
-    room = 0
-    for index, size in enumerate(needed):
-        if not groups or size > room:
-            groups.append([])
-            room = budget - beside
-        groups[-1].append(index)
-        room -= size
-    return groups
-
-
 def _as_given(model: str | Source) -> str:
     return model if isinstance(model, str) else model.name
 
@@ -273,112 +200,25 @@ def _check(models: Sequence[str | Source], dtype: str, max_tokens: int | None) -
         raise UsageError(f"max_tokens is {max_tokens}, must be at least 1, or None for all")
 
 
-def _score(
-    subjects: Sequence[Subject],
-    reference: Subject | None,
-    text: EvaluationText,
-    max_tokens: int | None,
-    questions: _Questions,
-    *,
-    dtype: ScoringDtype,
-    device: Device,
-) -> _Scoring:
-    originals = [] if reference is None else [reference]
-    context = min(subject.context for subject in [*originals, *subjects])
-    groups = memory_groups(
-        [_loaded_bytes(subject, dtype) for subject in subjects],
-        beside=sum(_loaded_bytes(subject, dtype) for subject in originals),
-        budget=int(MEMORY_SHARE * _memory_bytes(device)),
-    )
-    outcomes: dict[str, _Outcome] = {}
-    answered: dict[str, _Answered] = {}
-    read: TokenizedText | None = None
-    protocols: tuple[Protocol, ...] = ()
-    used = 0
-    for group in groups:
-        present = [*originals, *(subjects[index] for index in group)]
-        scorers = [
-            open_scorer(subject.source, subject.name, dtype=dtype, device=device)
-            for subject in present
-        ]
-        for scorer in scorers:
-            own = scorer.tokenize(text.content)
-            if read is None:
-                read, first = own, scorer
-            require_same_tokens(first, read, scorer, own)
-        assert read is not None
-        tokens = read.ids if max_tokens is None else read.ids[:max_tokens]
-        used = tokens.numel()
-        protocols = (
-            llama_cpp_protocol(context=context, num_tokens=used, bos_token_id=read.bos_token_id),
-            papers_protocol(context=context, num_tokens=used),
-        )
-        passes = plan_passes(tokens, protocols)
-        total = sum(len(run.windows) for run in passes) * len(scorers)
-        names = ", ".join(subject.name for subject in present)
-        with bar(f"scoring {names}", total=total) as shown:
-            scored = score(
-                scorers[len(originals) :],
-                scorers[0] if originals else None,
-                passes,
-                shown.advance,
-            )
-        for scorer, result in zip(scorers, scored, strict=True):
-            original = None
-            if reference is not None and scorer.name != reference.name:
-                original = answered[reference.name]
-            if scorer.name not in answered:
-                answered[scorer.name] = _answer_all(scorer, questions, context, original)
-            found = answered[scorer.name]
-            outcomes[scorer.name] = _Outcome(
-                result,
-                scorer.scored_by,
-                scorer.dtype,
-                _task_results(questions.tasks, found, original),
-                found.harness.results,
-            )
-    assert read is not None
-    return _Scoring(read.ids.numel(), used, protocols, outcomes)
-
-
-def _answer_all(
-    scorer: Scorer, questions: _Questions, context: int, original: _Answered | None
-) -> _Answered:
-    answers = []
-    for task in questions.tasks:
-        with bar(f"{task.name} by {scorer.name}", total=len(task.items)) as shown:
-            answers.append(answer(scorer, task, shown.advance))
-    harness = HarnessRun((), {})
-    if questions.lm_eval:
-        harness = run_harness(
-            scorer,
-            scorer.loaded if isinstance(scorer, RuntimeScorer) else None,
-            questions.lm_eval,
-            context=context,
-            limit=questions.limit,
-            include=questions.lm_eval_include,
-            original=None if original is None else original.harness,
-        )
-    return _Answered(tuple(answers), harness)
-
-
-def _task_results(
-    tasks: Sequence[Task], own: _Answered, original: _Answered | None
-) -> tuple[TaskResult, ...]:
-    return tuple(
-        summarize_task(task, answers, None if original is None else original.answers[index])
-        for index, (task, answers) in enumerate(zip(tasks, own.answers, strict=True))
-    )
+def _agreement(
+    model: str, reference: Subject | None, speeds: Mapping[str, Spoken]
+) -> Agreement | None:
+    if reference is None or model == reference.name:
+        return None
+    if model not in speeds or reference.name not in speeds:
+        return None
+    return agreement(speeds[model].texts, speeds[reference.name].texts)
 
 
 def _model_report(
-    subject: Subject, scoring: _Scoring, *, device: Device, with_speed: bool
+    subject: Subject,
+    reference: Subject | None,
+    scoring: Scoring,
+    speeds: Mapping[str, Spoken],
 ) -> ModelReport:
     outcome = scoring.outcomes[subject.name]
     manifest = subject.manifest
-    speed: Speed | None = None
-    if with_speed and outcome.scored_by == "qtool runtime":
-        speed = measure_speed(subject.source, subject.name, device=device)
+    spoken = speeds.get(subject.name)
     with bar(f"hashing {subject.name}"):
         hashes = weight_hashes(subject.source)
     return ModelReport(
@@ -401,21 +241,12 @@ def _model_report(
         ),
         tasks=outcome.tasks,
         harness=outcome.harness,
-        speed=speed,
+        worst=outcome.worst,
+        agreement=_agreement(subject.name, reference, speeds),
+        speed=None if spoken is None else spoken.speed,
         layers=manifest.layers if manifest else (),
         unquantized=dict(manifest.unquantized) if manifest else {},
     )
-
-
-def _loaded_bytes(subject: Subject, dtype: str) -> int:
-    """At most: kernels that keep weights packed take less."""
-    return subject.size.num_weights * DTYPES[dtype].itemsize
-
-
-def _memory_bytes(device: str) -> int:
-    if device != "cpu" and torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cpu_name() -> str:

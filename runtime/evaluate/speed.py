@@ -21,6 +21,7 @@ from qtool.runtime.config import Device
 from qtool.runtime.engine.engine import Engine
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.sequence import GenerationRequest
+from qtool.runtime.evaluate.agreement import continuations
 from qtool.runtime.evaluate.report import Speed
 from qtool.runtime.llm import LLM
 from qtool.source import Source
@@ -32,15 +33,21 @@ NUM_TOKENS = 64
 MAX_SECONDS = 5.0
 
 
-def measure_speed(source: Source, name: str, *, device: Device = "auto") -> Speed:
-    """Load the model as the server would, warm it up, and time it."""
+def measure_speed(
+    source: Source, name: str, prompts: Sequence[Sequence[int]], *, device: Device = "auto"
+) -> tuple[Speed, list[tuple[int, ...]]]:
+    """Load the model as the server would, warm it up, and time it; and, as it is loaded, let it
+    continue the prompts, for `agreement`.
+    """
     with closing(LLM(str(source.path), device=device)) as llm, bar(f"timing {name}"):
         context = llm.info.max_model_len
         prompt = llm.get_tokenizer().encode(PROMPT)[: max(1, context // 4)]
         _gaps(llm.engine, prompt, WARM_UP_TOKENS)
         gaps = _gaps(llm.engine, prompt, min(NUM_TOKENS, context - len(prompt) - 1))
         info = llm.info
-    return Speed(1 / median(gaps), len(gaps), info.dtype, info.device, torch.get_num_threads())
+        texts = continuations(llm, prompts)
+    threads = torch.get_num_threads()
+    return Speed(1 / median(gaps), len(gaps), info.dtype, info.device, threads), texts
 
 
 def _gaps(engine: Engine, prompt: Sequence[int], num_gaps: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Runs models over the windows of a text, a batch at a time, and keeps five numbers a token.
+"""Runs models over the windows of a text, a batch at a time, and keeps six numbers a token.
 
 The logits of one batch of windows, of the original and of one candidate, are all that is ever held:
 a vocabulary of 128k takes half a megabyte a token, so a text of 300k tokens would be 150 GB. The

@@ -9,14 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qtool.runtime.evaluate.report import (
-    EvaluationReport,
-    footnotes,
-    table_rows,
-    task_notes,
-    task_rows,
-    verdict_line,
-)
+from qtool.runtime.evaluate.report import EvaluationReport, verdict_line
+from qtool.runtime.evaluate.rows import footnotes, table_rows, task_notes, task_rows
 
 # A pipe has no width; rich would fold the table and the notes into its 80 columns.
 PIPE_WIDTH = 160

@@ -11,6 +11,7 @@ import torch
 
 from qtool.artifact import LayerReport
 from qtool.runtime.evaluate.divergence import Divergence, Estimate, compare, summarize
+from qtool.runtime.evaluate.markdown import to_markdown
 from qtool.runtime.evaluate.page import to_html
 from qtool.runtime.evaluate.perplexity import (
     llama_cpp_protocol,
@@ -26,12 +27,11 @@ from qtool.runtime.evaluate.report import (
     TextUsed,
     grade,
     size_text,
-    table_rows,
     to_json,
-    to_markdown,
     verdict,
     verdict_line,
 )
+from qtool.runtime.evaluate.rows import table_rows
 
 HOSTILE = '<img src=x onerror="alert(1)">|`&amp;'
 PROTOCOLS = (

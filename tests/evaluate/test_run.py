@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from qtool.artifact import LayerReport, Manifest, write_manifest
 from qtool.builtin import evaluation_text
 from qtool.cli import main
-from qtool.runtime.evaluate.run import as_command, evaluate, memory_groups
+from qtool.runtime.evaluate.outcomes import memory_groups
+from qtool.runtime.evaluate.run import as_command, evaluate
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def test_models_in_turn_give_the_numbers_of_models_together(
 ) -> None:
     models = [str(noisy), str(original)]
     together = evaluate(models, str(original), max_tokens=1024, speed=False)
-    monkeypatch.setattr("qtool.runtime.evaluate.run.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("qtool.runtime.evaluate.outcomes.MEMORY_SHARE", 0.0)
     in_turn = evaluate(models, str(original), max_tokens=1024, speed=False)
     assert [m.divergence for m in in_turn.models] == [m.divergence for m in together.models]
 
