@@ -24,11 +24,13 @@ from typing import Protocol
 from qtool.runtime.engine.scheduler import Scheduled
 from qtool.runtime.engine.sequence import Sequence
 
-# A new measurement's share of an average.
+# A new measurement's share of an average, at least.
 NEW_STEP = 0.2
 NEW_GUESS = 0.1
-# What is assumed of a sequence's guesses before any has been judged.
+# What is assumed of guesses before any has been judged.
 FIRST_ACCEPTANCE = 0.6
+# Measurements flicker: guessing has to be faster by so much.
+MARGIN = 1.1
 # One step in so many tries another number of guesses, none and each in turn: is it still worse?
 PROBE_EVERY = 48
 
@@ -87,14 +89,27 @@ class Worth:
             seconds = self.step_seconds(rows) + count * self._guess_seconds
             if seconds <= 0:
                 return 0  # nothing is known yet
-            if tokens / seconds > best_speed:
-                best, best_speed = count, tokens / seconds
+            speed = tokens / seconds / (MARGIN if count else 1.0)
+            if speed > best_speed:
+                best, best_speed = count, speed
         return best
 
 
 def _expected(share: float, count: int) -> float:
     """Tokens of a step with so many guesses, each right with this share given those before it."""
     return float(count + 1) if share >= 1 else (1 - share ** (count + 1)) / (1 - share)
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """How often guesses were right: of all sequences lately, or of one."""
+
+    share: float
+    num_judged: int = 0
+
+    def judge(self, was_right: bool) -> None:
+        self.num_judged += 1
+        self.share += max(NEW_GUESS, 1 / (self.num_judged + 2)) * (was_right - self.share)
 
 
 @dataclass(slots=True)
@@ -123,7 +138,8 @@ class Speculation:
         self._adaptive = adaptive
         self._clock = clock
         self._worth = Worth()
-        self._acceptance: dict[str, float] = {}
+        self._usual = Acceptance(FIRST_ACCEPTANCE)
+        self._acceptance: dict[str, Acceptance] = {}
         self._num_until_probe = PROBE_EVERY
         self._probe = num_tokens
         self.counts = SpeculationCounts(by_position=[0] * num_tokens)
@@ -162,10 +178,10 @@ class Speculation:
         counts.num_accepted_tokens += num_accepted
         for position in range(num_accepted):
             counts.by_position[position] += 1
-        share = self._acceptance.get(name, FIRST_ACCEPTANCE)
+        own = self._acceptance.setdefault(name, Acceptance(self._usual.share))
         for position in range(min(num_accepted + 1, work.num_draft_tokens)):
-            share += NEW_GUESS * ((position < num_accepted) - share)
-        self._acceptance[name] = share
+            own.judge(position < num_accepted)
+            self._usual.judge(position < num_accepted)
 
     def forget(self, sequence_id: str) -> None:
         self._acceptance.pop(sequence_id, None)
@@ -175,7 +191,7 @@ class Speculation:
         """What is worth most; now and then something else, to see whether it still is."""
         if not self._adaptive:
             return self._num_tokens
-        acceptance = [self._acceptance.get(one.id, FIRST_ACCEPTANCE) for one in decoding]
+        acceptance = [self._acceptance.get(one.id, self._usual).share for one in decoding]
         count = self._worth.choose(acceptance, self._num_tokens)
         self._num_until_probe -= 1
         if self._num_until_probe > 0:

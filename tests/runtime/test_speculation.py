@@ -13,7 +13,7 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.ngram import NgramIndex
 from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from qtool.runtime.engine.sequence import GenerationRequest
-from qtool.runtime.engine.speculation import Worth
+from qtool.runtime.engine.speculation import Acceptance, Worth
 from qtool.runtime.engine.speculative_config import SpeculativeConfig
 from qtool.runtime.llm import LLM
 
@@ -205,6 +205,24 @@ def test_between_them_the_best_number_is_found() -> None:
         for count in range(6)
     }
     assert chosen(cost, guess=0.001, share=0.6) == max(speed, key=lambda count: speed[count])
+
+
+def test_a_gain_within_the_noise_is_not_taken() -> None:
+    # 1.5 tokens in 1.45 times the time.
+    assert chosen(lambda rows: 0.010 * (0.55 + 0.45 * rows), guess=0.0, share=0.5) == 0
+    assert chosen(lambda rows: 0.010 * (0.75 + 0.25 * rows), guess=0.0, share=0.5) > 0
+
+
+def test_sequences_are_judged_by_their_own_guesses() -> None:
+    right, wrong = Acceptance(0.6), Acceptance(0.6)
+    for _ in range(6):
+        right.judge(True)
+        wrong.judge(False)
+    assert right.share > 0.85
+    assert wrong.share < 0.2
+    for _ in range(30):
+        wrong.judge(True)
+    assert wrong.share > 0.9
 
 
 def test_a_batch_that_fills_the_machine_stops_guessing() -> None:
