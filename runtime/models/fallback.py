@@ -12,7 +12,8 @@ The same few tokens then go through the model's own attention. A family whose te
 refused by name, with the reason.
 
 Weights of any format are dequantized as they are loaded, under the names and by the conversions
-that transformers loads its own checkpoints with.
+that transformers loads its own checkpoints with; linears are then packed again, one by one
+(runtime/models/packed_modules.py).
 """
 
 import sys
@@ -38,14 +39,19 @@ from qtool.convert.formats import WeightReader
 from qtool.errors import FormatError, UnsupportedModel, closest
 from qtool.kernels.cpu.attention import causal_attention
 from qtool.progress import bar
+from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.models.attention_spec import AttentionSpec
+from qtool.runtime.models.build import KernelUse
 from qtool.runtime.models.model import Attend, sinks_of
+from qtool.runtime.models.packed_modules import called_linears, pack_modules
 
 PAGED = "qtool_paged"
 PROBE = "qtool_probe"
 PROBE_TOKENS = 24
 # How far our result may be from the model's own, relative to its size: rounding, and no more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
+# Packed linears round more than plain ones: activations to 8 bits, or sums in another order.
+MOST_FROM_PACKING = 0.25
 # Layers whose memory is the cache and nothing else.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
@@ -100,30 +106,41 @@ class Loaded:
     model: TransformersModel
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
+    kernels: tuple[KernelUse, ...]
     nbytes: int
 
 
 def load_fallback(
-    reader: WeightReader, config: Any, dtype: torch.dtype, device: torch.device
+    reader: WeightReader,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    rules: PackingRules = DEFAULT_RULES,
 ) -> Loaded:
     """config is `read_config`'s. Raises UnsupportedModel for what only running the model shows."""
     _register()
     with torch.inference_mode():
         whole = _load(reader, config, dtype).to(device).eval()
         whole.set_attn_implementation(PROBE)
-        specs, vocab_size = _measure(whole, config.model_type, dtype, device)
+        with called_linears(whole) as linears:
+            specs, logits = _measure(whole, config.model_type, dtype, device)
+        kernels, nbytes = pack_modules(whole, linears, reader, dtype, device, rules)
+        # By the model's own attention still, which `_measure` leaves it with.
+        changed = _distance(whole(**_probe_inputs(whole, device)).logits.float(), logits)
+        assert changed < MOST_FROM_PACKING, f"packing changed the logits by {changed:.1%}"
         whole.set_attn_implementation(PAGED)
     base = whole.base_model
     setattr(whole, whole.base_model_prefix, _Given())
     text = config.get_text_config()
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in base.parameters()}
-    tensors |= {tensor.data_ptr(): tensor.nbytes for tensor in whole.parameters()}
+    parameters = [*base.parameters(), *whole.parameters()]
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in parameters}
     eos = text.eos_token_id
     return Loaded(
-        model=TransformersModel(base, whole, specs, vocab_size, dtype, device),
+        model=TransformersModel(base, whole, specs, logits.shape[-1], dtype, device),
         max_position_embeddings=_context(text),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        nbytes=sum(tensors.values()),
+        kernels=kernels,
+        nbytes=nbytes + sum(tensors.values()),
     )
 
 
@@ -383,18 +400,24 @@ def _plain_mask(length: int, window: int | None) -> Tensor | None:
     return (distance >= 0) & (distance < window)
 
 
-def _measure(
-    model: Any, family: str, dtype: torch.dtype, device: torch.device
-) -> tuple[tuple[AttentionSpec, ...], int]:
-    """(what every layer's attention is, size of the vocabulary), or a refusal."""
+def _probe_inputs(model: Any, device: torch.device) -> dict[str, Any]:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(PROBE_TOKENS) * 7919 + 11) % vocab_size
-    inputs = {
+    return {
         "input_ids": ids[None].to(device),
         "position_ids": torch.arange(PROBE_TOKENS, device=device)[None],
         "attention_mask": torch.ones(1, PROBE_TOKENS, dtype=torch.int64, device=device),
         "use_cache": False,
     }
+
+
+def _measure(
+    model: Any, family: str, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[AttentionSpec, ...], Tensor]:
+    """(what every layer's attention is, the model's own logits of the probe's tokens), or a
+    refusal.
+    """
+    inputs = _probe_inputs(model, device)
     probe = _Probe()
     token = _probe.set(probe)
     try:
@@ -405,14 +428,18 @@ def _measure(
         _probe.reset(token)
     refuse_measured(family, probe.specs, probe.refusals, model.config)
     model.set_attn_implementation("eager")
-    theirs = model(**inputs).logits.float()
-    difference = float((ours - theirs).norm() / theirs.norm())
+    theirs: Tensor = model(**inputs).logits.float()
+    difference = _distance(ours, theirs)
     if not difference < TOLERANCE[dtype]:
         raise UnsupportedModel(
             f"{family} cannot be served: through paged attention its logits differ from its own "
             f"by {difference:.1%}"
         )
-    return tuple(probe.specs), int(ours.shape[-1])
+    return tuple(probe.specs), theirs
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 def refuse_measured(

@@ -70,16 +70,16 @@ class FallbackPlan:
     ) -> LoadedDecoder:
         from qtool.runtime.models.fallback import load_fallback
 
-        loaded = load_fallback(self.reader, self.config, dtype, device)
-        stored = self.reader.format if self.reader.modules() else str(dtype).removeprefix("torch.")
-        use = KernelUse("all", stored, "transformers", self.reason, len(loaded.model.attention))
+        loaded = load_fallback(self.reader, self.config, dtype, device, rules)
+        blocks = str(dtype).removeprefix("torch.")
+        use = KernelUse("blocks", blocks, "transformers", self.reason, len(loaded.model.attention))
         return LoadedDecoder(
             model=loaded.model,
             code="transformers",
             code_reason=self.reason,
             max_position_embeddings=loaded.max_position_embeddings,
             eos_token_ids=loaded.eos_token_ids,
-            kernels=(use,),
+            kernels=(use, *loaded.kernels),
             nbytes=loaded.nbytes,
         )
 

@@ -122,6 +122,14 @@ def continuation(model: Path, **options: Any) -> str:
     return answer.outputs[0].text
 
 
+@pytest.fixture(autouse=True)
+def _by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operators, which are there on every machine. What the compiled library computes is
+    compared with them in tests/kernels and in test_native_decoder.py.
+    """
+    monkeypatch.setenv("QTOOL_ACTIVATIONS", "bf16")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize(
     ("format", "scheme"),
@@ -216,7 +224,7 @@ def test_every_scheme_of_every_format_is_served(
     assert len(reader.modules()) == 7
     expected = load_model(str(twin(reader, plain, tmp_path / "twin"))).logits(tokens())
     for dtype, most in (("float32", 1e-5), ("bfloat16", 0.03)):
-        found = load_model(str(model), dtype=dtype).logits(tokens())
+        found = load_model(str(model), dtype=dtype).logits(tokens())  # type: ignore[arg-type]
         assert float((found - expected).norm() / expected.norm()) < most
 
 
@@ -342,6 +350,26 @@ def test_quantized_experts_run_packed(
     assert sum(use.count for use in experts if use.layer == "experts_down") in (4, 8)
     error = (loaded.logits(tokens()) - expected).norm() / expected.norm()
     assert float(error) < 0.05
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_folders_of_other_families_run_packed(
+    format: str, tiny_checkpoint: Callable[..., Path], transformers_logits: Logits, tmp_path: Path
+) -> None:
+    """By transformers' code, which calls our kernels."""
+    plain = tiny_checkpoint("gpt_neox")
+    model = quantize(plain, format, "int4-g64-sym", tmp_path / "model")
+    reader = open_weights(resolve(str(model)))
+    expected = transformers_logits(twin(reader, plain, tmp_path / "twin"), tokens())
+    for dtype, most in (("float32", 1e-5), ("bfloat16", 0.05)):
+        loaded = load_model(str(model), dtype=dtype)  # type: ignore[arg-type]
+        assert loaded.code == "transformers"
+        error = (loaded.logits(tokens()) - expected).norm() / expected.norm()
+        assert float(error) < most
+    packed = {use.layer for use in loaded.kernels if use.kernel in ("int4pack", "native_w4a8")}
+    assert packed == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    wide = load_model(str(plain), dtype="bfloat16")
+    assert loaded.nbytes < 0.8 * wide.nbytes
 
 
 def test_codes_survive_every_conversion(books_7m: Path, tmp_path: Path) -> None:

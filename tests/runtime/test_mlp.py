@@ -71,15 +71,10 @@ def rows(count: int) -> Tensor:
 def test_the_sum_is_that_of_each_tokens_experts(shared: int) -> None:
     layer, x = sparse(shared_size=shared), rows(20)
     chosen, weights = route(F.linear(x, layer.router), layer.config, None)
-    expected = torch.stack(
-        [
-            sum(
-                float(weight) * layer.experts[int(expert)](token[None])[0]
-                for expert, weight in zip(chosen[row], weights[row], strict=True)
-            )
-            for row, token in enumerate(x)
-        ]
-    )
+    expected = torch.zeros_like(x)
+    for row, token in enumerate(x):
+        for expert, weight in zip(chosen[row], weights[row], strict=True):
+            expected[row] += float(weight) * layer.experts[int(expert)](token[None])[0]
     if layer.shared is not None:
         expected += x.sum(1, keepdim=True).sigmoid() * layer.shared(x)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
