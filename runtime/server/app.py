@@ -23,6 +23,7 @@ from qtool.runtime.server import (
     responses,
     tgi,
     tokens,
+    web_page,
 )
 from qtool.runtime.server.asgi import ClientGone
 from qtool.runtime.server.chat_protocol import ChatBody
@@ -47,6 +48,7 @@ ROUTES = (
     tgi.routes,
     plain.routes,
     tokens.routes,
+    web_page.routes,
 )
 BODIES: tuple[type[Body], ...] = (
     ChatBody,
@@ -105,15 +107,16 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         exposition = service.metrics.expose(request.headers.get("accept", ""))
         return Response(exposition.body, headers={"Content-Type": exposition.content_type})
 
-    @app.get("/")
-    async def index() -> Response:
+    @app.get("/load")
+    async def load() -> Response:
+        stats = service.client.stats()
+        inside = service.admission.num_inside
         return json_response(
             {
-                "server": "qtool",
-                "version": __version__,
-                "models": list(service.config.served_model_names),
-                "api": ["/v1/models", "/v1/completions", "/v1/chat/completions"],
-                "operations": ["/health", "/version", "/metrics", "/docs"],
+                "server_load": inside,
+                "num_requests_running": stats.num_requests_running,
+                "num_requests_waiting": stats.num_requests_waiting,
+                "kv_cache_usage": stats.kv_cache_usage,
             }
         )
 
