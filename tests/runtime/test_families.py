@@ -1,14 +1,17 @@
 """Every family of the native decoder, through the paged engine: transformers' own greedy text.
 
 Prompts of several lengths run together, cut into chunks, so that steps mix prefill and decode and
-windows are passed.
+windows are passed. transformers reads prompt and answer at once: each token of the answer has to be
+its likeliest after those before it, which is what generating one by one means.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from qtool.arch import ARCHITECTURES
 from qtool.runtime.config import EngineConfig
@@ -55,9 +58,12 @@ def generate(model: Path, **options: Any) -> dict[str, list[int]]:
 def test_greedy_text_of_the_engine_is_that_of_transformers(
     family: str,
     tiny_checkpoint: Callable[..., Path],
-    transformers_greedy: Callable[[Path, Sequence[int], int], list[int]],
+    transformers_logits: Callable[[Path, Tensor], Tensor],
 ) -> None:
     folder = tiny_checkpoint(family, eos_token_id=None, **OVERRIDES.get(family, {}))
     found = generate(folder)
     for name, prompt in PROMPTS.items():
-        assert found[name] == transformers_greedy(folder, list(prompt), NEW_TOKENS[name]), name
+        assert len(found[name]) == NEW_TOKENS[name]
+        read = torch.tensor([[*prompt, *found[name][:-1]]])
+        likeliest = transformers_logits(folder, read)[0, len(prompt) - 1 :].argmax(-1)
+        assert found[name] == likeliest.tolist(), name
