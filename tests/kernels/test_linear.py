@@ -17,6 +17,12 @@ from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operators; the compiled linears have tests of their own."""
+    monkeypatch.setenv("QTOOL_ACTIVATIONS", "bf16")
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

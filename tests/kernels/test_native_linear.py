@@ -251,18 +251,18 @@ def test_no_tokens_give_no_rows(native: Native) -> None:
 @pytest.mark.usefixtures("natives")
 def test_the_choice_of_activations_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = quantized(64, 128, "int4-g32-sym")
-    monkeypatch.setattr(native_linear, "INT8_ACTIVATIONS_BY_DEFAULT", False)
     monkeypatch.delenv("QTOOL_ACTIVATIONS", raising=False)
-    unasked = choose(weight, torch.bfloat16, CPU)
-    assert unasked.kernel.name == "int4pack"
-    assert "native_w4a8 rounds activations to 8 bits, which QTOOL_ACTIVATIONS" in unasked.reason
-    monkeypatch.setattr(native_linear, "INT8_ACTIVATIONS_BY_DEFAULT", True)
     assert choose(weight, torch.bfloat16, CPU).kernel.name == "native_w4a8"
     exact = choose(weight, torch.float32, CPU)
     assert exact.kernel.name == "dequantized"
     assert "which float32 is there to avoid" in exact.reason
+    assert choose(weight, torch.float32, CPU, "int8").kernel.name == "native_w4a8"
+    asked = choose(weight, torch.bfloat16, CPU, "bf16")
+    assert asked.kernel.name == "int4pack"
+    assert "bf16 was asked for" in asked.reason
     monkeypatch.setenv("QTOOL_ACTIVATIONS", "bf16")
     assert "bf16 was asked for" in choose(weight, torch.bfloat16, CPU).reason
+    assert choose(weight, torch.bfloat16, CPU, "int8").kernel.name == "native_w4a8"
     monkeypatch.setenv("QTOOL_ACTIVATIONS", "int8")
     assert choose(weight, torch.float32, CPU).kernel.name == "native_w4a8"
 
