@@ -118,6 +118,19 @@ def convert(
     plan = plan_conversion(reader, target=target, type=type_, requantize=requantize)
     facts = {"source": source.name, **_show_plan(plan, source.name)}
     if dry_run:
+        facts["tensor_plan"] = [
+            {
+                "name": step.name,
+                "shape": list(step.held.shape),
+                "has": step.held.kind,
+                "type": step.writes,
+                "bytes": step.nbytes,
+                "how": step.action,
+                "why": step.reason or HOW[step.action],
+            }
+            for step in plan.steps
+        ]
+        _show_tensors(facts["tensor_plan"])
         return _finish(facts, None, as_json)
     return _finish(facts, write_checkpoint(reader, plan, folder, force=force), as_json)
 

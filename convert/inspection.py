@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qtool.artifact import MANIFEST_NAME, Manifest
 from qtool.checkpoint import Checkpoint, TensorInfo, read_safetensors_header
 from qtool.convert.gguf.container import GgufFile, KeyValue
 from qtool.convert.gguf.parts import open_parts
+from qtool.convert.gguf.sentencepiece import SentencePieceModel
 from qtool.convert.gguf.types import FILE_TYPES, ValueType
 from qtool.convert.huggingface import CheckpointWeights
 from qtool.errors import FormatError, QtoolError, UnsupportedModel
@@ -209,6 +211,8 @@ def _folder_tokenizer(path: Path) -> dict[str, Any]:
             facts["tokens"] = known + len(extra)
     elif (path / "tokenizer.model").is_file():
         facts["kind"] = "SentencePiece (tokenizer.model)"
+        with suppress(QtoolError):  # kinds that are not read have no more to tell
+            facts["tokens"] = len(SentencePieceModel.open(path / "tokenizer.model").pieces)
     if not facts:
         return {}
     settings: dict[str, Any] = {}

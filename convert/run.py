@@ -161,6 +161,7 @@ def _round_again(reader: WeightReader, step: Step) -> tuple[QuantizedWeight, _Ag
     assert step.scheme is not None, step
     solved = rtn.solve(values, step.scheme, scale_search=True)
     error = (solved.dequantized - values).norm() / values.norm().clamp(min=TINY)
+    assert isinstance(solved.weight, QuantizedWeight), type(solved.weight)
     return solved.weight, _Again(_digest(solved.dequantized), float(error))
 
 

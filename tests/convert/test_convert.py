@@ -328,7 +328,13 @@ def test_a_dry_run_writes_nothing(
     folder = packed_checkpoint("compressed-tensors", "int4-g64-sym")
     monkeypatch.chdir(tmp_path)
     main(["convert", str(folder), "--to", "marlin", "--dry-run", "--json"])
-    assert json.loads(capsys.readouterr().out)["tensors"] == {"repack": 14, "copy": 7}
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tensors"] == {"repack": 14, "copy": 7}
+    plan = {row["name"]: row for row in facts["tensor_plan"]}
+    assert len(plan) == 21
+    up = plan["model.layers.1.mlp.up_proj"]
+    assert (up["has"], up["type"], up["why"]) == ("int4-g64-sym", "int4-g64-sym", "codes kept")
+    assert plan["model.norm.weight"]["how"] == "copy"
     assert list(tmp_path.iterdir()) == []
 
 

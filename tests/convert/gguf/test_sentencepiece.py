@@ -19,6 +19,7 @@ from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.sentencepiece import Piece, SentencePieceModel
 from qtool.convert.gguf.vocab import TokenKind, tokenizer_from_gguf
 from qtool.convert.gguf.vocab_write import tokenizer_metadata
+from qtool.convert.inspection import inspect_path
 from qtool.convert.run import convert_model
 from qtool.errors import FormatError, QtoolError, UnsupportedModel
 
@@ -229,3 +230,4 @@ def test_a_model_with_it_alone_is_exported(
     made.rename(source / "tokenizer.model")
     out = convert_model(str(source), to="gguf", type="Q8_0", out=tmp_path / "model.gguf")
     assert GgufFile.open(out).metadata["tokenizer.ggml.tokens"] == columns[0]
+    assert inspect_path(source).tokenizer["tokens"] == 512

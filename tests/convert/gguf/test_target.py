@@ -179,3 +179,14 @@ def test_a_dry_run_shows_each_tensor_and_its_reason(
     total = 8 * sum(row["bytes"] for row in plan.values())
     count = sum(torch.Size(row["shape"]).numel() for row in plan.values())
     assert facts["bits_per_weight"] == pytest.approx(total / count, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek_v2", "mixtral", "gpt2", "phi3"])
+@pytest.mark.parametrize("bits", [4.6, 6.5])
+def test_stacks_halves_and_transposed_matrices_count_too(
+    family: str, bits: float, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    reader = open_weights(Source("m", tiny_checkpoint(family)))
+    plan = plan_gguf(reader, None, GgufOptions(target_bits=bits))
+    assert bits - 0.1 < plan.bits_per_weight <= bits
