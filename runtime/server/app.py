@@ -32,7 +32,11 @@ from qtool.runtime.server.dialects import in_dialect
 from qtool.runtime.server.embeddings import EmbeddingBody
 from qtool.runtime.server.errors import ApiError, from_qtool_error, internal, unavailable
 from qtool.runtime.server.exchange import json_response
-from qtool.runtime.server.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from qtool.runtime.server.middleware import (
+    ApiKeyMiddleware,
+    HttpMetricsMiddleware,
+    RequestIdMiddleware,
+)
 from qtool.runtime.server.parsing import Body
 from qtool.runtime.server.protocol import CompletionBody
 from qtool.runtime.server.responses_protocol import ResponsesBody
@@ -124,6 +128,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
+        if error.code in service.metrics.rejections:
+            service.metrics.rejections[error.code].inc()
         if service.config.log_requests:
             path, message = printable(request.url.path[:200]), printable(error.message)
             logger.info("%s %s: %d, %s", request.method, path, error.status, message)
@@ -181,6 +187,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
     """The last one added is the outermost: CORS answers preflights before a key is asked for."""
     if service.config.api_keys:
         app.add_middleware(ApiKeyMiddleware, keys=service.config.api_keys)
+    app.add_middleware(HttpMetricsMiddleware, metrics=service.metrics)
     app.add_middleware(RequestIdMiddleware)
     origins = service.config.allowed_origins
     app.add_middleware(

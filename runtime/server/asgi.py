@@ -64,8 +64,10 @@ class EventStream(StreamingResponse):
         *,
         media_type: str = "text/event-stream",
         keep_alive_seconds: float = 0,
+        write_seconds: float | None = None,
     ) -> None:
         super().__init__(events, media_type=media_type, headers=STREAM_HEADERS)
+        self._write_seconds = write_seconds
         # Only server-sent events have comments; a line of NDJSON must be an answer.
         keeps_alive = keep_alive_seconds and media_type == "text/event-stream"
         self._events = with_keep_alive(events, keep_alive_seconds) if keeps_alive else events
@@ -75,15 +77,17 @@ class EventStream(StreamingResponse):
         async with aclosing(self._events):
             try:
                 await unless_client_goes(receive, self._send_all(send))
-            except ClientGone:
-                return
+            except (ClientGone, TimeoutError):
+                return  # gone, or as good as gone: it does not read
 
     async def _send_all(self, send: Send) -> None:
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
         async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            # Waits only while the socket and uvicorn's buffer are full.
+            async with asyncio.timeout(self._write_seconds):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

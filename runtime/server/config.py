@@ -63,6 +63,9 @@ class ServerConfig:
     max_body_bytes: int = 32 * 2**20
     shutdown_timeout: float = 25.0
     """Seconds that running answers get after SIGTERM; below the 30 after which Kubernetes kills."""
+    write_timeout: float = 60.0
+    """Seconds that a client of a stream may take to read what is ready for it, before it is hung
+    up on: it holds a place in the queue."""
     sse_keep_alive_seconds: float = 0.0
     """Comment on streams silent for so long, as in a long prefill behind a proxy; 0: never."""
     request_timeout: float = 0.0

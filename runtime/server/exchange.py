@@ -68,6 +68,7 @@ class Exchange(ABC):
 
     async def _response(self, request: Request) -> Response:
         jobs, writer = await self.prepare()
+        self.service.metrics.asked(len(jobs), jobs[0].request.sampling.max_tokens or 0)
         if self.body.stream:
             # Places are taken before the headers are sent, so that a full queue is still a 503.
             events = self._admitted_events(jobs, writer)
@@ -76,6 +77,7 @@ class Exchange(ABC):
                 events,
                 media_type=writer.media_type,
                 keep_alive_seconds=self.service.config.sse_keep_alive_seconds,
+                write_seconds=self.service.config.write_timeout,
             )
         with self.service.admission.enter(len(jobs)):
             answers = await unless_client_goes(request.receive, self.service.engine.answers(jobs))
@@ -109,9 +111,9 @@ class Exchange(ABC):
                 sampling=replace(sampling, seed=None if seed is None else seed + choice),
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt,
+                timeout=seconds or None,
             )
-            deadline = self.arrival + seconds if seconds else None
-            jobs.append(Job(request, self.arrival, keep_special, deadline))
+            jobs.append(Job(request, self.arrival, keep_special))
         return jobs
 
     async def _admitted_events(

@@ -56,13 +56,11 @@ class Job:
     """One sequence to generate.
 
     keep_special  special tokens stay in the text: marks of thoughts and calls are among them
-    deadline      monotonic seconds by which the answer must be complete
     """
 
     request: GenerationRequest
     arrival: float = field(default_factory=time.monotonic)
     keep_special: bool = False
-    deadline: float | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -115,7 +113,7 @@ class TextEngine:
         num_cached_tokens = 0
         try:
             async with _closing(self.client.generate(request)) as outputs:
-                async for output in _before(outputs, job.deadline):
+                async for output in outputs:
                     timer.tokens(len(output.new_token_ids), time.monotonic())
                     num_cached_tokens = output.num_cached_tokens
                     if output.finish_reason in ("abort", "timeout", "error"):
@@ -229,22 +227,6 @@ class TextEngine:
                 yield item
         finally:
             await _cancel(tasks)
-
-
-async def _before(
-    outputs: AsyncIterator[TokenOutput], deadline: float | None
-) -> AsyncGenerator[TokenOutput, None]:
-    """The same outputs; ApiError once the deadline, in monotonic seconds, has passed."""
-    while True:
-        seconds = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        try:
-            async with asyncio.timeout(seconds):
-                output = await anext(outputs)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise deadline_passed() from None
-        yield output
 
 
 @asynccontextmanager

@@ -104,6 +104,45 @@ class Metrics:
             reason: self._finished.labels(**labels, finished_reason=reason)
             for reason in FINISHED_REASONS
         }
+        self.request_decode_time = histogram(
+            "vllm:request_decode_time_seconds",
+            "From a request's first token to its last.",
+            REQUEST_BUCKETS,
+        )
+        self.request_max_tokens = histogram(
+            "vllm:request_max_num_generation_tokens",
+            "Longest answer that a request allows.",
+            counts,
+        )
+        self.request_params_max_tokens = histogram(
+            "vllm:request_params_max_tokens", "The same, as it was asked for.", counts
+        )
+        self.request_params_n = histogram(
+            "vllm:request_params_n", "Answers that a request asks for.", [1, 2, 5, 10, 20]
+        )
+        self._rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests that were refused because too many wait, or because the server stops.",
+            [*labels, "reason"],
+            registry=self.registry,
+        )
+        self.rejections = {
+            reason: self._rejections.labels(**labels, reason=reason)
+            for reason in ("queue_full", "shutting_down")
+        }
+        self.http_requests = Counter(
+            "http_requests",
+            "HTTP requests, by route and the first digit of the status.",
+            ["handler", "method", "status"],
+            registry=self.registry,
+        )
+        self.http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "From the request to the last byte of its answer.",
+            ["handler", "method"],
+            registry=self.registry,
+            buckets=REQUEST_BUCKETS,
+        )
         self.cached_prompt_tokens = Counter(
             "vllm:prompt_tokens_cached",
             "Prompt tokens that were found in the KV cache.",
@@ -111,6 +150,11 @@ class Metrics:
             registry=self.registry,
         ).labels(**labels)
         self.registry.register(_EngineCollector(info, model_name, stats))
+
+    def asked(self, num_answers: int, max_tokens: int) -> None:
+        self.request_params_n.observe(num_answers)
+        self.request_params_max_tokens.observe(max_tokens)
+        self.request_max_tokens.observe(max_tokens)
 
     def expose(self, accept: str) -> Exposition:
         encoder, content_type = choose_encoder(accept)
@@ -153,6 +197,8 @@ class SequenceTimer:
         metrics.request_latency.observe(now - self._arrival)
         metrics.prompt_tokens.observe(num_prompt_tokens)
         metrics.generation_tokens.observe(self._num_tokens)
+        if self._first is not None:
+            metrics.request_decode_time.observe(self._latest - self._first)
         if self._first is not None and self._num_tokens > 1:
             metrics.request_time_per_token.observe(
                 (self._latest - self._first) / (self._num_tokens - 1)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 
 from qtool.runtime.server.asgi import App, Message, Receive, Scope, Send
 from qtool.runtime.server.dialects import in_dialect
 from qtool.runtime.server.errors import ApiError
+from qtool.runtime.server.metrics import Metrics
 
 # What needs no key: probes and scrapers carry none, and a page must load before it can ask for one.
 OPEN_PATHS = frozenset(
@@ -21,6 +23,7 @@ OPEN_PATHS = frozenset(
 )
 OPEN_PREFIXES = ("/web/",)
 MAX_REQUEST_ID_BYTES = 128
+METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH"})
 
 
 def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
@@ -49,6 +52,37 @@ class RequestIdMiddleware:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class HttpMetricsMiddleware:
+    """Counts requests by route; unknown paths are one, or a scanner would make a series of each."""
+
+    def __init__(self, app: App, metrics: Metrics) -> None:
+        self.app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = time.monotonic()
+        status = "5xx"
+
+        async def send_and_look(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = f"{message['status'] // 100}xx"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_look)
+        finally:
+            route = scope.get("route")
+            handler, method = getattr(route, "path", "none"), scope["method"]
+            if method not in METHODS:
+                method = "other"
+            self._metrics.http_requests.labels(handler, method, status).inc()
+            self._metrics.http_seconds.labels(handler, method).observe(time.monotonic() - begun)
 
 
 def _printable(value: bytes) -> bool:

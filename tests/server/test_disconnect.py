@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +23,10 @@ def is_zero(value: float) -> bool:
 def is_all_free(server: Any) -> None:
     for name in (RUNNING, WAITING, "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
         server.wait_for_metric(name, is_zero)
-    assert server.service.admission.num_inside == 0
+    deadline = time.monotonic() + 60
+    while server.service.admission.num_inside:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_leaving_a_stream_frees_its_blocks(server: Any) -> None:
@@ -76,3 +82,29 @@ def test_many_clients_that_leave_leave_nothing(server: Any) -> None:
             next(lines)
     is_all_free(server)
     assert server.complete("Once", max_tokens=2)
+
+
+def test_a_client_that_does_not_read_holds_up_nobody(serve: Callable[..., Any]) -> None:
+    """Its answer is computed and waits in buffers; then it is hung up on."""
+    body = json.dumps(
+        {
+            "messages": [{"role": "user", "content": "Once"}],
+            "max_tokens": 400,
+            "ignore_eos": True,
+            "stream": True,
+            "n": 6,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+    )
+    with serve(write_timeout=1.0) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((host, int(port)))
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+            deaf.sendall(f"{head}\r\n\r\n{body}".encode())
+            server.wait_for_metric(RUNNING, lambda value: value > 0)
+            assert server.complete("Once", max_tokens=2)
+            is_all_free(server)
+            assert server.complete("Once", max_tokens=2)
