@@ -12,7 +12,7 @@ sequences are long beside the width that is most of a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qtool.calibration.activations import Activations
-from qtool.calibration.linears import Site
+from qtool.calibration.linears import Linear, Site
+from qtool.calibration.originals import (
+    OUTPUT,
+    Originals,
+    Point,
+    Probe,
+    WatchNorms,
+    find_points,
+    is_norm,
+)
 from qtool.calibration.runner import BlockRunner, SeenEnough
 from qtool.calibration.skeleton import Skeleton
-from qtool.calibration.statistics import Moments
+from qtool.calibration.statistics import Drift, Moments
+
+# One chunk in so many is held out, where there are as many.
+HELD_OUT_EVERY = 4
 
 
 class InputGroup(NamedTuple):
@@ -43,6 +55,18 @@ class InputGroup(NamedTuple):
     @property
     def first(self) -> Site:
         return self.sites[0]
+
+
+class Compared(NamedTuple):
+    """Where a group's linears are compared with the original stream.
+
+    point  a place that the output of the group's one linear is added to, or the input of the norm
+           that feeds the group
+    added  whether it is the first of these
+    """
+
+    point: Point
+    added: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +106,43 @@ class BlockCapture:
     def first_output(self) -> Tensor:
         """The block's output for the first chunk, as its weights are now."""
         output = self._runner.run(self.index, 0, self._activations.get(0))
+        assert output is not None
+        return output
+
+    @property
+    def num_chunks(self) -> int:
+        return self._runner.num_chunks
+
+    @property
+    def sequence_length(self) -> int:
+        return self._runner.tokens(0).shape[1]
+
+    def num_sequences(self, chunk: int) -> int:
+        return self._runner.tokens(chunk).shape[0]
+
+    def weights(self, linears: Mapping[Linear, Tensor]) -> dict[str, Tensor]:
+        """Parameters of the block, by name in it, with new matrices [out, in] for some linears;
+        gradients flow to those."""
+        parameters = dict(self.skeleton.block_parameters(self.index))
+        prefix = f"{self.skeleton.block_name(self.index)}."
+        found: dict[str, Tensor] = {}
+        for linear, values in linears.items():
+            name = linear.parameter.removeprefix(prefix)
+            if name not in found:
+                found[name] = parameters[linear.parameter].detach().clone()
+            linear.matrix(found[name]).copy_(values)
+        return found
+
+    def output(self, chunk: int, sequences: slice, weights: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for a part of a chunk, with gradients where the weights have them."""
+        with self._runner.products():
+            output = self._runner.run(
+                self.index,
+                chunk,
+                self._activations.get(chunk),
+                sequences=sequences,
+                weights=weights,
+            )
         assert output is not None
         return output
 
@@ -128,6 +189,37 @@ class BlockCapture:
         idle = [site for site in wanted if site not in fed and site.expert is not None]
         return groups + [InputGroup((site,), 0, None) for site in idle]
 
+    def compared(
+        self, groups: Sequence[InputGroup], weights: Mapping[Site, Tensor]
+    ) -> dict[Site, Compared]:
+        """Where each group is best compared with the original stream, under its first site; groups
+        that have no such place, and experts, are left out.
+
+        weights  views [out, in] of linears that fill their parameter, by site
+        """
+        single = [group for group in groups if group.calls == 1 and group.first.expert is None]
+        alone = [
+            group.first for group in single if len(group.sites) == 1 and group.first in weights
+        ]
+        inputs: dict[Site, Tensor] = {}
+
+        def on_input(site: Site, values: Tensor) -> None:
+            inputs[site] = values.clone()
+
+        hidden = self._activations.get(0)
+        with _Watch(self.skeleton, self.index, set(alone), on_input):
+            self._runner.run(self.index, 0, hidden, sequences=slice(0, 1))
+        probes = {site.parameter: Probe(weights[site], inputs[site]) for site in alone}
+        points = find_points(self.skeleton, self._runner, self.index, hidden, probes)
+        found = {}
+        for group in single:
+            point = points.get(group.first.parameter) if group.first in alone else None
+            if point is not None:
+                found[group.first] = Compared(point, added=True)
+            elif group.source is not None:
+                found[group.first] = Compared(Point(group.source), added=False)
+        return found
+
     def collect(
         self, stage: Stage, in_features: Callable[[Site], int], pending: set[Site]
     ) -> dict[Site, Moments]:
@@ -149,16 +241,85 @@ class BlockCapture:
         watched = set(moments) | pending
         for chunk in range(self._runner.num_chunks):
             seen.clear()
-            keep = self._keeper(chunk, store=True)
-            with _Watch(self.skeleton, self.index, watched, on_input, pending, keep):
-                self._runner.run(self.index, chunk, self._activations.get(chunk))
+            self._pass(chunk, watched, on_input, pending)
         return moments
+
+    def collect_compared(
+        self,
+        group: InputGroup,
+        compared: Compared,
+        originals: Originals,
+        in_features: int,
+        pending: set[Site],
+    ) -> tuple[Moments, Drift]:
+        """Moments of one group's inputs, and how far they have come from the original stream."""
+        moments = Moments.zeros(in_features)
+        drift: Drift | None = None
+        norm = None
+        if not compared.added:
+            norm = self.skeleton.blocks[self.index].get_submodule(compared.point.norm)
+        chunk = 0
+        seen: Tensor | None = None
+
+        def on_input(site: Site, inputs: Tensor) -> None:
+            nonlocal seen
+            if site != group.first:
+                return
+            moments.add(inputs)
+            seen = inputs
+            if norm is not None:
+                compare(norm(originals.at(compared.point, chunk)) - inputs)
+                raise SeenEnough
+
+        def on_point(point: Point, values: Tensor) -> None:
+            if seen is not None:
+                compare(originals.at(point, chunk) - values)
+                raise SeenEnough
+
+        def compare(difference: Tensor) -> None:
+            nonlocal drift
+            if drift is None:
+                drift = Drift.zeros(difference.shape[-1], in_features)
+            assert seen is not None
+            drift.add(difference, seen, held_out=self.is_held_out(chunk))
+
+        block = self.skeleton.blocks[self.index]
+        names = [compared.point.norm] if compared.added and compared.point != OUTPUT else []
+        for chunk in range(self._runner.num_chunks):
+            seen = None
+            with WatchNorms(block, names, on_point):
+                output = self._pass(chunk, {group.first} | pending, on_input, pending)
+            if output is not None:
+                compare(originals.at(OUTPUT, chunk) - output)
+        assert drift is not None
+        return moments, drift
+
+    def is_held_out(self, chunk: int) -> bool:
+        """Of the calibration data, the part that decides and is not learned from: a quarter."""
+        return chunk % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+    @property
+    def has_held_out(self) -> bool:
+        return self._runner.num_chunks >= HELD_OUT_EVERY
+
+    def _pass(
+        self,
+        chunk: int,
+        watched: set[Site],
+        on_input: Callable[[Site, Tensor], None],
+        pending: set[Site],
+    ) -> Tensor | None:
+        keep = self._keeper(chunk, store=True)
+        watch = _Watch(self.skeleton, self.index, watched, on_input, pending, keep)
+        with self._runner.products(), watch:
+            return self._runner.run(self.index, chunk, self._activations.get(chunk))
 
     def advance(self) -> None:
         """Replace each chunk's hidden state by the block's output, its weights being final."""
         for chunk in range(self._runner.num_chunks):
             keep = self._keeper(chunk, store=False)
-            with _Watch(self.skeleton, self.index, set(), _ignore, set(), keep):
+            watch = _Watch(self.skeleton, self.index, set(), _ignore, set(), keep)
+            with self._runner.products(), watch:
                 output = self._runner.run(self.index, chunk, self._activations.get(chunk))
             assert output is not None
             self._activations.put(chunk, output)
@@ -198,12 +359,6 @@ def stages(groups: Sequence[InputGroup], *, sequential: bool) -> list[Stage]:
         key = (group.first.parameter, group.first.expert is None)
         by_parameter.setdefault(key, []).append(group)
     return [Stage(tuple(found)) for found in by_parameter.values()]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """A leaf whose weight is one gain a channel: RMSNorm, LayerNorm and their kin."""
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 1 and not list(module.children())
 
 
 # torch's own linear, and x @ weight.T as some families write it; the weight comes second. addmm,

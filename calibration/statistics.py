@@ -34,7 +34,7 @@ class Moments:
     def add(self, inputs: Tensor) -> None:
         """inputs [..., in], any floating type."""
         vectors = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
-        self.gram.addmm_(vectors.t(), vectors)
+        _add_gram(self.gram, vectors)
         self.magnitude += vectors.abs().sum(0)
         self.count += vectors.shape[0]
 
@@ -78,6 +78,67 @@ class Moments:
             self.magnitude + share * prior.magnitude,
             self.count + lacking,
         )
+
+    def less(self, part: Moments) -> Moments:
+        """Without some of the vectors, whose own moments are `part`."""
+        return Moments(
+            self.gram - part.gram, self.magnitude - part.magnitude, self.count - part.count
+        )
+
+
+@dataclass(slots=True)
+class Drift:
+    """How far the quantized stream has come from the original one, as a linear's inputs x know it.
+
+    With d what the two streams differ by at some point (original less quantized),
+
+    cross       [rows, in] float32, sum of d xᵀ over all vectors but the held-out ones
+    held_cross  [rows, in] the same over the held-out ones
+    held        moments of the held-out x alone
+    """
+
+    cross: Tensor
+    held_cross: Tensor
+    held: Moments
+
+    @classmethod
+    def zeros(cls, rows: int, in_features: int) -> Drift:
+        return cls(
+            torch.zeros(rows, in_features),
+            torch.zeros(rows, in_features),
+            Moments.zeros(in_features),
+        )
+
+    def add(self, difference: Tensor, inputs: Tensor, *, held_out: bool) -> None:
+        """difference [..., rows], inputs [..., in]"""
+        vectors = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+        columns = difference.reshape(-1, difference.shape[-1]).to(torch.float32)
+        (self.held_cross if held_out else self.cross).addmm_(columns.t(), vectors)
+        if held_out:
+            self.held.add(vectors)
+
+
+# A square of this side and more is worth computing by halves.
+_SMALLEST_HALF = 128
+
+
+def _add_gram(gram: Tensor, vectors: Tensor) -> None:
+    """gram += vectorsᵀ vectors, computing what lies above the diagonal once: quarter by quarter,
+    down to small squares.
+
+    gram [n, n], vectors [tokens, n]
+    """
+    width = vectors.shape[1]
+    if width < 2 * _SMALLEST_HALF:
+        gram.addmm_(vectors.t(), vectors)
+        return
+    half = width // 2
+    left, right = vectors[:, :half], vectors[:, half:]
+    _add_gram(gram[:half, :half], left)
+    _add_gram(gram[half:, half:], right)
+    across = left.t() @ right
+    gram[:half, half:] += across
+    gram[half:, :half] += across.t()
 
 
 def total(moments: Iterable[Moments]) -> Moments:

@@ -27,7 +27,11 @@ MANIFEST_VERSION = 1
 class LayerReport:
     """One linear. Errors are relative: tr(dW H dWᵀ) / tr(W H Wᵀ), H the second moment of the
     layer's inputs (the identity where no data was used); ``rtn_error`` is that of plain rounding
-    at the same scheme.
+    at the same scheme. Where the weight was aimed at the original model's activations, both are
+    measured from the weight that was aimed for.
+
+    steps       what was done beyond the method's name, in order, and kept
+    peak_bytes  the most memory that the process had held until then
     """
 
     module: str
@@ -37,6 +41,8 @@ class LayerReport:
     rtn_error: float | None = None
     num_tokens: int | None = None
     seconds: float | None = None
+    steps: tuple[str, ...] = ()
+    peak_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -66,7 +72,13 @@ class Manifest:
             )
         try:
             layers = tuple(
-                LayerReport(**{**layer, "notes": tuple(layer.get("notes", ()))})
+                LayerReport(
+                    **{
+                        **layer,
+                        "steps": tuple(layer.get("steps", ())),
+                        "notes": tuple(layer.get("notes", ())),
+                    }
+                )
                 for layer in data.pop("layers", [])
             )
             warnings = tuple(data.pop("warnings", ()))

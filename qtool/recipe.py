@@ -5,6 +5,7 @@
     symmetric: true
     group_size: auto        # the largest of 128, 64, 32 that divides; a number; or row
     keep: []                # fnmatch patterns of modules that stay in 16 bit
+    effort: default         # fast | default | best: how far gptq goes
     method:
       name: gptq            # rtn | gptq | awq, each with its own few fields
       damping: 0.01
@@ -25,7 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from qtool.errors import UnknownName, UsageError, closest
-from qtool.scheme import QuantScheme
+from qtool.scheme import FloatScheme, QuantScheme
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
@@ -47,18 +48,34 @@ class Gptq:
 
     damping        share of the mean diagonal added to the Hessian
     scale_search   choose signed scales by Hessian-weighted error before the sweep, instead of
-    absmax refine_rounds  rounds of closed-form scale refit and code descent after the sweep
+                   absmax
+    sequential     take statistics anew after each set of linears that share an input, in place of
+                   once a block
+    correction     aim at the original model's activations, where held-out text says that it helps
+    refine_rounds  rounds of closed-form scale refit and code descent after the sweep
+    tuning_steps   gradient steps on a block's codes and scales, kept where held-out error falls
     """
 
     damping: float = 0.01
     scale_search: bool = True
+    sequential: bool = True
+    correction: bool = False
     refine_rounds: int = 0
+    tuning_steps: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < 1.0:
             raise UsageError(f"damping {self.damping} is not between 0 and 1")
-        if self.refine_rounds < 0:
-            raise UsageError(f"refine_rounds {self.refine_rounds} is negative")
+        for name in ("refine_rounds", "tuning_steps"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} {getattr(self, name)} is negative")
+        if self.correction and not self.sequential:
+            raise UsageError("correction needs sequential statistics")
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether the original model's activations are computed beside the quantized one's."""
+        return self.correction or self.tuning_steps > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +100,17 @@ Method = Rtn | Gptq | Awq
 METHODS: dict[str, type[Rtn] | type[Gptq] | type[Awq]] = {"rtn": Rtn, "gptq": Gptq, "awq": Awq}
 
 
+Effort = Literal["fast", "default", "best"]
+
+# How far GPTQ goes. fast: one solve on statistics taken once a block; default: everything that has
+# a closed form; best: a gradient pass over each block as well.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"sequential": False, "correction": False, "refine_rounds": 0, "tuning_steps": 0},
+    "default": {"sequential": True, "correction": True, "refine_rounds": 2, "tuning_steps": 0},
+    "best": {"sequential": True, "correction": True, "refine_rounds": 2, "tuning_steps": 200},
+}
+
+
 def method_name(method: Method) -> str:
     return next(name for name, kind in METHODS.items() if isinstance(method, kind))
 
@@ -104,8 +132,24 @@ class Calibration:
                 raise UsageError(f"{name} is {getattr(self, name)}, at least 1 is needed")
 
 
+# What weights can be beside integers, and how many of them share a scale.
+FLOAT_WEIGHTS: dict[str, FloatScheme] = {
+    "fp8": FloatScheme("fp8", (1, None)),
+    "fp8-block": FloatScheme("fp8", (128, 128)),
+    "nvfp4": FloatScheme("nvfp4", (1, 16)),
+    "mxfp4": FloatScheme("mxfp4", (1, 32)),
+    "nf4": FloatScheme("nf4", (1, 64)),
+}
+ACTIVATIONS = ("none", "int8")
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
+    """weights      "int", or a key of FLOAT_WEIGHTS, for which bits, symmetric and group_size say
+                 nothing
+    activations  "int8": runtimes round them by token, which takes 8-bit weights a row each
+    """
+
     name: str
     description: str
     method: Method
@@ -113,11 +157,35 @@ class Recipe:
     symmetric: bool = True
     group_size: GroupSize = "auto"
     keep: tuple[str, ...] = ()
+    weights: str = "int"
+    activations: str = "none"
     calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
+        if self.weights != "int" and self.weights not in FLOAT_WEIGHTS:
+            raise UnknownName("weights", self.weights, ["int", *FLOAT_WEIGHTS])
+        if self.activations not in ACTIVATIONS:
+            raise UnknownName("activations", self.activations, ACTIVATIONS)
+        if self.weights != "int" and not isinstance(self.method, Rtn):
+            raise UsageError(
+                f"{self.weights} weights are made by rounding, not by {method_name(self.method)}",
+                "method: {name: rtn}",
+            )
+        if self.activations == "int8" and (self.bits, self.symmetric, self.group_size) != (
+            8,
+            True,
+            "row",
+        ):
+            raise UsageError(
+                "int8 activations take symmetric weights of 8 bits with one scale a row",
+                "bits: 8, group_size: row",
+            )
         # A scheme is valid or it raises; the group size is checked against each layer later.
         self.scheme(128 if self.group_size == "auto" else self.group_size)
+
+    @property
+    def float_scheme(self) -> FloatScheme | None:
+        return FLOAT_WEIGHTS.get(self.weights)
 
     def scheme(self, group_size: int | Literal["row"]) -> QuantScheme:
         return QuantScheme(self.bits, None if group_size == "row" else group_size, self.symmetric)
@@ -126,17 +194,35 @@ class Recipe:
     def needs_calibration(self) -> bool:
         return not isinstance(self.method, Rtn)
 
+    def with_effort(self, effort: str) -> Recipe:
+        """The recipe at another effort; UsageError where its method has none."""
+        if effort not in EFFORTS:
+            raise UnknownName("effort", effort, EFFORTS)
+        if not isinstance(self.method, Gptq):
+            raise UsageError(
+                f"recipe {self.name} has no effort to choose",
+                "fast, default and best are those of GPTQ: --recipe int4",
+            )
+        return replace(self, method=replace(self.method, **EFFORTS[effort]))
+
     def with_options(
         self,
         *,
+        effort: str | None = None,
+        bits: int | None = None,
         group_size: GroupSize | None = None,
         keep: tuple[str, ...] = (),
         **calibration: Any,
     ) -> Recipe:
         """The recipe with what the command line says; None leaves the recipe's own value."""
         given = {key: value for key, value in calibration.items() if value is not None}
+        recipe = self if effort is None else self.with_effort(effort)
+        if bits is not None and bits != self.bits:
+            named = self.name.replace(f"int{self.bits}", f"int{bits}")
+            named = named if named != self.name else f"{self.name}-int{bits}"
+            recipe = replace(recipe, name=named, bits=bits)
         return replace(
-            self,
+            recipe,
             group_size=self.group_size if group_size is None else group_size,
             keep=(*self.keep, *keep),
             calibration=replace(self.calibration, **given),
@@ -148,6 +234,8 @@ class Recipe:
         calibration = {f.name: getattr(self.calibration, f.name) for f in fields(self.calibration)}
         return {
             "name": self.name,
+            "weights": self.weights,
+            "activations": self.activations,
             "bits": self.bits,
             "symmetric": self.symmetric,
             "group_size": self.group_size,
@@ -197,18 +285,25 @@ def parse_recipe(text: str, path: Path) -> Recipe:
     if not isinstance(keep, list) or not all(isinstance(item, str) for item in keep):
         raise section.error("keep", "is not a list of patterns")
     section.refuse_unknown(
-        "description", "bits", "symmetric", "group_size", "keep", "method", "calibration"
+        *("description", "bits", "symmetric", "group_size", "keep", "effort", "method"),
+        *("weights", "activations", "calibration"),
     )
-    return Recipe(
+    recipe = Recipe(
         name=path.stem,
         description=section.take("description", str),
         bits=section.take("bits", int, 4),
         symmetric=section.take("symmetric", bool, True),
         group_size=group_size,
         keep=tuple(keep),
+        weights=section.take("weights", str, "int"),
+        activations=section.take("activations", str, "none"),
         method=method.build(kind, "name"),
         calibration=calibration.build(Calibration) if calibration else Calibration(),
     )
+    effort = section.value("effort")
+    if effort is not None and effort not in EFFORTS:
+        raise section.error("effort", f"is not one of {', '.join(EFFORTS)}")
+    return recipe if effort is None else recipe.with_effort(effort)
 
 
 class _Section:

@@ -65,7 +65,8 @@ def assemble(
 
 
 def artifact_config(config: Mapping[str, Any], plan: Plan, layout: Format) -> dict[str, Any]:
-    quantized = {linear.module: scheme for linear, scheme in plan.quantized.items()}
+    # Schemes of the one kind that this layout packs.
+    quantized: dict[str, Any] = {linear.module: scheme for linear, scheme in plan.quantized.items()}
     return {
         **config,
         "quantization_config": layout.quantization_config(quantized, plan.dense_modules),

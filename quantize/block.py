@@ -5,26 +5,36 @@ calibration chunks for every set of linears that share an input, in the order in
 feeds them, so that each Hessian is that of the inputs the layer will really get, with all before
 it, in this block too, already quantized. The passes are short: each ends where its inputs have been
 seen, and all of them together cost about one and a half times the block's forward pass. AWQ moves
-scale between layers, so it takes all statistics in one pass first.
+scale between layers, so it takes all statistics in one pass first, and so does GPTQ in haste.
+
+Where the original model is followed, each linear is aimed at what it lacks (correction.py), and the
+solved block may be tuned as a whole (tuning.py). Experts are not aimed: they are fed by another
+choice of tokens in the two streams.
 """
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qtool.artifact import LayerReport
-from qtool.calibration.capture import BlockCapture, InputGroup, Stage, stages
+from qtool.calibration.capture import BlockCapture, Compared, InputGroup, Stage, stages
 from qtool.calibration.linears import Linear, Site, Unpacked, block_linears
+from qtool.calibration.originals import Originals
 from qtool.calibration.skeleton import Skeleton
-from qtool.calibration.statistics import Moments, total
+from qtool.calibration.statistics import Drift, Moments, total
 from qtool.errors import QtoolError
 from qtool.quantize import awq, gptq, rtn
+from qtool.quantize.correction import correct
+from qtool.quantize.layouts import Scheme
+from qtool.quantize.rounding import round_float
 from qtool.quantize.smoothing import smooth
 from qtool.quantize.solution import (
     Solution,
@@ -34,8 +44,9 @@ from qtool.quantize.solution import (
     rows,
     share,
 )
+from qtool.quantize.tuning import Start, tune
 from qtool.recipe import Awq, Gptq, Recipe, Rtn
-from qtool.scheme import QuantScheme
+from qtool.scheme import FloatScheme, QuantScheme
 
 FEW_TOKENS = "fewer tokens than inputs reached this expert, so the layer's other experts fill in"
 NO_TOKENS = "no calibration token reached it, so it was rounded to nearest"
@@ -55,27 +66,34 @@ class BlockResult:
 
 def solve_block(
     index: int,
-    planned: Mapping[Linear, QuantScheme],
+    planned: Mapping[Linear, Scheme],
     recipe: Recipe,
     skeleton: Skeleton,
     capture: BlockCapture | None,
+    originals: Originals | None = None,
 ) -> BlockResult:
     """Solve a block's planned linears.
 
     With calibration the block must be loaded; its parameters are left as the packed weights decode.
+    `originals` stands before the block, and is left behind it.
     """
     result = BlockResult()
     if not planned:
+        if originals is not None:
+            originals.record(index, ())
         return result
+    integers = {
+        linear: scheme for linear, scheme in planned.items() if isinstance(scheme, QuantScheme)
+    }
     match recipe.method:
         case Rtn() as options:
             _solve_rtn(planned, options, skeleton, result)
         case Gptq() as options:
             assert capture is not None
-            _solve_gptq(index, planned, options, capture, result)
+            _solve_gptq(index, integers, options, capture, originals, result)
         case Awq() as options:
             assert capture is not None
-            _solve_awq(index, planned, options, capture, result)
+            _solve_awq(index, integers, options, capture, result)
     return result
 
 
@@ -88,15 +106,19 @@ def put_weights(skeleton: Skeleton, index: int, weights: Iterable[tuple[Linear, 
 
 
 def _solve_rtn(
-    planned: Mapping[Linear, QuantScheme], options: Rtn, skeleton: Skeleton, result: BlockResult
+    planned: Mapping[Linear, Scheme], options: Rtn, skeleton: Skeleton, result: BlockResult
 ) -> None:
     for linear, scheme in planned.items():
         started = time.monotonic()
         stored = skeleton.checkpoint.tensor(linear.tensor).to(torch.float32)
         weight = stored.t().contiguous() if linear.transposed else stored
         require_finite(weight, linear)
-        solved = rtn.solve(weight, scheme, scale_search=options.scale_search)
-        plain = solved if not options.scale_search else rtn.solve(weight, scheme)
+        if isinstance(scheme, FloatScheme):
+            rounded = round_float(weight, scheme)
+            solved = plain = Solution(rounded, rounded.dequantize())
+        else:
+            solved = rtn.solve(weight, scheme, scale_search=options.scale_search)
+            plain = solved if not options.scale_search else rtn.solve(weight, scheme)
         result.weights[linear] = solved
         result.reports[linear] = LayerReport(
             module=linear.name,
@@ -105,6 +127,8 @@ def _solve_rtn(
             error=relative_error(weight, solved.dequantized, None),
             rtn_error=relative_error(weight, plain.dequantized, None),
             seconds=round(time.monotonic() - started, 3),
+            steps=("scale search",) if options.scale_search else (),
+            peak_bytes=peak_bytes(),
             notes=solved.notes,
         )
 
@@ -114,19 +138,122 @@ def _solve_gptq(
     planned: Mapping[Linear, QuantScheme],
     options: Gptq,
     capture: BlockCapture,
+    originals: Originals | None,
     result: BlockResult,
 ) -> None:
     groups = _traced(index, planned, capture)
     at_site = _by_site(planned)
-    for stage in stages(groups, sequential=True):
-        moments = _collected(index, stage, planned, capture, result)
+    compared: dict[Site, Compared] = {}
+    if originals is not None:
+        if options.correction and capture.has_held_out:
+            compared = capture.compared(groups, _whole_parameters(index, at_site, capture))
+        originals.record(index, [place.point for place in compared.values()])
+    aims = _Aims(keep_all=options.tuning_steps > 0)
+    for stage in stages(groups, sequential=options.sequential):
+        group = stage.groups[0]
+        place = compared.get(group.first) if len(stage.groups) == 1 else None
+        if place is not None and originals is not None:
+            linears = [linear for site in group.sites for linear in at_site.get(site, [])]
+            width = linears[0].in_features
+            pending = {linear.site for linear in planned if linear not in result.weights}
+            seen, drift = capture.collect_compared(group, place, originals, width, pending)
+            _require_finite_inputs(group.first, seen)
+            aims.take(capture, index, linears, seen, drift, options.damping, added=place.added)
+            moments = {group.first: seen}
+        else:
+            moments = _collected(index, stage, planned, capture, result)
         prior = expert_prior(stage, moments)
         for group in stage.groups:
             linears = [linear for site in group.sites for linear in at_site.get(site, [])]
             observed = moments.pop(group.first)
             problem = _problem(linears, planned, observed, prior.get(group.first.parameter))
-            _solve_group(index, problem, options, capture, result)
+            _solve_group(index, problem, options, capture, result, aims)
+    if originals is not None and options.tuning_steps and capture.has_held_out:
+        _tune(index, options, capture, originals, aims, result)
     _solve_unseen(index, planned, capture, result)
+
+
+@dataclass(slots=True)
+class _Aims:
+    """weights  [out, in] that linears are quantized for, where not their own
+    steps    what was done to them, for the report
+    """
+
+    keep_all: bool = False
+    weights: dict[Linear, Tensor] = field(default_factory=dict)
+    steps: dict[Linear, tuple[str, ...]] = field(default_factory=dict)
+
+    def take(
+        self,
+        capture: BlockCapture,
+        index: int,
+        linears: Sequence[Linear],
+        seen: Moments,
+        drift: Drift,
+        damping: float,
+        *,
+        added: bool,
+    ) -> None:
+        parameters = dict(capture.skeleton.block_parameters(index))
+        weights = [linear.matrix(parameters[linear.parameter]).contiguous() for linear in linears]
+        for linear, weight in zip(linears, weights, strict=True):
+            require_finite(weight, linear)
+        corrected = correct(weights, seen, drift, damping=damping, added=added)
+        for linear, found in zip(linears, corrected, strict=True):
+            if found.share > 0:
+                self.weights[linear] = found.weight
+                self.steps[linear] = (f"correction {found.share:.2f}",)
+
+
+def _whole_parameters(
+    index: int, at_site: Mapping[Site, Sequence[Linear]], capture: BlockCapture
+) -> dict[Site, Tensor]:
+    """Views [out, in] of the linears that are all of their parameter."""
+    parameters = dict(capture.skeleton.block_parameters(index))
+    found = {}
+    for site, linears in at_site.items():
+        matrix = linears[0].matrix(parameters[site.parameter])
+        if len(linears) == 1 and matrix.numel() == parameters[site.parameter].numel():
+            found[site] = matrix
+    return found
+
+
+def _tune(
+    index: int,
+    options: Gptq,
+    capture: BlockCapture,
+    originals: Originals,
+    aims: _Aims,
+    result: BlockResult,
+) -> None:
+    """Gradient steps on the solved block."""
+    started = time.monotonic()
+    starts = {
+        linear: Start(solved, aims.weights[linear]) for linear, solved in result.weights.items()
+    }
+    if not starts:
+        return
+    tuned = tune(capture, originals, starts, steps=options.tuning_steps)
+    step = f"tuning, block error {tuned.before:.3g} -> {tuned.after:.3g}"
+    seconds = (time.monotonic() - started) / len(starts)
+    for linear, solved in tuned.solutions.items():
+        report = result.reports[linear]
+        steps = report.steps if tuned.after == tuned.before else (*report.steps, step)
+        result.weights[linear] = solved
+        result.reports[linear] = replace(
+            report,
+            steps=steps,
+            seconds=round((report.seconds or 0.0) + seconds, 3),
+            peak_bytes=peak_bytes(),
+        )
+    dequantized = ((linear, solved.dequantized) for linear, solved in tuned.solutions.items())
+    put_weights(capture.skeleton, index, dequantized)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _solve_awq(
@@ -199,12 +326,16 @@ def _collected(
     pending = {linear.site for linear in planned if linear not in result.weights}
     moments = capture.collect(stage, widths.__getitem__, pending)
     for site, found in moments.items():
-        if not found.is_finite:
-            raise QtoolError(
-                f"the inputs of {site.parameter} are not finite",
-                "the checkpoint holds NaN or infinite weights, or overflows on this text",
-            )
+        _require_finite_inputs(site, found)
     return moments
+
+
+def _require_finite_inputs(site: Site, seen: Moments) -> None:
+    if not seen.is_finite:
+        raise QtoolError(
+            f"the inputs of {site.parameter} are not finite",
+            "the checkpoint holds NaN or infinite weights, or overflows on this text",
+        )
 
 
 def expert_prior(stage: Stage, moments: Mapping[Site, Moments]) -> dict[str, Moments]:
@@ -255,8 +386,10 @@ def _solve_group(
     options: Gptq | Awq,
     capture: BlockCapture,
     result: BlockResult,
+    aims: _Aims | None = None,
 ) -> None:
     """One stacked solve for each scheme."""
+    aims = aims or _Aims()
     if problem.hessian is None:
         return
     parameters = dict(capture.skeleton.block_parameters(index))
@@ -269,6 +402,11 @@ def _solve_group(
         weights = [linear.matrix(parameters[linear.parameter]).contiguous() for linear in members]
         for linear, weight in zip(members, weights, strict=True):
             require_finite(weight, linear)
+        weights = [
+            aims.weights.get(linear, own) for linear, own in zip(members, weights, strict=True)
+        ]
+        if aims.keep_all:
+            aims.weights.update(zip(members, weights, strict=True))
         if isinstance(options, Gptq):
             solved = gptq.solve(torch.cat(weights), hessian, scheme, options)
         else:
@@ -291,6 +429,8 @@ def _solve_group(
                 rtn_error=share(float(plain.double().sum()), there),
                 num_tokens=problem.num_tokens,
                 seconds=round((time.monotonic() - started) / len(members), 3),
+                steps=(*aims.steps.get(linear, ()), *_steps(options)),
+                peak_bytes=peak_bytes(),
                 notes=(*problem.notes, *part.notes),
             )
         put_weights(
@@ -298,6 +438,16 @@ def _solve_group(
             index,
             zip(members, (part.dequantized for part in parts), strict=True),
         )
+
+
+def _steps(options: Gptq | Awq) -> tuple[str, ...]:
+    """What the solver was asked to do around its sweep."""
+    if isinstance(options, Awq):
+        return ("clip search",) if options.clip_search else ()
+    steps = ["scale search"] if options.scale_search else []
+    if options.refine_rounds:
+        steps.append(f"{options.refine_rounds} rounds of refinement")
+    return tuple(steps)
 
 
 def _solve_unseen(

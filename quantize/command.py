@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -19,6 +20,16 @@ def _group_size(context: click.Context, parameter: click.Parameter, value: str |
     return int(value)
 
 
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", value.strip().upper())
+    if match is None:
+        raise UsageError(f"--target-size {value!r} is not a size", "for example 4.5GB or 900MB")
+    return int(float(match[1]) * units[match[2]])
+
+
 @click.command(short_help="Quantize a model to int4 or int8.")
 @click.argument("model")
 @click.option(
@@ -26,7 +37,26 @@ def _group_size(context: click.Context, parameter: click.Parameter, value: str |
     default="int4",
     show_default=True,
     metavar="NAME|FILE",
-    help="int4, gptq, awq, rtn-int4, rtn-int8, or a YAML file.",
+    help="int4, int3, int2, gptq, awq, rtn-int4, rtn-int8, w8a8, fp8, fp8-block, nvfp4, mxfp4, "
+    "nf4, or a YAML file.",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "default", "best"]),
+    help="fast: one solve. default: all that has a closed form. best: gradient steps as well.",
+)
+@click.option("--bits", type=click.IntRange(2, 8), help="Bits of a weight [the recipe's].")
+@click.option(
+    "--target-bits",
+    type=click.FloatRange(2, 8.5),
+    metavar="BITS",
+    help="Mixed widths: this many stored bits a weight on average, scales included.",
+)
+@click.option(
+    "--target-size",
+    callback=_size,
+    metavar="SIZE",
+    help="Mixed widths: an artifact no larger than this, as 4.5GB or 900MB.",
 )
 @click.option(
     "--format",
@@ -64,6 +94,10 @@ def _group_size(context: click.Context, parameter: click.Parameter, value: str |
 def quantize(
     model: str,
     recipe: str,
+    effort: str | None,
+    bits: int | None,
+    target_bits: float | None,
+    target_size: int | None,
     format: str,
     out: Path | None,
     group_size: int | str | None,
@@ -89,11 +123,14 @@ def quantize(
       qtool quantize Qwen/Qwen3-0.6B
       qtool quantize ./my-model --recipe awq --format awq --out ./my-model-awq
       qtool quantize builtin:books-7m --calibration mine.jsonl --num-samples 256
+      qtool quantize ./my-model --bits 3 --effort best
+      qtool quantize ./my-model --target-bits 4.25 --dry-run
       qtool quantize ./my-model --keep '*.down_proj' --dry-run
     """
     import json
     import time
 
+    from qtool.quantize.allocate import Target
     from qtool.quantize.pipeline import prepare, run
     from qtool.quantize.report import (
         ConsoleListener,
@@ -106,6 +143,8 @@ def quantize(
     from qtool.recipe import load_recipe
 
     wanted = load_recipe(recipe).with_options(
+        effort=effort,
+        bits=bits,
         group_size=group_size,  # type: ignore[arg-type]
         keep=keep,
         dataset=calibration,
@@ -115,17 +154,25 @@ def quantize(
     )
     quiet_libraries()
     started = time.monotonic()
+    target = None
+    if target_bits is not None or target_size is not None:
+        target = Target(target_bits, target_size)
     job = prepare(
-        model, wanted, format=format, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        wanted,
+        format=format,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        target=target,
     )
     if dry_run:
         print_plan(job)
         if as_json:
             click.echo(json.dumps(plan_to_dict(job), indent=2))
         return
-    target = out if out is not None else job.default_out
-    manifest = run(job, target, force=force, listener=ConsoleListener())
+    folder = out if out is not None else job.default_out
+    manifest = run(job, folder, force=force, listener=ConsoleListener())
     seconds = time.monotonic() - started
-    print_result(job, manifest, target, seconds)
+    print_result(job, manifest, folder, seconds)
     if as_json:
-        click.echo(json.dumps(result_to_dict(manifest, target, seconds), indent=2))
+        click.echo(json.dumps(result_to_dict(manifest, folder, seconds), indent=2))

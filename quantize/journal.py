@@ -144,7 +144,8 @@ class Journal:
 
 def _block(data: Mapping[str, Any]) -> FinishedBlock:
     reports = tuple(
-        LayerReport(**{**report, "notes": tuple(report["notes"])}) for report in data["reports"]
+        LayerReport(**{**report, "steps": tuple(report["steps"]), "notes": tuple(report["notes"])})
+        for report in data["reports"]
     )
     return FinishedBlock(
         data["file"], data["sha256"], reports, data["digests"], tuple(data["changed"])

@@ -31,20 +31,23 @@ from qtool.calibration.activations import Activations
 from qtool.calibration.capture import BlockCapture
 from qtool.calibration.dataset import CalibrationTokens, load_calibration, load_tokenizer
 from qtool.calibration.linears import Linear
-from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner
+from qtool.calibration.originals import Originals
+from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner, has_fast_bfloat16
 from qtool.calibration.skeleton import Skeleton, assign
 from qtool.checkpoint import Checkpoint
-from qtool.convert.formats import FORMATS, Format
-from qtool.convert.layer import LayerSpec
-from qtool.errors import QtoolError, UnknownName, UnsupportedModel
+from qtool.convert.formats import Format
+from qtool.errors import QtoolError, UnknownName, UnsupportedModel, UsageError
 from qtool.output import OutputFolder
 from qtool.progress import bar
+from qtool.quantize.allocate import Target, mixed_plan
 from qtool.quantize.artifact_files import assemble, model_dtype
 from qtool.quantize.block import BlockResult, put_weights, solve_block
 from qtool.quantize.journal import Journal, digest
+from qtool.quantize.layouts import layout_for, spec_of
 from qtool.quantize.plan import Plan, make_plan
-from qtool.quantize.verify import Verification, verify
-from qtool.recipe import Recipe, load_recipe
+from qtool.quantize.verify import Verification, is_finite, verify
+from qtool.recipe import Gptq, Recipe, load_recipe
+from qtool.scheme import QuantScheme
 from qtool.source import Source, resolve
 
 # Marlin is a layout for serving, made from any of these by `qtool convert`.
@@ -102,6 +105,7 @@ def prepare(
     format: str = "compressed-tensors",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    target: Target | None = None,
 ) -> Job:
     """Resolve every name and make the plan; nothing is written."""
     if format not in WRITABLE_FORMATS:
@@ -120,16 +124,38 @@ def prepare(
     warnings: list[str] = []
     if recipe.needs_calibration:
         recipe = _within_context(recipe, skeleton, warnings)
-    plan = make_plan(skeleton, recipe, FORMATS[format])
+    layout = layout_for(recipe, format)
+    plan = make_plan(skeleton, recipe, layout)
+    if target is not None:
+        plan = _mixed(source, recipe, skeleton, plan, layout, target, trust_remote_code)
     return Job(
         source=source,
         recipe=recipe,
-        layout=FORMATS[format],
+        layout=layout,
         skeleton=skeleton,
         plan=plan,
         trust_remote_code=trust_remote_code,
         warnings=(*warnings, *plan.warnings),
     )
+
+
+def _mixed(
+    source: Source,
+    recipe: Recipe,
+    skeleton: Skeleton,
+    plan: Plan,
+    layout: Format,
+    target: Target,
+    trust_remote_code: bool,
+) -> Plan:
+    """The plan with widths chosen on the calibration data, which is run once through the model."""
+    if layout.single_scheme or recipe.float_scheme is not None:
+        raise UsageError(
+            f"recipe {recipe.name} as {layout.name} holds one width for all layers",
+            "mixed widths are written as compressed-tensors, of recipes with integer weights",
+        )
+    tokens = _tokens(source, recipe, skeleton, trust_remote_code)
+    return mixed_plan(skeleton, plan, target, tokens.tokens)
 
 
 def quantize_model(
@@ -141,11 +167,17 @@ def quantize_model(
     force: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    target: Target | None = None,
     listener: Listener | None = None,
 ) -> Manifest:
     """Quantize a model into a folder that Hugging Face loaders read; returns its manifest."""
     job = prepare(
-        model, recipe, format=format, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        recipe,
+        format=format,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        target=target,
     )
     return run(
         job, Path(out) if out is not None else job.default_out, force=force, listener=listener
@@ -208,9 +240,15 @@ def _within_context(recipe: Recipe, skeleton: Skeleton, warnings: list[str]) -> 
 
 
 def _calibration_tokens(job: Job) -> CalibrationTokens:
-    tokenizer = load_tokenizer(job.source.path, trust_remote_code=job.trust_remote_code)
-    vocab_size = job.skeleton.model.get_input_embeddings().weight.shape[0]
-    return load_calibration(job.recipe.calibration, tokenizer, vocab_size=vocab_size)
+    return _tokens(job.source, job.recipe, job.skeleton, job.trust_remote_code)
+
+
+def _tokens(
+    source: Source, recipe: Recipe, skeleton: Skeleton, trust_remote_code: bool
+) -> CalibrationTokens:
+    tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+    vocab_size = skeleton.model.get_input_embeddings().weight.shape[0]
+    return load_calibration(recipe.calibration, tokenizer, vocab_size=vocab_size)
 
 
 def _fingerprint(job: Job, tokens: CalibrationTokens | None) -> dict[str, Any]:
@@ -223,10 +261,27 @@ def _fingerprint(job: Job, tokens: CalibrationTokens | None) -> dict[str, Any]:
         ],
         "recipe": job.recipe.to_dict(),
         "format": job.layout.name,
+        "schemes": {linear.name: str(scheme) for linear, scheme in job.plan.quantized.items()},
         "calibration": tokens.to_dict() if tokens is not None else None,
         "chunk_tokens": CHUNK_TOKENS,
+        "bfloat16": _in_bfloat16(job),
         "versions": tool_versions(),
     }
+
+
+# Widths whose rounding is far coarser than bfloat16's 2**-9.
+_COARSE_BITS = 5
+# Chunks at least, so that there is something to hold out.
+_FEWEST_CHUNKS = 8
+
+
+def _in_bfloat16(job: Job) -> bool:
+    """Whether the blocks are run with bfloat16 products."""
+    coarse = all(
+        isinstance(scheme, QuantScheme) and scheme.bits <= _COARSE_BITS
+        for scheme in job.plan.quantized.values()
+    )
+    return coarse and has_fast_bfloat16()
 
 
 def _quantize_blocks(
@@ -246,7 +301,8 @@ def _quantize_blocks(
             capture = calibrated.open(index) if calibrated is not None else None
             if index >= len(journal.blocks):
                 planned = {linear: job.plan.quantized[linear] for linear in job.plan.block(index)}
-                result = solve_block(index, planned, job.recipe, job.skeleton, capture)
+                originals = calibrated.originals if calibrated is not None else None
+                result = solve_block(index, planned, job.recipe, job.skeleton, capture, originals)
                 _record(job, result, journal)
             if calibrated is not None and capture is not None:
                 calibrated.close(capture)
@@ -262,15 +318,23 @@ class _Calibrated:
         self._job = job
         self._journal = journal
         job.skeleton.load_outside()
-        self._runner = BlockRunner(job.skeleton, tokens.tokens)
+        chunk_tokens = min(CHUNK_TOKENS, tokens.tokens.numel() // _FEWEST_CHUNKS)
+        self._runner = BlockRunner(
+            job.skeleton, tokens.tokens, chunk_tokens, bfloat16=_in_bfloat16(job)
+        )
         file = journal.folder / "activations.bin"
         self._activations = Activations(self._runner.num_chunks, file)
+        method = job.recipe.method
+        follows = isinstance(method, Gptq) and method.follows_original
+        self.originals = Originals(job.skeleton, self._runner, journal.folder) if follows else None
 
     def open(self, index: int) -> BlockCapture:
         """The block with its weights: as they were, or as an earlier run left them."""
         skeleton = self._job.skeleton
         skeleton.load_block(index)
         if index < len(self._journal.blocks):
+            if self.originals is not None:
+                self.originals.record(index, ())
             restore_block(self._job, index, self._journal)
         return BlockCapture(skeleton, self._runner, self._activations, index, self._journal.folder)
 
@@ -281,6 +345,10 @@ class _Calibrated:
         else:
             self._activations.close()
         capture.close()
+        if self.originals is not None:
+            self.originals.forget()
+            if capture.index + 1 == self._job.num_blocks:
+                self.originals.close()
         self._job.skeleton.free_block(capture.index)
 
 
@@ -289,7 +357,8 @@ def _record(job: Job, result: BlockResult, journal: Journal) -> None:
     tensors: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     for linear, solved in result.weights.items():
-        packed = job.layout.pack(solved.weight, model_dtype(job.skeleton, linear.tensor))
+        weight: Any = solved.weight  # of the one kind that this layout packs
+        packed = job.layout.pack(weight, model_dtype(job.skeleton, linear.tensor))
         tensors |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
         digests[linear.name] = digest(solved.dequantized)
     packed_tensors = {linear.tensor for linear in result.weights}
@@ -297,7 +366,7 @@ def _record(job: Job, result: BlockResult, journal: Journal) -> None:
         name: tensor for name, tensor in result.changed.items() if name not in packed_tensors
     }
     for name, tensor in {**tensors, **changed}.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise QtoolError(f"{name} came out with values that are not finite")
     reports = tuple(result.reports[linear] for linear in result.weights)
     journal.add({**tensors, **changed}, reports, digests, tuple(changed))
@@ -319,7 +388,7 @@ def unpacked(job: Job, index: int, tensors: Mapping[str, Tensor]) -> list[tuple[
             for suffix in job.layout.suffixes
             if (name := f"{linear.name}.{suffix}") in tensors
         }
-        spec = LayerSpec(linear.name, job.plan.quantized[linear])
+        spec = spec_of(linear.name, job.plan.quantized[linear])
         decoded.append((linear, job.layout.unpack(parts, spec).dequantize()))
     return decoded
 

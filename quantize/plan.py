@@ -17,8 +17,9 @@ from qtool.calibration.skeleton import Skeleton
 from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import Format
 from qtool.errors import UnsupportedModel, UsageError, closest
+from qtool.quantize.layouts import Scheme, bits_per_weight
 from qtool.recipe import Recipe
-from qtool.scheme import PORTABLE_GROUP_SIZES, QuantScheme, divisors_text, portable_group_size
+from qtool.scheme import PORTABLE_GROUP_SIZES, divisors_text, portable_group_size
 
 # Named one by one in messages; the rest are counted.
 _NAMED = 6
@@ -33,7 +34,7 @@ class Plan:
     head         linears outside the blocks, which stay in 16 bit as well
     """
 
-    quantized: Mapping[Linear, QuantScheme]
+    quantized: Mapping[Linear, Scheme]
     left: Mapping[str, str]
     head: tuple[str, ...]
     # Matrices of the blocks that stay dense, linears or not, as loaders name them.
@@ -81,12 +82,12 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, layout: Format) -> Plan:
     kept = {linear: reason for linear in linears if (reason := _kept(linear, recipe.keep))}
     wanted = [linear for linear in linears if linear not in kept]
     left |= {linear.name: reason for linear, reason in kept.items()}
-    quantized: dict[Linear, QuantScheme] = {}
+    quantized: dict[Linear, Scheme] = {}
     for linear, decision in _decide(wanted, recipe, layout).items():
-        if isinstance(decision, QuantScheme):
-            quantized[linear] = decision
-        else:
+        if isinstance(decision, str):
             left[linear.name] = decision
+        else:
+            quantized[linear] = decision
     if not quantized:
         reasons = ", ".join(sorted(set(left.values()))[:3]) or "it has no linears in its blocks"
         raise UnsupportedModel(
@@ -118,12 +119,19 @@ def _kept(linear: Linear, patterns: Sequence[str]) -> str | None:
 
 def _decide(
     linears: Sequence[Linear], recipe: Recipe, layout: Format
-) -> dict[Linear, QuantScheme | str]:
+) -> dict[Linear, Scheme | str]:
     """A scheme, or the reason why there is none."""
+    given = recipe.float_scheme
+    if given is not None:
+        refusals = {
+            linear: layout.refuses(given, linear.out_features, linear.in_features)  # type: ignore[arg-type]
+            for linear in linears
+        }
+        return {linear: refusal or given for linear, refusal in refusals.items()}
     if isinstance(recipe.group_size, int):
         _require_divisible(linears, recipe.group_size)
     shared = _shared_group_size(linears) if layout.single_scheme else None
-    decisions: dict[Linear, QuantScheme | str] = {}
+    decisions: dict[Linear, Scheme | str] = {}
     for linear in linears:
         group_size = recipe.group_size
         if group_size == "auto":
@@ -197,7 +205,7 @@ def _loader_warnings(quantized: Iterable[Linear], recipe: Recipe, layout: Format
         yield f"vLLM refuses {recipe.bits}-bit GPTQ files; --format compressed-tensors is read"
 
 
-def _broken_sets(quantized: Mapping[Linear, QuantScheme], kept: Iterable[Linear]) -> Iterable[str]:
+def _broken_sets(quantized: Mapping[Linear, Scheme], kept: Iterable[Linear]) -> Iterable[str]:
     """Runtimes fuse q, k, v and gate, up: a set that is quantized in part does not load there."""
     names = {linear.name for linear in quantized}
     for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
@@ -244,7 +252,7 @@ def _dense_modules(
 def _output_bytes(
     checkpoint: Checkpoint,
     packed: Mapping[str, Linear],
-    quantized: Mapping[Linear, QuantScheme],
+    quantized: Mapping[Linear, Scheme],
 ) -> int:
     total = 0.0
     for name, info in checkpoint.tensors.items():
@@ -252,7 +260,7 @@ def _output_bytes(
         if linear is None:
             total += info.nbytes
             continue
-        weights = linear.out_features * linear.in_features
-        total += weights * quantized[linear].bits_per_weight(linear.in_features) / 8
+        shape = linear.out_features, linear.in_features
+        total += shape[0] * shape[1] * bits_per_weight(quantized[linear], *shape) / 8
         total += _LAYER_OVERHEAD_BYTES
     return int(total)

@@ -13,7 +13,9 @@ from rich.table import Table
 
 from qtool.artifact import LayerReport, Manifest
 from qtool.progress import console
+from qtool.quantize.allocate import average_bits
 from qtool.quantize.pipeline import Job
+from qtool.scheme import QuantScheme
 
 
 class ConsoleListener:
@@ -53,6 +55,12 @@ def print_plan(job: Job) -> None:
     say(f"{job.source.name}  ->  {recipe.name}, {job.layout.name}")
     for scheme, count in plan.schemes.items():
         say(f"  {count:5d} linears  {scheme}")
+    widths = {scheme.bits for scheme in plan.quantized.values() if isinstance(scheme, QuantScheme)}
+    if len(widths) > 1:
+        say(f"  mixed widths: {average_bits(plan):.3f} bits a weight with scales")
+        for scheme in plan.schemes:
+            names = [linear.name for linear, s in plan.quantized.items() if str(s) == scheme]
+            say(f"    {scheme}: {shortened(names)}")
     for reason, names in grouped_reasons(plan.left, plan.head).items():
         say(f"  {len(names):5d} in 16 bit  {shortened(names)}: {reason}")
     if recipe.needs_calibration:

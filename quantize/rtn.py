@@ -35,18 +35,20 @@ def keep_better_rows(weight: Tensor, hessian: Tensor, solved: Solution) -> Solut
     weight   [out, in] float32
     hessian  [in, in]  float32
     """
-    scheme = solved.weight.scheme
-    plain = solve(weight, scheme)
+    kept = solved.integers
+    scheme = kept.scheme
+    rounded = solve(weight, scheme)
+    plain = rounded.integers
     ours = row_errors(weight, solved.dequantized, hessian)
-    rounding = row_errors(weight, plain.dequantized, hessian)
+    rounding = row_errors(weight, rounded.dequantized, hessian)
     worse = ours > rounding
     if not bool(worse.any()):
         return solved._replace(lost=ours)
     pick = worse.unsqueeze(1)
     zeros = None
-    if solved.weight.zeros is not None and plain.weight.zeros is not None:
-        zeros = torch.where(pick, plain.weight.zeros, solved.weight.zeros).float()
-    scales = torch.where(pick, plain.weight.scales, solved.weight.scales)
-    codes = torch.where(pick, plain.weight.codes, solved.weight.codes)
+    if kept.zeros is not None and plain.zeros is not None:
+        zeros = torch.where(pick, plain.zeros, kept.zeros).float()
+    scales = torch.where(pick, plain.scales, kept.scales)
+    codes = torch.where(pick, plain.codes, kept.codes)
     mended = from_codes(codes, Grid(scales, zeros), scheme, solved.notes)
     return mended._replace(lost=torch.where(worse, rounding, ours))

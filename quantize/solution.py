@@ -11,7 +11,7 @@ from torch import Tensor
 from qtool import grid
 from qtool.grid import Grid
 from qtool.scheme import QuantScheme
-from qtool.weights import QuantizedWeight
+from qtool.weights import QuantizedWeight, Weight
 
 
 class Solution(NamedTuple):
@@ -21,22 +21,28 @@ class Solution(NamedTuple):
     lost         [out] float32, d H dᵀ of each row, where the solver came to know it
     """
 
-    weight: QuantizedWeight
+    weight: Weight
     dequantized: Tensor
     notes: tuple[str, ...] = ()
     lost: Tensor | None = None
+
+    @property
+    def integers(self) -> QuantizedWeight:
+        """The weight of a solver that makes integers."""
+        assert isinstance(self.weight, QuantizedWeight)
+        return self.weight
 
 
 def joined(parts: Sequence[Solution]) -> Solution:
     """Slices of rows as one."""
     if len(parts) == 1:
         return parts[0]
-    first = parts[0].weight
-    zeros = [part.weight.zeros for part in parts if part.weight.zeros is not None]
+    first = parts[0].integers
+    zeros = [part.integers.zeros for part in parts if part.integers.zeros is not None]
     lost = [part.lost for part in parts if part.lost is not None]
     weight = QuantizedWeight(
-        torch.cat([part.weight.codes for part in parts]),
-        torch.cat([part.weight.scales for part in parts]),
+        torch.cat([part.integers.codes for part in parts]),
+        torch.cat([part.integers.scales for part in parts]),
         torch.cat(zeros) if zeros else None,
         first.scheme,
     )
@@ -49,7 +55,7 @@ def rows(solved: Solution, start: int, stop: int) -> Solution:
     """A slice of a solution's rows."""
     order = torch.arange(start, stop)
     lost = None if solved.lost is None else solved.lost[start:stop]
-    return Solution(solved.weight.rows(order), solved.dequantized[start:stop], solved.notes, lost)
+    return Solution(solved.integers.rows(order), solved.dequantized[start:stop], solved.notes, lost)
 
 
 def from_codes(codes: Tensor, found: Grid, scheme: QuantScheme, notes: tuple[str, ...]) -> Solution:

@@ -119,3 +119,12 @@ def test_the_budget_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory_budget() == 12345
     monkeypatch.delenv("QTOOL_MAX_MEMORY")
     assert memory_budget() > 1_000_000
+
+
+def test_a_wide_gram_computed_by_halves_is_the_gram() -> None:
+    vectors = torch.randn(50, 515, generator=torch.Generator().manual_seed(0))
+    seen = Moments.zeros(515)
+    seen.add(vectors[:20])
+    seen.add(vectors[20:])
+    assert torch.allclose(seen.gram, vectors.t() @ vectors, atol=1e-4)
+    assert torch.equal(seen.gram, seen.gram.t())

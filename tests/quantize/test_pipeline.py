@@ -310,19 +310,28 @@ from qtool.quantize.pipeline import Silent, prepare, run
 from qtool.recipe import load_recipe
 class Told(Silent):
     def block_done(self, index, reports, seconds): print("block", index, flush=True)
-recipe = load_recipe(sys.argv[3]).with_options(num_samples=4, sequence_length=32)
+recipe = load_recipe(sys.argv[3])
+recipe = recipe.with_options(num_samples=4, sequence_length=32, effort=sys.argv[4] or None)
 run(prepare(sys.argv[1], recipe), Path(sys.argv[2]), listener=Told())
 """
 
 
-@pytest.mark.parametrize("recipe", ["int4", pytest.param("awq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("recipe", "effort"),
+    [
+        ("int4", "default"),
+        pytest.param("int4", "best", marks=pytest.mark.slow),
+        pytest.param("awq", None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path, recipe: str
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, recipe: str, effort: str | None
 ) -> None:
     """The kill is of a process with one thread, and the journal makes this one use as many."""
     source = tiny_checkpoint("llama", num_hidden_layers=4)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-c", RUN, str(source), str(killed), recipe]
+    wanted = small(recipe, effort=effort)
+    command = [sys.executable, "-c", RUN, str(source), str(killed), recipe, effort or ""]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=child_environment(OMP_NUM_THREADS="1")
     ) as process:
@@ -334,10 +343,10 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     assert not killed.exists()
     assert (tmp_path / ".killed.partial").is_dir()
     notes: list[str] = []
-    run_with_notes(str(source), small(recipe), killed, notes)
+    run_with_notes(str(source), wanted, killed, notes)
     assert any(note.startswith("going on after block") for note in notes)
     with one_thread():
-        quantize_model(str(source), small(recipe), out=whole)
+        quantize_model(str(source), wanted, out=whole)
     for name in ("model.safetensors", "config.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     before, after = Manifest.load(killed), Manifest.load(whole)
