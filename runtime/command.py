@@ -18,6 +18,8 @@ from qtool.runtime.config import (
     Device,
     Dtype,
     EngineConfig,
+    KvCacheDtype,
+    LmHead,
     SchedulingPolicy,
 )
 from qtool.runtime.engine.speculative_config import SpeculativeConfig
@@ -28,7 +30,7 @@ from qtool.runtime.server_options import (
     server_config,
     server_options,
 )
-from qtool.settings import settings
+from qtool.settings import Activations, settings
 
 if TYPE_CHECKING:
     from qtool.runtime.server.chat_backends import ChatBackend
@@ -76,6 +78,27 @@ ENGINE_OPTIONS = (
         type=click.IntRange(min=1),
         metavar="BYTES",
         help="Size of the KV cache, exactly.  [default: by the memory's share]",
+    ),
+    click.option(
+        "--kv-cache-dtype",
+        type=click.Choice(get_args(KvCacheDtype)),
+        default=default_of("kv_cache_dtype"),
+        show_default=True,
+        help="int8: nearly twice the tokens in the same memory.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(get_args(Activations)),
+        help="int8: quantized layers on a CPU round their inputs to 8 bits and multiply whole "
+        "numbers; bf16: they do not.  [default: int8 where inputs are in bfloat16]",
+    ),
+    click.option(
+        "--lm-head",
+        type=click.Choice(get_args(LmHead)),
+        default=default_of("lm_head"),
+        show_default=True,
+        help="Round a head that is stored in floating point; auto: int8 beside layers that round "
+        "their inputs to 8 bits.",
     ),
     click.option(
         "--enable-prefix-caching/--no-enable-prefix-caching",

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from qtool.convert.formats import open_weights
 from qtool.errors import UnknownName, UsageError
+from qtool.kernels.cpu.native import measure_bandwidth
 from qtool.runtime.config import Device, Dtype, EngineConfig
-from qtool.runtime.layers import DEFAULT_RULES, PackingRules
+from qtool.runtime.layers import DEFAULT_RULES, Linear, PackingRules
 from qtool.runtime.memory import MemoryBudget, least_weight_bytes
 from qtool.runtime.models.build import KernelUse
+from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.load import Code, model_dtype, plan_decoder
 from qtool.runtime.models.model import Model, causal_logits
+from qtool.runtime.models.native import why_not
 from qtool.runtime.tokenizer import Tokenizer
 from qtool.source import Source, resolve
 
@@ -61,7 +64,30 @@ class LoadedModel:
             count = sum(use.count for use in uses)
             layers = " ".join(use.layer for use in uses)
             table.add_row(layers, weight, kernel, str(count), reason)
+        if isinstance(self.decoder, Decoder):
+            obstacle = why_not(self.decoder)
+            way = "one call" if obstacle is None else "one by one"
+            reason = obstacle or "all operations of a step are in the library"
+            table.add_row("blocks", "", way, str(len(self.decoder.blocks)), reason)
         return table
+
+    def expected_speed(self) -> str:
+        """What a token reads, and how often this machine's memory gives that in a second."""
+        embedding = getattr(self.decoder, "embedding", None)
+        head = getattr(self.decoder, "head", None)
+        read = self.nbytes
+        # A row of the embedding is read, not all; unless it is the head as well.
+        if isinstance(embedding, Tensor) and not (
+            isinstance(head, Linear) and head.shares(embedding)
+        ):
+            read -= embedding.nbytes
+        bandwidth = measure_bandwidth() if self.device.type == "cpu" else None
+        if bandwidth is None:
+            return f"a token reads {read / 1e6:,.0f} MB"
+        return (
+            f"a token reads {read / 1e6:,.0f} MB, memory gives {bandwidth / 1e9:.0f} GB/s: "
+            f"at most {bandwidth / read:,.0f} tokens/s alone"
+        )
 
     def _title(self) -> str:
         name = str(self.dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ other rows come with it, and however many threads there are.
 
 import ctypes
 import functools
+import time
 from collections.abc import Sequence
 from ctypes import c_bool, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
@@ -407,6 +408,23 @@ def load(isa: str | None = None) -> Native | Missing:
     """The library for an instruction set, or for the best this CPU has; built on first use."""
     opened = open_library(KERNELS, settings(), isa)
     return opened if isinstance(opened, Missing) else Native(opened.functions, opened.isa)
+
+
+def measure_bandwidth(megabytes: int = 96, seconds: float = 0.1) -> float | None:
+    """Bytes a second that memory gives when read straight through; None without the library.
+
+    The best of a few passes over more than caches hold: other work on the machine only adds time.
+    """
+    native = load()
+    if isinstance(native, Missing):
+        return None
+    data = torch.ones(megabytes << 20, dtype=torch.uint8)
+    best, stop = 0.0, time.perf_counter() + seconds
+    while not best or time.perf_counter() < stop:
+        started = time.perf_counter()
+        native.read(data)
+        best = max(best, data.nbytes / (time.perf_counter() - started))
+    return best
 
 
 def _kind(first: Tensor, *others: Tensor | None) -> int:

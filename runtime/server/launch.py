@@ -163,6 +163,7 @@ def print_plan(loaded: LoadedModel, info: ModelInfo) -> None:
         "context": f"{info.max_model_len} tokens",
         "KV cache": f"{info.num_kv_blocks} blocks of {info.block_size} = {num_tokens} tokens, "
         f"{_size(info.kv_cache_bytes)}",
+        "speed": loaded.expected_speed(),
         "batch": f"{info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens a step",
         "chat template": loaded.tokenizer.chat_template_origin,
     }
