@@ -41,6 +41,7 @@ class ModelInfo:
     weight_bytes: int
     kv_cache_bytes: int
     lora_enabled: bool = False
+    lora_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ class Engine:
             device=loaded.device.type,
             format=loaded.format,
             lora_enabled=config.uses_lora,
+            lora_names=tuple(name for name, _ in config.lora_modules),
             vocab_size=decoder.vocab_size,
             num_kv_blocks=num_blocks,
             block_size=config.block_size,

@@ -112,6 +112,7 @@ class Exchange(ABC):
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt,
                 timeout=seconds or None,
+                lora=self.service.adapter(self.head.model),
             )
             jobs.append(Job(request, self.arrival, keep_special))
         return jobs

@@ -26,7 +26,8 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models")
     @router.get("/models", include_in_schema=False)
     async def models() -> Response:
-        listed = [_model_card(service, name) for name in service.config.served_model_names]
+        names = (*service.config.served_model_names, *service.client.info.lora_names)
+        listed = [_model_card(service, name) for name in names]
         return json_response({"object": "list", "data": listed})
 
     @router.get("/v1/models/{name:path}")
@@ -65,7 +66,7 @@ def _model_card(service: Service, name: str) -> dict[str, object]:
         "created": service.created,
         "owned_by": "qtool",
         "root": service.config.model_root,
-        "parent": None,
+        "parent": service.config.served_model_names[0] if service.adapter(name) else None,
         "max_model_len": info.max_model_len,
         "permission": [],
         "qtool": {

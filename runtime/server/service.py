@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from qtool.errors import closest
 from qtool.runtime.engine.client import EngineClient
+from qtool.runtime.engine.sequence import LoRARequest
 from qtool.runtime.server.config import PLACEHOLDER_NAMES, ServerConfig
 from qtool.runtime.server.errors import ApiError
 from qtool.runtime.server.generation import TextEngine
@@ -37,11 +38,15 @@ class Service:
         engine = TextEngine(client, tokenizer, metrics, admission)
         return cls(config, client, tokenizer, metrics, admission, engine, TokenTexts(tokenizer))
 
+    def adapter(self, model: str) -> LoRARequest | None:
+        """What a model name asks for beyond the model: adapters go by names like models."""
+        return LoRARequest(model) if model in self.client.info.lora_names else None
+
     def model_name(self, asked: str | None) -> str:
         """The name to answer under: the client's own word for the model, which must be ours."""
         if not asked or asked in PLACEHOLDER_NAMES:
             return self.config.served_model_names[0]
-        known = self.config.accepted_model_names
+        known = (*self.config.accepted_model_names, *self.client.info.lora_names)
         if asked in known:
             return asked
         guess = closest(asked, known)

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.errors import UnknownName, UsageError
+from qtool.kernels.cpu.native import load as load_native
+from qtool.native_build import Missing
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.ngram import NgramIndex
 from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutputsParams
@@ -42,15 +44,12 @@ def llm(speculation: dict[str, Any] | None, **options: Any) -> LLM:
     return LLM("builtin:books-7m", dtype="float32", speculative_config=speculation, **options)
 
 
+def texts_of(made: LLM, sampling: SamplingParams) -> list[tuple[int, ...]]:
+    return [one.token_ids for found in made.generate(PROMPTS, sampling) for one in found.outputs]
+
+
 def texts(made: LLM) -> list[list[tuple[int, ...]]]:
-    found = [
-        [
-            answer.token_ids
-            for output in made.generate(PROMPTS, sampling)
-            for answer in output.outputs
-        ]
-        for sampling in SAMPLINGS
-    ]
+    found = [texts_of(made, sampling) for sampling in SAMPLINGS]
     made.engine.blocks.check()
     assert made.engine.blocks.usage == 0.0
     return found
@@ -78,6 +77,18 @@ def test_a_draft_model_changes_no_text(plain: list[list[tuple[int, ...]]]) -> No
     # The model itself as its draft: what it guesses by the rules of no request is nearly always so.
     share = stats.spec_decode_num_accepted_tokens / stats.spec_decode_num_draft_tokens
     assert share > 0.7
+
+
+def test_the_bits_of_the_native_path_are_the_same_with_guesses() -> None:
+    """In bfloat16, where any other order of a sum would show."""
+    if isinstance(missing := load_native(), Missing):
+        pytest.skip(f"native {missing.reason}")
+    found = []
+    for speculation in (None, {"method": "ngram", "adaptive": False, "num_speculative_tokens": 4}):
+        made = LLM("builtin:books-7m", speculative_config=speculation)
+        found.append([texts_of(made, sampling) for sampling in SAMPLINGS[:2]])
+    assert found[0] == found[1]
+    assert made.engine.stats().spec_decode_num_accepted_tokens > 0
 
 
 @pytest.mark.slow
