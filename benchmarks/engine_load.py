@@ -19,6 +19,8 @@ core of a quiet machine would take.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -35,6 +37,7 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.engine import Engine
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.sequence import GenerationRequest
+from qtool.runtime.layers import PackingRules
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.models.attention_spec import AttentionSpec
 from qtool.runtime.random_model import random_model
@@ -209,6 +212,9 @@ def measure_overhead(loaded: LoadedModel, steps: int = 1000) -> Overhead:
 
 
 def measure_memory(loaded: LoadedModel, num_bytes: int = 256 * 2**20) -> Memory:
+    # What the C library keeps of memory that was freed would be used again, and not be seen.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident_bytes()
     config = EngineConfig("random", kv_cache_memory_bytes=num_bytes, max_model_len=2048)
     engine = Engine(loaded, config)
@@ -224,6 +230,7 @@ def resident_bytes() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--activations", choices=("int8", "bf16"), default="int8")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--json", type=Path, help="write the results here, too")
     parser.add_argument(
@@ -237,11 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clock: Clock = time.thread_time if options.clock == "cpu" else time.perf_counter
     threads = 1 if options.clock == "cpu" else options.threads
     torch.set_num_threads(threads)
-    loaded = random_model()
+    loaded = random_model(rules=PackingRules(activations=options.activations))
     config = EngineConfig("random", max_model_len=4096, max_num_seqs=64)
     results: dict[str, object] = {
         "threads": threads,
         "clock": options.clock,
+        "activations": options.activations,
         "load_average": os.getloadavg()[0],
         "kernels": sorted({f"{use.kernel}: {use.reason}" for use in loaded.kernels}),
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 from qtool.arch import find_architecture
 from qtool.convert.formats import Held
 from qtool.decoder_config import DecoderConfig
+from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.models.load import plan_decoder
 from qtool.runtime.models.tensors import expected_tensors
@@ -104,14 +105,20 @@ class RandomReader:
 
 
 def random_model(
-    config: Mapping[str, Any] = QWEN_05B, scheme: str | None = "int4-g128-sym", seed: int = 0
+    config: Mapping[str, Any] = QWEN_05B,
+    scheme: str | None = "int4-g128-sym",
+    seed: int = 0,
+    *,
+    rules: PackingRules = DEFAULT_RULES,
 ) -> LoadedModel:
-    """scheme  of the linears; None: bfloat16"""
+    """scheme  of the linears; None: bfloat16
+    rules   how they are packed
+    """
     parsed = None if scheme is None else QuantScheme.parse(scheme)
     reader = RandomReader(config, parsed, seed)
     device = torch.device("cpu")
     with torch.inference_mode():
-        built = plan_decoder(reader).load(torch.bfloat16, device)
+        built = plan_decoder(reader).load(torch.bfloat16, device, rules)
     return LoadedModel(
         source=reader.source,
         decoder=built.model,

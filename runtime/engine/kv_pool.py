@@ -12,10 +12,11 @@ bfloat16.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,6 +120,9 @@ def _layer(spec: AttentionSpec, slots: int, dtype: torch.dtype, device: torch.de
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks the system for zero pages (calloc), torch writes the zeros.
-    words = np.zeros(shape, dtype={1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.itemsize])
-    return torch.from_numpy(words).view(dtype)
+    # Pages of the system, zero when they are first touched. Not numpy's: it asks for huge pages,
+    # and when sequences take their next block, one of 2 MB is then cleared for every head of every
+    # layer (100 ms and more in one step). Nor torch's, which writes the zeros.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, max(num_bytes, 1))
+    return torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(dtype).view(shape)

@@ -28,6 +28,8 @@ KEPT_FALLING = 0.8
 MIN_TOKENS = 32
 # A chunk grows by no more than this from one step to the next: costs were measured near the last.
 MAX_GROWTH = 2.0
+# Of the target, what is aimed at: half of all steps take longer than their estimate.
+AIM = 0.85
 # A step of prompt tokens that took no longer than decoding alone: this share was theirs.
 LEAST_SHARE = 0.1
 
@@ -70,7 +72,7 @@ class Pace:
         cost = self.seconds_per_token
         if cost is None:
             return min(budget, MIN_TOKENS)
-        left = max(self.target_seconds - self.decode_seconds, 0.0)
+        left = max(AIM * self.target_seconds - self.decode_seconds, 0.0)
         fitting = int(left / cost) if left < budget * cost else budget
         return min(budget, max(MIN_TOKENS, min(fitting, int(MAX_GROWTH * self._latest_tokens))))
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qtool.runtime.engine.blocks import BlockManager
-from qtool.runtime.engine.pace import Pace
+from qtool.runtime.engine.pace import AIM, Pace
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.scheduler import Scheduled, Scheduler
 from qtool.runtime.engine.sequence import GenerationRequest, Sequence
@@ -332,7 +332,10 @@ def test_the_pace_bounds_prompts_beside_which_others_decode() -> None:
     made.add(sequence("talks", 2))
     run(made)
     made.add(sequence("long", 700))
-    assert run(made, 2)[-1] == [("talks", 1, True), ("long", 100, False)]
+    assert run(made, 2)[-1] == [
+        ("talks", 1, True),
+        ("long", round(1000 * (AIM * 0.2 - 0.1)), False),
+    ]
 
 
 def test_deadlines_pass_once_and_only_for_those_who_are_here() -> None:
