@@ -292,7 +292,7 @@ def _closing_lines(facts: dict[str, Any], outcome: Outcome) -> str:
         )
     if outcome.near_layers:
         lines.append(
-            f"{outcome.near_layers} layers keep codes and scales, and their minima are rounded: "
+            f"{outcome.near_layers} layers keep their codes, and their minima are rounded: "
             f"weights change by at most {outcome.max_rms_error:.2g} (relative RMS)"
         )
     if outcome.again_layers:

@@ -20,7 +20,7 @@ class Outcome:
     max_scale_error  the largest relative change of a scale among those
     nbytes           of all files
     notes            what only the data could tell, a line each
-    near_layers      packed layers whose codes and scales are kept and whose minima are rounded
+    near_layers      packed layers whose codes are kept and whose minima are rounded
     max_rms_error    the largest change among those, in the root mean square, relative to a layer's
     again_layers     packed layers whose weights were rounded a second time
     max_again_error  the largest change among those, likewise

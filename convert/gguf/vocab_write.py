@@ -71,7 +71,9 @@ def tokenizer_metadata(
         )
     try:
         own = Tokenizer.from_file(str(path))  # also vouches for the structure of the JSON
-    except Exception as error:  # the library raises bare Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exceptions, and panics of Rust, which are not even those
         raise FormatError(f"{path} cannot be loaded: {error}") from error
     source = read_json(path)
     settings = _read_optional(folder / "tokenizer_config.json")

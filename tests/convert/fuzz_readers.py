@@ -2,7 +2,8 @@
 
     python fuzz_readers.py FOLDER COUNT SEED
 
-FOLDER holds a model folder or a .gguf file under "model". Every mutant must be read or refused by a
+FOLDER holds a folder "model": a model or a tokenizer, or one file of a model or of an importance
+matrix. Every mutant must be read or refused by a
 QtoolError, within SECONDS, and without any one allocation that is not in proportion to its size:
 
     tensors       every result of a torch operation, seen by a dispatch mode
@@ -37,12 +38,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qtool.convert.formats import WeightReader, open_weights
+from qtool.convert.gguf.imatrix import read_imatrix
+from qtool.convert.gguf.import_ import GgufWeights
+from qtool.convert.gguf.vocab import tokenizer_from_gguf
+from qtool.convert.gguf.vocab_write import tokenizer_metadata
 from qtool.errors import QtoolError
 from qtool.source import Source
 
 SECONDS = 60
 GROWTH = 1 << 30
 TRACED = 25
+VOCABULARY = 320  # rows of the embedding that a tokenizer is for
 # A byte holds four codes of two bits, and a code becomes a float32, by way of an int64 in places.
 TENSOR_FACTOR, PYTHON_FACTOR = 64, 200
 SLACK = 1 << 18
@@ -76,7 +82,20 @@ class AllocationWatch(TorchDispatchMode):
         return result
 
 
-def read_everything(reader: WeightReader) -> None:
+def read_everything(place: Path, name: str) -> None:
+    """What a command would read: a folder, or the file `name` in it."""
+    if name.startswith("imatrix."):
+        read_imatrix(place / name)
+    elif name.startswith("tokenizer."):
+        tokenizer_metadata(place, {"vocab_size": VOCABULARY})
+    else:
+        path = place / name if name.endswith(".gguf") else place
+        read_model(open_weights(Source("mutant", path)))
+
+
+def read_model(reader: WeightReader) -> None:
+    if isinstance(reader, GgufWeights):
+        tokenizer_from_gguf(reader.metadata)
     for module in reader.modules():
         reader.describe(module)
         weight = reader.weight(module)
@@ -113,12 +132,15 @@ HOSTILE_VALUES: tuple[Any, ...] = (
 )
 
 
-def weights_file(files: dict[str, bytes]) -> str:
-    return next(name for name in files if name != "config.json")
+CONFIGS = ("config.json", "tokenizer_config.json")
+
+
+def main_file(files: dict[str, bytes]) -> str:
+    return next(name for name in files if name not in CONFIGS)
 
 
 def cut_short(rng: random.Random, files: dict[str, bytes]) -> None:
-    name = weights_file(files)
+    name = main_file(files)
     files[name] = files[name][: rng.randrange(len(files[name]))]
 
 
@@ -130,7 +152,7 @@ def header_end(name: str, data: bytes) -> int:
 
 
 def change_bytes(rng: random.Random, files: dict[str, bytes]) -> None:
-    name = weights_file(files)
+    name = main_file(files)
     data = bytearray(files[name])
     end = header_end(name, data) if rng.random() < 0.7 else len(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
@@ -140,7 +162,7 @@ def change_bytes(rng: random.Random, files: dict[str, bytes]) -> None:
 
 def change_numbers(rng: random.Random, files: dict[str, bytes]) -> None:
     """Write a hostile integer over any four or eight bytes."""
-    name = weights_file(files)
+    name = main_file(files)
     data = bytearray(files[name])
     end = header_end(name, data)
     for _ in range(rng.choice((1, 1, 2))):
@@ -152,7 +174,7 @@ def change_numbers(rng: random.Random, files: dict[str, bytes]) -> None:
 
 def move_bytes(rng: random.Random, files: dict[str, bytes]) -> None:
     """Take a run of bytes out, put one in twice, or put in some that mean nothing."""
-    name = weights_file(files)
+    name = main_file(files)
     data = files[name]
     a, b = sorted(rng.randrange(len(data)) for _ in range(2))
     b = min(b, a + 4096)
@@ -195,7 +217,8 @@ def changed_json(rng: random.Random, value: Any) -> Any:
 
 
 def change_config(rng: random.Random, files: dict[str, bytes]) -> None:
-    config = json.loads(files["config.json"])
+    name = next(name for name in CONFIGS if name in files)
+    config = json.loads(files[name])
     if rng.random() < 0.8 and "quantization_config" in config:
         config["quantization_config"] = changed_json(rng, config["quantization_config"])
     else:
@@ -203,11 +226,22 @@ def change_config(rng: random.Random, files: dict[str, bytes]) -> None:
     text = json.dumps(config)
     if rng.random() < 0.05:
         text = text.replace("64", "9" * 5000, 1)  # more digits than Python turns into a number
-    files["config.json"] = text.encode()
+    files[name] = text.encode()
+
+
+def change_tokenizer(rng: random.Random, files: dict[str, bytes]) -> None:
+    """Its entries, less often those of the vocabulary, of which there are the most."""
+    tokenizer = json.loads(files["tokenizer.json"])
+    part = rng.choice(("added_tokens", "pre_tokenizer", "decoder", "model", None))
+    if part is None or part not in tokenizer:
+        tokenizer = changed_json(rng, tokenizer)
+    else:
+        tokenizer[part] = changed_json(rng, tokenizer[part])
+    files["tokenizer.json"] = json.dumps(tokenizer).encode()
 
 
 def change_safetensors_header(rng: random.Random, files: dict[str, bytes]) -> None:
-    name = weights_file(files)
+    name = main_file(files)
     end = header_end(name, files[name])
     header = changed_json(rng, json.loads(files[name][8:end]))
     text = json.dumps(header).encode()
@@ -220,7 +254,7 @@ def change_safetensors_header(rng: random.Random, files: dict[str, bytes]) -> No
 
 def change_state_text(rng: random.Random, files: dict[str, bytes]) -> None:
     """bitsandbytes' JSON inside a tensor, at the length that it has."""
-    name = weights_file(files)
+    name = main_file(files)
     data = files[name]
     at = data.find(b'{"quant_type"')
     if at < 0:
@@ -233,7 +267,7 @@ def change_state_text(rng: random.Random, files: dict[str, bytes]) -> None:
 
 def change_pickle(rng: random.Random, files: dict[str, bytes]) -> None:
     """Another data.pkl in a sound archive, so that what it says is believed."""
-    name = weights_file(files)
+    name = main_file(files)
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(files[name])) as old, zipfile.ZipFile(buffer, "w") as new:
         for entry in old.infolist():
@@ -261,14 +295,16 @@ PICKLE_BITS = (
 
 
 def mutations_of(files: dict[str, bytes]) -> list[Mutation]:
-    name = weights_file(files)
+    name = main_file(files)
     common: list[Mutation] = [cut_short, change_bytes, change_numbers, move_bytes]
-    if name.endswith(".gguf"):
-        return common
-    common += [change_config, change_config]
+    if any(config in files for config in CONFIGS):
+        common += [change_config, change_config]
+    if name == "tokenizer.json":
+        return [*common, *[change_tokenizer] * 4]
     if name.endswith(".bin"):
         return [*common, change_pickle, change_pickle, change_pickle]
-    common += [change_safetensors_header] * 3
+    if name.endswith(".safetensors"):
+        common += [change_safetensors_header] * 3
     return [*common, change_state_text] if b'{"quant_type"' in files[name] else common
 
 
@@ -291,22 +327,22 @@ def write_anew(file: Path, data: bytes) -> None:
     file.write_bytes(data)
 
 
-def read_mutant(source: Source, nbytes: int) -> bool:
+def read_mutant(place: Path, name: str, nbytes: int) -> bool:
     """Whether it was read. Whatever else happens is raised."""
     try:
         with AllocationWatch(TENSOR_FACTOR * nbytes + SLACK), torch.no_grad():
-            read_everything(open_weights(source))
+            read_everything(place, name)
     except QtoolError:
         return False
     return True
 
 
-def check(source: Source, nbytes: int, traced: bool) -> bool:
+def check(place: Path, name: str, nbytes: int, traced: bool) -> bool:
     if not traced:
-        return read_mutant(source, nbytes)
+        return read_mutant(place, name, nbytes)
     tracemalloc.start()
     try:
-        done = read_mutant(source, nbytes)
+        done = read_mutant(place, name, nbytes)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -323,19 +359,13 @@ def limit_memory() -> None:
 
 
 def main(root: Path, count: int, seed: int) -> int:
-    model = root / "model"
-    originals = {
-        file.name: file.read_bytes() for file in (model.iterdir() if model.is_dir() else [])
-    }
-    if not originals:
-        originals = {"model.gguf": (root / "model.gguf").read_bytes()}
+    originals = {file.name: file.read_bytes() for file in sorted((root / "model").iterdir())}
     place = root / "mutant"
     place.mkdir(exist_ok=True)
-    path = place / "model.gguf" if "model.gguf" in originals else place
-    source = Source("mutant", path)
     for name, data in originals.items():
         write_anew(place / name, data)
-    assert read_mutant(source, size_of(originals)), "the original is refused"
+    read = main_file(originals)
+    assert read_mutant(place, read, size_of(originals)), "the original is refused"
     mutations = mutations_of(originals)
     limit_memory()
     signal.signal(signal.SIGALRM, out_of_time)
@@ -351,7 +381,7 @@ def main(root: Path, count: int, seed: int) -> int:
         changed = {name for name, data in files.items() if data is not originals[name]}
         signal.alarm(SECONDS)
         try:
-            done = check(source, size_of(files), traced=number % TRACED == 0)
+            done = check(place, read, size_of(files), traced=number % TRACED == 0)
         except BaseException:  # a panic of a Rust library is not an Exception
             traceback.print_exc()
             kept = root / f"broken-{number}"

@@ -18,11 +18,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 from qtool.convert.formats import FORMATS
 from qtool.convert.gguf.blocks.codecs import quantize
 from qtool.convert.gguf.container import KeyValue
+from qtool.convert.gguf.imatrix import (
+    Importance,
+    ImportanceMatrix,
+    default_format,
+    write_imatrix,
+)
 from qtool.convert.gguf.types import TENSOR_TYPES, ValueType
+from qtool.convert.gguf.vocab import TokenKind, tokenizer_from_gguf
 from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
 from qtool.scheme import QuantScheme
 from qtool.weights import QuantizedWeight
@@ -34,7 +42,8 @@ WORKER = Path(__file__).parent / "fuzz_readers.py"
 OF_COMPRESSED_TENSORS = ("int8-asym", "fp8-tensor", "fp8-block", "mxfp8", "mxfp4", "nvfp4")
 OF_FP8 = ("fine-grained-fp8", "fine-grained-ue8m0")
 OF_BITSANDBYTES = {"bitsandbytes-4": ("nf4", "nf4-nested"), "bitsandbytes-8": ("llm-int8",)}
-READERS = ("dense", "bin", "gguf", *FORMATS, "fp8", *OF_BITSANDBYTES)
+BESIDE_MODELS = ("imatrix.dat", "imatrix.gguf", "tokenizer.json")
+READERS = ("dense", "bin", "gguf", *FORMATS, "fp8", *OF_BITSANDBYTES, *BESIDE_MODELS)
 PACKED = "model.layers.0.packed"
 
 Parts = dict[str, torch.Tensor]
@@ -49,9 +58,13 @@ def sound_model(
 
     def make(reader: str) -> Path:
         root = tmp_path / reader
-        root.mkdir()
+        model = root / "model"
+        model.mkdir(parents=True)
         if reader == "gguf":
-            write_gguf(root / "model.gguf")
+            write_gguf(model / "model.gguf")
+            return root
+        if reader in BESIDE_MODELS:
+            write_beside(model / reader)
             return root
         linears, quantization = linears_of(reader, random_weight, foreign_parts)
         config: dict[str, Any] = {"model_type": "llama", "hidden_size": 64}
@@ -60,8 +73,6 @@ def sound_model(
         tensors = {"model.norm.weight": torch.ones(64), "lm_head.weight": torch.ones(8, 64).half()}
         for module, parts in linears.items():
             tensors |= {f"{module}.{suffix}": part.contiguous() for suffix, part in parts.items()}
-        model = root / "model"
-        model.mkdir()
         (model / "config.json").write_text(json.dumps(config, default=str))
         if reader == "bin":
             torch.save(tensors, model / "pytorch_model.bin")
@@ -108,10 +119,43 @@ def of_compressed_tensors(
     return linears, config | {"format": "mixed-precision", "config_groups": groups}
 
 
+def write_beside(path: Path) -> None:
+    """An importance matrix, or a tokenizer with its settings."""
+    if path.name == "tokenizer.json":
+        tokenizer_from_gguf({entry.key: entry.value for entry in tokenizer()}).tokenizer.save(
+            str(path)
+        )
+        settings = {"eos_token": {"content": "<|end|>"}, "chat_template": "{{ messages }}"}
+        (path.parent / "tokenizer_config.json").write_text(json.dumps(settings))
+        return
+    entries = {
+        f"blk.{i}.ffn_up.weight": Importance(torch.rand(count, 32), torch.full((count,), 7.0))
+        for i, count in enumerate((1, 4))
+    }
+    matrix = ImportanceMatrix(entries, ("some text",), 3, 16, None)
+    write_imatrix(matrix, path, default_format(path))
+
+
+def tokenizer() -> list[KeyValue]:
+    """Byte-level BPE with a few merges, and an end."""
+    text, array = ValueType.STRING, ValueType.ARRAY
+    letters = sorted(ByteLevel.alphabet())
+    merges = ["t h", "th e", "i n", "a n", "an d"]
+    tokens = [*letters, *(merge.replace(" ", "") for merge in merges), "<|end|>"]
+    kinds = [TokenKind.NORMAL] * (len(tokens) - 1) + [TokenKind.CONTROL]
+    return [
+        KeyValue("tokenizer.ggml.model", "gpt2", text),
+        KeyValue("tokenizer.ggml.pre", "gpt-2", text),
+        KeyValue("tokenizer.ggml.tokens", tokens, array, text),
+        KeyValue("tokenizer.ggml.token_type", [int(k) for k in kinds], array, ValueType.INT32),
+        KeyValue("tokenizer.ggml.merges", merges, array, text),
+        KeyValue("tokenizer.ggml.eos_token_id", len(tokens) - 1, ValueType.UINT32),
+    ]
+
+
 def write_gguf(path: Path) -> None:
-    """A llama of one block with a tensor in each of several types, and the start of a tokenizer."""
+    """A llama of one block with a tensor in each of several types, and a tokenizer."""
     u32, f32, text = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING
-    tokens = [f"t{i}" for i in range(32)]
     entries = [
         KeyValue("general.architecture", "llama", text),
         KeyValue("llama.block_count", 1, u32),
@@ -120,11 +164,10 @@ def write_gguf(path: Path) -> None:
         KeyValue("llama.feed_forward_length", 256, u32),
         KeyValue("llama.attention.head_count", 2, u32),
         KeyValue("llama.attention.layer_norm_rms_epsilon", 1e-5, f32),
-        KeyValue("tokenizer.ggml.model", "gpt2", text),
-        KeyValue("tokenizer.ggml.tokens", tokens, ValueType.ARRAY, text),
+        *tokenizer(),
     ]
     shapes = {
-        "token_embd.weight": ((32, 64), "Q8_0"),
+        "token_embd.weight": ((262, 64), "Q8_0"),
         "blk.0.attn_norm.weight": ((64,), "F32"),
         "blk.0.attn_q.weight": ((64, 64), "Q4_0"),
         "blk.0.attn_k.weight": ((64, 64), "Q4_1"),

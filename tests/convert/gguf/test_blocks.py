@@ -301,7 +301,7 @@ def test_a_scale_that_half_precision_lacks_is_said_and_rounded_only_when_allowed
             )
 
 
-@pytest.mark.parametrize(("in_bfloat16", "bound"), [(True, 2.6e-4), (False, 4.5e-4)])
+@pytest.mark.parametrize(("in_bfloat16", "bound"), [(True, 1e-4), (False, 3.8e-4)])
 @pytest.mark.parametrize("group", [32, 128])
 def test_asymmetric_int4_is_q4_1_but_for_its_minima(
     group: int, in_bfloat16: bool, bound: float
@@ -318,10 +318,44 @@ def test_asymmetric_int4_is_q4_1_but_for_its_minima(
     meant = weight.dequantize()
     found = BLOCK_CODECS["Q4_1"].dequantize(legacy.pack_q4_1(weight))
     assert 0 < float((found - meant).norm() / meant.norm()) < bound
-    minima = (weight.zeros * scales.float()).repeat_interleave(group, 1)  # type: ignore[operator]
-    assert bool(((found - meant).abs() <= 2**-11 * minima.abs() + 1e-7).all())
+    assert weight.zeros is not None
+    steps = ((found - meant).view(256, -1, group) / scales.float().unsqueeze(-1)).abs()
+    assert bool((steps <= 2**-10 * (weight.zeros.float().unsqueeze(-1) + 15)).all())
     whole = QuantizedWeight(codes, scales * 0 + 0.5, weight.zeros, scheme)
     assert BLOCK_CODECS["Q4_1"].dequantize(legacy.pack_q4_1(whole)).equal(whole.dequantize())
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_any_codes_and_zero_points_are_q4_1_within_their_last_places(group: int) -> None:
+    """As of AWQ: half-precision scales, any codes, any zero points."""
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (256, 1024), generator=generator).to(torch.uint8)
+    zeros = torch.randint(0, 16, (256, 1024 // group), generator=generator).to(torch.uint8)
+    scales = (torch.rand(zeros.shape, generator=generator) * 0.02 + 1e-3).half()
+    weight = QuantizedWeight(codes, scales, zeros, QuantScheme(4, group, symmetric=False))
+    meant = weight.dequantize()
+    data = legacy.pack_q4_1(weight)
+    found = BLOCK_CODECS["Q4_1"].dequantize(data)
+    error = float((found - meant).norm() / meant.norm())
+    assert error < 2.6e-4
+    # the scales as they are, and minima to the nearest
+    blocks = data.view(-1, 20).clone()
+    repeats = group // 32
+    halves = torch.stack((scales, -(zeros * scales.float()).half()), -1).repeat_interleave(
+        repeats, 1
+    )
+    blocks[:, :4] = halves.view(-1, 2).view(torch.uint8)
+    plain = BLOCK_CODECS["Q4_1"].dequantize(blocks.view(data.shape))
+    assert error < 0.95 * float((plain - meant).norm() / meant.norm())
+
+
+def test_scales_at_the_ends_of_half_precision_stay() -> None:
+    codes = torch.arange(32, dtype=torch.uint8).view(1, 32) % 16
+    scheme = QuantScheme(4, 32, symmetric=False)
+    for scale in (0.0, 65504.0, 2.0**-24):
+        weight = QuantizedWeight(codes, torch.tensor([[scale]]), codes[:, :1] * 0, scheme)
+        found = BLOCK_CODECS["Q4_1"].dequantize(legacy.pack_q4_1(weight))
+        assert found.equal(weight.dequantize())
 
 
 def test_a_minimum_beyond_half_precision_is_refused() -> None:

@@ -435,6 +435,16 @@ def test_an_unrecognized_tokenizer_is_refused_before_anything_is_written(
         plan_export(opened(editable), "Q8_0")
 
 
+def test_a_tokenizer_at_which_the_library_panics_is_refused(editable: Path) -> None:
+    """A panic of Rust is no Exception of Python's."""
+    path = editable / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["continuing_subword_prefix"] = "longer than any token"
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(FormatError, match=r"tokenizer\.json cannot be loaded"):
+        plan_export(opened(editable), "Q8_0")
+
+
 def test_stories_goes_through_with_its_sentencepiece_tokenizer(
     stories: Path, tmp_path: Path
 ) -> None:
