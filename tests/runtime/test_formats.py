@@ -46,6 +46,8 @@ TINY: dict[str, Any] = {"num_hidden_layers": 1}
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q4_0": "int4-g32-sym"}
 # Of GGUF's architectures; the rest take part in the long run.
 QUICK = ("gemma3_text", "phi", "deepseek_v2", "qwen2_moe")
+# Of GGUF's types, likewise.
+COMMON = ("BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4")
 # What GGUF cannot leave to the config of a tiny checkpoint.
 SAID: dict[str, dict[str, Any]] = {
     "gemma": {"tie_word_embeddings": True},
@@ -253,7 +255,10 @@ def scrambled(plain: Path, type: str, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("type", BLOCK_CODECS)
+@pytest.mark.parametrize(
+    "type",
+    [pytest.param(type, marks=() if type in COMMON else pytest.mark.slow) for type in BLOCK_CODECS],
+)
 def test_every_gguf_type_is_served(
     type: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
