@@ -9,8 +9,6 @@
 Whatever the mapping misses would show only as bad text, so nothing is written on trust: the
 tokenizer is rebuilt from the metadata (vocab.py) and has to give the folder's own tokens for
 texts that exercise what differs between tokenizers.
-
-Key order, and which file a special token's id is taken from, are those of llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -28,18 +26,16 @@ from qtool.convert.gguf.container import KeyValue
 from qtool.convert.gguf.pretokenizers import PRE_TOKENIZERS
 from qtool.convert.gguf.sentencepiece import Piece, SentencePieceModel
 from qtool.convert.gguf.types import ValueType
-from qtool.convert.gguf.vocab import (
-    PREFIX,
-    SPACE,
-    SPECIAL_KEYS,
-    TokenKind,
-    tokenizer_from_gguf,
+from qtool.convert.gguf.vocab import PREFIX, SPACE, TokenKind, tokenizer_from_gguf
+from qtool.convert.gguf.vocab_entries import (
+    list_entry,
+    read_optional,
+    special_entries,
+    template_entries,
+    text_entry,
 )
 from qtool.errors import FormatError, QtoolError, UnknownName, UnsupportedModel
 from qtool.json_files import read_json
-
-# The converter's order; eot and eom are added here, for models with several ends.
-_SPECIAL_ORDER = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 _SAMPLES = (
     "Hello, world! It's 3.14159 o'clock; they'LL've paid $1,234,567.89 (about 12%).",
@@ -76,7 +72,7 @@ def tokenizer_metadata(
     except BaseException as error:  # bare Exceptions, and panics of Rust, which are not even those
         raise FormatError(f"{path} cannot be loaded: {error}") from error
     source = read_json(path)
-    settings = _read_optional(folder / "tokenizer_config.json")
+    settings = read_optional(folder / "tokenizer_config.json")
     model = source.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or "vocab" not in model:
         kind = model.get("type") if isinstance(model, dict) else None
@@ -85,19 +81,19 @@ def tokenizer_metadata(
         raise UnknownName("tokenizer.ggml.pre", pre, PRE_TOKENIZERS)
     sentencepiece = bool(model.get("byte_fallback"))
     tokens, kinds = _tokens(path, source, config, bytes_too=sentencepiece)
-    entries = [_text("model", "llama" if sentencepiece else "gpt2")]
-    entries.append(_text("pre", "default" if sentencepiece else _pre(path, source, pre)))
-    entries.append(_list("tokens", tokens, ValueType.STRING))
+    entries = [text_entry("model", "llama" if sentencepiece else "gpt2")]
+    entries.append(text_entry("pre", "default" if sentencepiece else _pre(path, source, pre)))
+    entries.append(list_entry("tokens", tokens, ValueType.STRING))
     if sentencepiece:
-        entries.append(_list("scores", _scores(model, tokens, kinds), ValueType.FLOAT32))
-    entries.append(_list("token_type", [int(kind) for kind in kinds], ValueType.INT32))
+        entries.append(list_entry("scores", _scores(model, tokens, kinds), ValueType.FLOAT32))
+    entries.append(list_entry("token_type", [int(kind) for kind in kinds], ValueType.INT32))
     if not sentencepiece:
-        merges = [_merge_text(merge) for merge in model["merges"]]
-        entries.append(_list("merges", merges, ValueType.STRING))
-    entries += _special_entries(folder, source, settings, config, tokens)
+        merges = [_mergetext_entry(merge) for merge in model["merges"]]
+        entries.append(list_entry("merges", merges, ValueType.STRING))
+    entries += special_entries(folder, source, settings, config, tokens)
     if sentencepiece:
         entries += _space_prefix(path, source)
-    entries += _templates(folder, settings)
+    entries += template_entries(folder, settings)
     _check(path, own, entries, pre)
     return entries
 
@@ -110,7 +106,7 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> list[KeyValu
     """
     path = folder / "tokenizer.model"
     model = SentencePieceModel.open(path)
-    settings = _read_optional(folder / "tokenizer_config.json")
+    settings = read_optional(folder / "tokenizer_config.json")
     rows = int(config["vocab_size"])
     padding = range(len(model.pieces), rows)
     pieces = [*model.pieces, *(Piece(f"[PAD{n}]", -10000.0, TokenKind.UNUSED) for n in padding)]
@@ -128,13 +124,13 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> list[KeyValu
             f"{path} has {len(pieces)} tokens, and the model's embedding has {rows} rows"
         )
     tokens = [piece.text for piece in pieces]
-    entries = [_text("model", "llama"), _text("pre", "default")]
-    entries.append(_list("tokens", tokens, ValueType.STRING))
-    entries.append(_list("scores", [piece.score for piece in pieces], ValueType.FLOAT32))
-    entries.append(_list("token_type", [int(piece.kind) for piece in pieces], ValueType.INT32))
+    entries = [text_entry("model", "llama"), text_entry("pre", "default")]
+    entries.append(list_entry("tokens", tokens, ValueType.STRING))
+    entries.append(list_entry("scores", [piece.score for piece in pieces], ValueType.FLOAT32))
+    entries.append(list_entry("token_type", [int(piece.kind) for piece in pieces], ValueType.INT32))
     ids = {f"{name}_token_id": number for name, number in model.special_ids.items()}
     known = {key: value for key, value in config.items() if value is not None}
-    entries += _special_entries(folder, {}, settings, ids | known, tokens)
+    entries += special_entries(folder, {}, settings, ids | known, tokens)
     # an absent post-processor says nothing here: llama.cpp adds bos to this kind by itself
     silent = {
         f"{PREFIX}add_{name}_token"
@@ -144,14 +140,14 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> list[KeyValu
     entries = [entry for entry in entries if entry.key not in silent]
     if not model.adds_space:
         entries.append(KeyValue(f"{PREFIX}add_space_prefix", False, ValueType.BOOL))
-    entries += _templates(folder, settings)
+    entries += template_entries(folder, settings)
     tokenizer_from_gguf({entry.key: entry.value for entry in entries})  # refuses what makes none
     return entries
 
 
 def _added_later(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[int, str, bool]]:
     """(id, text, whether it is special) of tokens that are not the model's own."""
-    for text, number in _read_optional(folder / "added_tokens.json").items():
+    for text, number in read_optional(folder / "added_tokens.json").items():
         if not isinstance(number, int) or isinstance(number, bool):
             raise FormatError(f"{folder / 'added_tokens.json'}: the id of {text!r} is {number!r}")
         yield number, text, False
@@ -212,7 +208,7 @@ def _pre(path: Path, source: Mapping[str, Any], chosen: str | None) -> str:
     return found
 
 
-def _merge_text(merge: str | list[str]) -> str:
+def _mergetext_entry(merge: str | list[str]) -> str:
     """ "a b"; a space inside a part is written as byte-level BPE spells it, since it separates."""
     if isinstance(merge, str):
         return merge
@@ -241,66 +237,6 @@ def _scores(model: Mapping[str, Any], tokens: list[str], kinds: list[TokenKind])
     return scores
 
 
-def _special_entries(
-    folder: Path,
-    source: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    config: Mapping[str, Any],
-    tokens: list[str],
-) -> Iterator[KeyValue]:
-    ids = {text: number for number, text in enumerate(tokens)}
-    found: dict[str, int] = {}
-    for name in _SPECIAL_ORDER:
-        entry = settings.get(f"{name}_token")
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        number = ids.get(text) if isinstance(text, str) else config.get(f"{name}_token_id")
-        if isinstance(number, int) and 0 <= number < len(tokens):
-            found[name] = number
-    ends = _end_ids(folder, config)
-    if "eos" not in found and ends:
-        found["eos"] = ends[0]
-    for number in ends:
-        if number not in found.values() and number < len(tokens):
-            found.setdefault("eom" if tokens[number] == "<|eom_id|>" else "eot", number)
-    for name, number in found.items():
-        yield KeyValue(PREFIX + SPECIAL_KEYS[name], number, ValueType.UINT32)
-    for name, ends_with in (("bos", False), ("eos", True)):
-        adds = _adds(source, settings, name, ends_with=ends_with)
-        if adds is not None:
-            yield KeyValue(f"{PREFIX}add_{name}_token", adds, ValueType.BOOL)
-
-
-def _end_ids(folder: Path, config: Mapping[str, Any]) -> list[int]:
-    """Every end-of-text id of generation_config.json and config.json."""
-    generation = _read_optional(folder / "generation_config.json")
-    ids: list[int] = []
-    for place in (generation, config):
-        value = place.get("eos_token_id")
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    return list(dict.fromkeys(ids))
-
-
-def _adds(
-    source: Mapping[str, Any], settings: Mapping[str, Any], name: str, *, ends_with: bool
-) -> bool | None:
-    """Whether encoding adds bos or eos: what the post-processor does, else what the config says.
-
-    Always said for bos: llama.cpp's default depends on the kind of tokenizer.
-    """
-    entry = settings.get(f"{name}_token")
-    text = entry.get("content") if isinstance(entry, dict) else entry
-    processor = source.get("post_processor") or {}
-    for part in processor.get("processors", [processor]):
-        if part.get("type") == "TemplateProcessing" and len(part.get("single", [])) > 1:
-            edge = part["single"][-1 if ends_with else 0].get("SpecialToken", {}).get("id")
-            if edge is not None and edge == text:
-                return True
-    said = settings.get(f"add_{name}_token")
-    if source.get("post_processor") is None and isinstance(said, bool):
-        return said
-    return None if ends_with and not isinstance(said, bool) else False
-
-
 def _space_prefix(path: Path, source: Mapping[str, Any]) -> Iterator[KeyValue]:
     """add_space_prefix: whether a text gets a leading space; llama.cpp takes silence for yes.
 
@@ -316,41 +252,6 @@ def _space_prefix(path: Path, source: Mapping[str, Any]) -> Iterator[KeyValue]:
         raise UnsupportedModel(f"{path}: nothing in it turns spaces into {SPACE}")
     if not prepends:
         yield KeyValue(f"{PREFIX}add_space_prefix", False, ValueType.BOOL)
-
-
-def _templates(folder: Path, settings: Mapping[str, Any]) -> Iterator[KeyValue]:
-    """Chat templates: one string, or a named set of which "default" is the one without a name."""
-    template = settings.get("chat_template")
-    file = folder / "chat_template.jinja"
-    old_file = folder / "chat_template.json"
-    named: dict[str, str] = {}
-    if template is None and file.is_file():
-        named["default"] = file.read_text(encoding="utf-8")
-        for other in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-            named[other.stem] = other.read_text(encoding="utf-8")
-    elif template is None and old_file.is_file():
-        template = read_json(old_file).get("chat_template")
-    if isinstance(template, str):
-        named["default"] = template
-    elif isinstance(template, list):
-        named = {
-            str(item["name"]): str(item["template"])
-            for item in template
-            if isinstance(item, dict) and "name" in item and "template" in item
-        }
-    others = {
-        "".join(c if c.isascii() and c.isalnum() else "_" for c in name): text
-        for name, text in named.items()
-        if name != "default"
-    }
-    for name, text in others.items():
-        yield KeyValue(f"tokenizer.chat_template.{name}", text, ValueType.STRING)
-    if others:
-        yield KeyValue(
-            "tokenizer.chat_templates", sorted(others), ValueType.ARRAY, ValueType.STRING
-        )
-    if "default" in named:
-        yield KeyValue("tokenizer.chat_template", named["default"], ValueType.STRING)
 
 
 def _check(path: Path, own: Tokenizer, entries: list[KeyValue], pre: str | None) -> None:
@@ -403,15 +304,3 @@ def _refuse(
     raise UnsupportedModel(
         problem, "llama.cpp would tokenize it wrongly too; if another name fits, give it with --pre"
     )
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _text(key: str, value: str) -> KeyValue:
-    return KeyValue(PREFIX + key, value, ValueType.STRING)
-
-
-def _list(key: str, values: list[Any], element: ValueType) -> KeyValue:
-    return KeyValue(PREFIX + key, values, ValueType.ARRAY, element)
