@@ -80,7 +80,7 @@ _ONE_DEVICE = ("1",)
 _REFUSED_PARALLEL = (
     "this server runs on one device; for several use the same model folder with vLLM or Ray"
 )
-_NO_LORA = "adapters are not loaded at run time; merge the adapter into the model first"
+_LORA = "adapters are named by --lora-modules NAME=FOLDER, and loaded at the start"
 
 KNOWN: Mapping[str, Known] = {
     # vLLM: what is always so here.
@@ -138,8 +138,10 @@ KNOWN: Mapping[str, Known] = {
     "--hf-overrides": Known(True, "change the model's config.json", ("{}",)),
     "--middleware": Known(True, "put a proxy before the server", ()),
     "--download-dir": Known(True, "set HF_HOME, which all tools read", ()),
-    "--enable-lora": Known(False, _NO_LORA, ()),
-    "--lora": Known(True, _NO_LORA, ()),
+    "--enable-lora": Known(False, _LORA),
+    "--max-loras": Known(True, _LORA),
+    "--max-lora-rank": Known(True, _LORA),
+    "--lora": Known(True, f"{_LORA}, from folders as peft saves them", ()),
     # TGI.
     "--max-input-length": Known(True, "a prompt may fill the context up to one token"),
     "--max-input-tokens": Known(True, "a prompt may fill the context up to one token"),

@@ -386,5 +386,5 @@ def validate(request: GenerationRequest, info: ModelInfo) -> None:
     if request.lora is not None and not info.lora_enabled:
         raise UsageError(
             f"the engine was started without adapters, and {request.lora.lora_name} is one",
-            hint="start it with --enable-lora, or with --lora-modules NAME=FOLDER",
+            hint="start it with --lora-modules NAME=FOLDER, or enable_lora=True in Python",
         )

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.engine import Engine
+from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
+from qtool.runtime.engine.speculative_config import SpeculativeConfig
 from qtool.runtime.llm import LLM
+from qtool.runtime.loading import LoadedModel, load_model
 
 PROMPT = "It was a cold evening in November, and"
 
@@ -20,6 +25,11 @@ PROMPT = "It was a cold evening in November, and"
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM("builtin:books-7m", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def small(tiny_checkpoint: Callable[..., Path]) -> LoadedModel:
+    return load_model(str(tiny_checkpoint("llama", num_hidden_layers=1)))
 
 
 def run(engine: Engine) -> list[TokenOutput]:
@@ -183,3 +193,63 @@ def test_prompt_logprobs_survive_a_preemption() -> None:
                 assert left is not None
                 assert right is not None
                 assert left[token].logprob == pytest.approx(right[token].logprob, abs=1e-4)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    actions=st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), st.integers(1, 3), st.integers(1, 8)),
+            st.tuples(st.just("abort"), st.integers(0, 5), st.sampled_from([None, 0, 1, 2])),
+            st.tuples(st.just("step"), st.integers(1, 3), st.none()),
+        ),
+        max_size=20,
+    ),
+    blocks=st.integers(7, 20),
+    guesses=st.sampled_from([None, 2]),
+)
+def test_every_answer_ends_once_whatever_is_aborted_or_guessed(
+    small: LoadedModel, actions: list[tuple[str, int, int | None]], blocks: int, guesses: int | None
+) -> None:
+    speculation = guesses and SpeculativeConfig(
+        num_speculative_tokens=guesses, prompt_lookup_min=1, adaptive=False
+    )
+    config = EngineConfig(
+        "small",
+        block_size=4,
+        max_model_len=24,
+        max_num_seqs=4,
+        max_num_batched_tokens=11,
+        kv_cache_memory_bytes=blocks * block_bytes(small.decoder, 4, "auto"),
+        speculative_config=speculation or None,
+    )
+    made = Engine(small, config)
+    asked: dict[str, int] = {}
+    ended: dict[tuple[str, int], str] = {}
+
+    def collect(outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            assert (output.request_id, output.index) not in ended
+            if output.finish_reason is not None:
+                ended[output.request_id, output.index] = output.finish_reason
+        made.blocks.check()
+
+    for action, first, second in actions:
+        if action == "add":
+            name = f"r{len(asked)}"
+            asked[name] = first
+            prompt = tuple(n % 3 for n in range(6 + len(asked)))
+            sampling = SamplingParams(n=first, max_tokens=second, ignore_eos=True, seed=len(asked))
+            made.add(GenerationRequest(name, prompt, sampling))
+        elif action == "abort":
+            collect(made.abort(f"r{first}", second))
+        else:
+            for _ in range(first):
+                collect(made.step())
+    while made.has_work:
+        collect(made.step())
+    assert set(ended) == {(name, index) for name, n in asked.items() for index in range(n)}
+    assert set(ended.values()) <= {"length", "abort"}
+    assert made.blocks.usage == 0.0
+    assert not made._sequences
+    assert not made._prompted_by
