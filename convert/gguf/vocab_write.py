@@ -88,7 +88,7 @@ def tokenizer_metadata(
         entries.append(list_entry("scores", _scores(model, tokens, kinds), ValueType.FLOAT32))
     entries.append(list_entry("token_type", [int(kind) for kind in kinds], ValueType.INT32))
     if not sentencepiece:
-        merges = [_mergetext_entry(merge) for merge in model["merges"]]
+        merges = [_merge_text(merge) for merge in model["merges"]]
         entries.append(list_entry("merges", merges, ValueType.STRING))
     entries += special_entries(folder, source, settings, config, tokens)
     if sentencepiece:
@@ -208,7 +208,7 @@ def _pre(path: Path, source: Mapping[str, Any], chosen: str | None) -> str:
     return found
 
 
-def _mergetext_entry(merge: str | list[str]) -> str:
+def _merge_text(merge: str | list[str]) -> str:
     """ "a b"; a space inside a part is written as byte-level BPE spells it, since it separates."""
     if isinstance(merge, str):
         return merge
