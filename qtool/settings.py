@@ -9,6 +9,8 @@ QTOOL_NATIVE       0: do not compile or use C++ code: kernels for CPUs, quantize
 QTOOL_ACTIVATIONS  int8: quantized linears on CPUs round their inputs to 8 bits and use VNNI or
                    AVX2; bf16: they do not
 GOMP_SPINCOUNT     read by torch's OpenMP; set to a small number where it and OMP_WAIT_POLICY are not
+XDG_DATA_HOME      folder whose qtool/ keeps the names of models made with `qtool create`
+                   (~/.local/share)
 XDG_CACHE_HOME     folder whose qtool/ keeps compiled C++ code (~/.cache)
 NO_COLOR           any value: plain output
 """
@@ -38,6 +40,7 @@ class Settings:
     native: bool = True
     activations: Activations | None = None
     cache_dir: Path = Path(os.path.expanduser("~/.cache/qtool"))
+    data_dir: Path = Path(os.path.expanduser("~/.local/share/qtool"))
     no_color: bool = False
 
 
@@ -67,6 +70,7 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
             "for example QTOOL_MAX_MEMORY=4000000000",
         )
     cache = env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    data = env.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return Settings(
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in _TRUE,
         has_hub_token=bool(env.get("HF_TOKEN")),
@@ -75,6 +79,7 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
         native=env.get("QTOOL_NATIVE", "").lower() not in _FALSE,
         activations=_activations(env.get("QTOOL_ACTIVATIONS") or None),
         cache_dir=Path(cache) / "qtool",
+        data_dir=Path(data) / "qtool",
         no_color="NO_COLOR" in env,
     )
 

@@ -30,6 +30,7 @@ from qtool.runtime.server_options import (
     server_config,
     server_options,
 )
+from qtool.runtime.store import store
 from qtool.settings import Activations, settings
 
 if TYPE_CHECKING:
@@ -224,13 +225,22 @@ def serve(
         return
     if model is None:
         raise click.MissingParameter(param_hint="'MODEL'", param_type="argument")
-    overrides = json_object(override_generation_config, "--override-generation-config")
+    made = store().find(model)
+    if made is not None:
+        chat_template = chat_template or made.template
+        flags["max_model_len"] = flags["max_model_len"] or made.parameters.get("num_ctx")
+    overrides = {
+        **(made.sampling if made else {}),
+        **json_object(override_generation_config, "--override-generation-config"),
+    }
     if max_new_tokens is not None and max_new_tokens > 0:
         overrides["max_new_tokens"] = max_new_tokens
     server_flags = {name: flags.pop(name) for name in SERVER_FLAGS if name in flags}
-    engine = engine_config(model, max_num_waiting=max_num_queued_reqs, **flags)
+    base = made.base if made else model
+    engine = engine_config(base, max_num_waiting=max_num_queued_reqs, **flags)
     server = server_config(
         model,
+        made,
         max_running=engine.max_num_seqs,
         max_queued=engine.num_waiting_limit,
         **server_flags,
@@ -309,10 +319,12 @@ def chat(
                 "--model and --api-key are for a server's URL",
                 f"{model_or_url} is run in this process",
             )
-        config = engine_config(model_or_url, max_num_seqs=1, **engine_flags)
+        made = store().find(model_or_url)
+        base = made.base if made else model_or_url
+        config = engine_config(base, max_num_seqs=1, **engine_flags)
         from qtool.runtime.server.chat_local import LocalChat
 
-        backend = LocalChat(config)
+        backend = LocalChat(config, made)
     from qtool.runtime.server.chat import Terminal
 
     with closing(backend):

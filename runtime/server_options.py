@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qtool.errors import UsageError
+from qtool.runtime.modelfile import Modelfile
 from qtool.settings import settings
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def server_options(command: F) -> F:
 
 def server_config(
     model: str,
+    made: Modelfile | None = None,
     *,
     max_running: int,
     max_queued: int,
@@ -202,6 +204,9 @@ def server_config(
         reasoning_parser=reasoning_parser,
         template_kwargs=json_object(default_chat_template_kwargs, "--default-chat-template-kwargs"),
         trust_request_template=trust_request_chat_template,
+        system=made.system if made else None,
+        examples=made.messages if made else (),
+        stop=tuple(made.parameters.get("stop", ())) if made else (),
         log_requests=not disable_log_requests,
         root_path=root_path,
         tls=_tls(**tls),

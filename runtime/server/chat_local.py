@@ -19,9 +19,11 @@ from qtool.progress import bar
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine
 from qtool.runtime.loading import LoadedModel
+from qtool.runtime.modelfile import Modelfile
 from qtool.runtime.server.chat_backends import AnswerEnd, Message, Stopwatch
 from qtool.runtime.server.chat_exchange import ChatExchange, ChatWriter
 from qtool.runtime.server.chat_protocol import ChatBody
+from qtool.runtime.server.chat_templates import find_chat_template
 from qtool.runtime.server.config import ServerConfig
 from qtool.runtime.server.errors import ApiError
 from qtool.runtime.server.generation import Piece
@@ -41,9 +43,13 @@ TEXTS = (Content, Reasoning)  # thoughts are shown in a terminal, as they pass
 
 
 class LocalChat:
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, modelfile: Modelfile | None = None) -> None:
+        self._modelfile = modelfile or Modelfile(config.model)
         with bar(f"Loading {config.model}"):
             loaded = load(config)
+        if self._modelfile.template is not None:
+            assert loaded.tokenizer is not None
+            loaded.tokenizer.use_chat_template(find_chat_template(self._modelfile.template))
         announce_template(loaded)
         self.name = config.model
         self._loop = asyncio.new_event_loop()
@@ -59,8 +65,16 @@ class LocalChat:
         client = AsyncEngine.from_loaded(loaded, config)
         await client.start()
         assert loaded.tokenizer is not None  # load() refuses models without one
-        defaults = sampling_defaults(generation_config(loaded.source))
-        server = ServerConfig((config.model,), sampling=defaults, log_requests=False)
+        made = self._modelfile
+        defaults = sampling_defaults({**generation_config(loaded.source), **made.sampling})
+        server = ServerConfig(
+            (config.model,),
+            sampling=defaults,
+            system=made.system,
+            examples=made.messages,
+            stop=tuple(made.parameters.get("stop", ())),
+            log_requests=False,
+        )
         return Service.build(client, loaded.tokenizer, server)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:

@@ -77,7 +77,7 @@ async def prepare_chat(body: ChatBody, service: Service) -> PreparedChat:
     native = known_format or format_of(template)
     harmony = is_harmony(template)
 
-    messages = [_as_dict(message) for message in body.messages]
+    messages = _with_opening([_as_dict(message) for message in body.messages], service)
     if told and (template is None or "tools" not in template):
         messages = _with_instructions(messages, told)
     options = _template_options(body, service)
@@ -130,7 +130,7 @@ async def prepare_chat(body: ChatBody, service: Service) -> PreparedChat:
         structured,
         keep_special=_has_special_marks(form, thoughts, service),
         short_ids=form is not None and form.short_ids,
-        stop=() if "chat_template" in options else tokenizer.chat_stop,
+        stop=(*config.stop, *(() if "chat_template" in options else tokenizer.chat_stop)),
         opening=_opening(body),
     )
 
@@ -225,6 +225,19 @@ async def _render(
         return render()
     except UsageError as error:
         raise invalid(error.message, param="messages") from None
+
+
+def _with_opening(messages: list[dict[str, Any]], service: Service) -> list[dict[str, Any]]:
+    """What the operator puts before every conversation; a client's system prompt wins."""
+    config = service.config
+    has_system = messages[0]["role"] == "system"
+    opening = [] if has_system or not config.system else [_system(config.system)]
+    own = messages[:1] if has_system else []
+    return [*opening, *own, *map(dict, config.examples), *messages[len(own) :]]
+
+
+def _system(text: str) -> dict[str, Any]:
+    return {"role": "system", "content": text}
 
 
 def _as_dict(message: ChatMessage) -> dict[str, Any]:

@@ -78,6 +78,12 @@ class ServerConfig:
     """False: tool calls in an answer are left as text unless a call is required."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the chat template, below what a request gives."""
+    system: str | None = None
+    """For conversations without a system prompt of their own."""
+    examples: tuple[Mapping[str, str], ...] = ()
+    """Messages that stand before every conversation."""
+    stop: tuple[str, ...] = ()
+    """Strings that end every chat answer."""
     trust_request_template: bool = False
     """Requests may bring a chat template of their own, which can run for ever."""
     log_requests: bool = True

@@ -1,0 +1,202 @@
+"""`qtool pull`, `list`, `show`, `rm`, `cp`, `create`, `ps` and `run`: Ollama's ease of handling
+models, over Hugging Face's cache and a small store of names.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qtool.errors import QtoolError, UsageError
+from qtool.progress import console
+from qtool.runtime.modelfile import Modelfile, parse_modelfile
+from qtool.runtime.store import Listed, downloaded, forget_download, store
+from qtool.settings import settings
+
+SERVER = "http://127.0.0.1:8000"
+
+
+@click.command()
+@click.argument("model")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+def pull(model: str, revision: str | None) -> None:
+    """Download MODEL from the Hub into Hugging Face's cache, for use without a network."""
+    from qtool.source import resolve
+
+    found = store().find(model)
+    source = resolve(found.base if found else model, revision)
+    click.echo(str(source.path))
+
+
+@click.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One object a model.")
+def list_models(as_json: bool) -> None:
+    """List the models on this machine: names made here, and downloads."""
+    entries = [*store().listed(), *downloaded()]
+    if as_json:
+        import orjson
+
+        click.echo(orjson.dumps([entry._asdict() for entry in entries]).decode())
+        return
+    if not entries:
+        console.print("no models yet: try `qtool pull Qwen/Qwen3-0.6B`", highlight=False)
+    width = max((len(entry.name) for entry in entries), default=0)
+    for entry in entries:
+        click.echo(
+            f"{entry.name:<{width}}  {_size(entry):>9}  {_age(entry):>12}  {entry.made_from}"
+        )
+
+
+def _size(entry: Listed) -> str:
+    if entry.num_bytes is None:
+        return "-"
+    return (
+        f"{entry.num_bytes / 1e9:.1f} GB"
+        if entry.num_bytes >= 1e8
+        else (f"{entry.num_bytes / 1e6:.1f} MB")
+    )
+
+
+def _age(entry: Listed) -> str:
+    days = (datetime.now(UTC) - entry.modified).days
+    return "today" if days < 1 else f"{days} days ago" if days > 1 else "yesterday"
+
+
+@click.command()
+@click.argument("model")
+@click.option("--modelfile", is_flag=True, help="The Modelfile alone.")
+def show(model: str, modelfile: bool) -> None:
+    """Show what MODEL is made of."""
+    found = store().find(model) or Modelfile(base=model)
+    click.echo(found.text(), nl=False)
+    if modelfile:
+        return
+    from qtool.source import resolve
+
+    source = resolve(found.base)
+    console.print(
+        f"at {source.path}; `qtool inspect {found.base}` shows its tensors", highlight=False
+    )
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+def rm(models: tuple[str, ...]) -> None:
+    """Remove MODELS: names made here, or downloads."""
+    for model in models:
+        if store().remove(model):
+            click.echo(f"{model}: the name is removed; what it was made from stays")
+        else:
+            click.echo(f"{model}: {forget_download(model) / 1e6:.1f} MB are free again")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("name")
+def cp(source: str, name: str) -> None:
+    """Give the model SOURCE another NAME."""
+    store().keep(name, store().find(source) or Modelfile(base=source))
+    click.echo(f"{name}: made from {source}")
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "-f", "--file", "path", type=click.Path(dir_okay=False), default="Modelfile", show_default=True
+)
+def create(name: str, path: str) -> None:
+    """Make NAME from a Modelfile: a model with a system prompt and values of its own."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "name it with -f FILE") from None
+    made = parse_modelfile(text, path)
+    base = Path(made.base).expanduser()
+    beside = Path(path).parent / base
+    if not base.is_absolute() and beside.exists():
+        # Relative to the Modelfile, as it was written, and not to where it will be used.
+        made = Modelfile.from_dict({**made.as_dict(), "base": str(beside.resolve())})
+    store().keep(name, made)
+    click.echo(f"{name}: made from {made.base}; try: qtool run {name}")
+
+
+@click.command()
+@click.option("--server", default=SERVER, show_default=True, metavar="URL")
+def ps(server: str) -> None:
+    """Show the models that a running server holds."""
+    import httpx
+
+    key = settings().api_key
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    try:
+        response = httpx.get(f"{server.rstrip('/')}/api/ps", headers=headers, timeout=10)
+        response.raise_for_status()
+        models = response.json()["models"]
+    except (httpx.HTTPError, ValueError, KeyError):
+        raise QtoolError(
+            f"no qtool server answers at {server}", "start one with: qtool serve MODEL"
+        ) from None
+    for model in models:
+        click.echo(
+            f"{model['name']}  {model['size'] / 1e6:.1f} MB  {model['context_length']} tokens"
+        )
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt", nargs=-1)
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option("-n", "--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(min=0))
+@click.option("--seed", type=int)
+@click.option("-p", "--prompt", "prompt_option", hidden=True)
+@click.pass_context
+def run(
+    context: click.Context,
+    /,
+    model: str,
+    prompt: tuple[str, ...],
+    prompt_option: str | None,
+    **options: Any,
+) -> None:
+    """Answer PROMPT with MODEL and end; what is piped in is part of the question.
+
+    Without a prompt on a terminal, this is `qtool chat`.
+
+    \b
+    Examples:
+      qtool run builtin:books-7m "Tell me a story."
+      git diff | qtool run ./Qwen3-0.6B-int4 "Describe this change."
+    """
+    from qtool.runtime.command import chat
+
+    words = " ".join(prompt) or (prompt_option or "")
+    piped = "" if sys.stdin.isatty() else sys.stdin.read()
+    question = "\n\n".join(part for part in (words, piped.strip()) if part)
+    if not question:
+        if not sys.stdin.isatty():
+            raise UsageError("there is nothing to answer", "give a prompt, or pipe one in")
+        context.invoke(chat, model_or_url=model, **options)
+        return
+    from qtool.runtime.config import EngineConfig
+    from qtool.runtime.server.chat_backends import AnswerEnd
+    from qtool.runtime.server.chat_local import LocalChat
+
+    sampling = {
+        name: value for name, value in options.items() if name != "system" and value is not None
+    }
+    made = store().find(model)
+    backend = LocalChat(EngineConfig(made.base if made else model, max_num_seqs=1), made)
+    try:
+        system = [{"role": "system", "content": options["system"]}] if options["system"] else []
+        messages = [*system, {"role": "user", "content": question}]
+        for part in backend.answer(messages, sampling):
+            if not isinstance(part, AnswerEnd):
+                click.echo(part, nl=False)
+        click.echo()
+    finally:
+        backend.close()
