@@ -1,8 +1,9 @@
 """What a client reads does not depend on how the engine went about it.
 
-Greedy text in float32, on a model with the torch kernels: alone or beside 31 others, with the cache
-or without, in chunks of any size, preempted or not. And a life of many requests leaves the pool
-whole and the process no larger.
+Greedy text: alone or beside 31 others, with the cache or without, in chunks of any size, preempted
+or not, guessed ahead or not. In float32 with the torch kernels, whose sums differ in the last bits
+between one row and many; and in bfloat16 with the native ones, whose do not. And a life of many
+requests leaves the pool whole and the process no larger.
 """
 
 import os
@@ -15,19 +16,35 @@ import pytest
 
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.engine import Engine
+from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
+from qtool.runtime.layers import PackingRules
 from qtool.runtime.loading import LoadedModel, load_model
+from qtool.runtime.random_model import QWEN_05B, random_model
 
 NEW_TOKENS = 12
-# 2 layers, keys and values, 2 heads of 64 in float32.
-BYTES_PER_TOKEN = 2048
+VOCAB = 512
 Texts = dict[str, list[int]]
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Callable[..., Path]) -> LoadedModel:
-    return load_model(str(tiny_checkpoint("llama")))
+@pytest.fixture(scope="module", params=["torch", "native"])
+def tiny(tiny_checkpoint: Callable[..., Path], request: pytest.FixtureRequest) -> LoadedModel:
+    if request.param == "torch":
+        return load_model(str(tiny_checkpoint("llama", vocab_size=VOCAB)))
+    config = {
+        **QWEN_05B,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+    }
+    loaded = random_model(config, rules=PackingRules(activations="int8"))
+    if not any(use.kernel.startswith("native") for use in loaded.kernels):
+        pytest.skip("the native kernels cannot be built here")
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +58,7 @@ def prompts(count: int) -> list[list[int]]:
     made: list[list[int]] = []
     for index in range(count):
         begun = made[index - 1][: rng.choice((8, 13, 16, 24))] if index % 2 else []
-        made.append([*begun, *(rng.randrange(4000) for _ in range(rng.randint(20, 36)))])
+        made.append([*begun, *(rng.randrange(VOCAB) for _ in range(rng.randint(20, 36)))])
     return made
 
 
@@ -97,10 +114,20 @@ def test_greedy_text_survives_preemption(tiny: LoadedModel, alone: Texts, cachin
         block_size=4,
         enable_prefix_caching=caching,
         max_model_len=80,
-        kv_cache_memory_bytes=21 * 4 * BYTES_PER_TOKEN,
+        kv_cache_memory_bytes=21 * block_bytes(tiny.decoder, 4),
     )
     assert texts == {name: alone[name] for name in texts}
     assert engine.stats().num_preemptions > 0
+
+
+def test_greedy_text_does_not_depend_on_guesses(tiny: LoadedModel, alone: Texts) -> None:
+    texts, engine = run(
+        tiny,
+        prompts(8),
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3},
+    )
+    assert texts == {name: alone[name] for name in texts}
+    assert engine.stats().spec_decode_num_draft_tokens > 0
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
@@ -155,15 +182,15 @@ def test_two_thousand_requests_leave_the_pool_whole_and_the_process_no_larger(
             block_size=8,
             max_num_seqs=16,
             max_model_len=160,
-            kv_cache_memory_bytes=90 * 8 * BYTES_PER_TOKEN,
+            kv_cache_memory_bytes=90 * block_bytes(tiny.decoder, 8),
         ),
     )
-    beginnings = [[rng.randrange(4000) for _ in range(40)] for _ in range(5)]
+    beginnings = [[rng.randrange(VOCAB) for _ in range(40)] for _ in range(5)]
     ended: dict[str, str] = {}
     resident: list[int] = []
     for index in range(2000):
         begun = rng.choice(beginnings)[: rng.randint(1, 40)]
-        own = [rng.randrange(4000) for _ in range(rng.randint(1, 40))]
+        own = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 40))]
         sampling = SamplingParams(
             temperature=rng.choice((0.0, 1.0)), max_tokens=rng.randint(1, 40), seed=index
         )
