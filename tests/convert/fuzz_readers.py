@@ -145,9 +145,12 @@ def cut_short(rng: random.Random, files: dict[str, bytes]) -> None:
 
 
 def header_end(name: str, data: bytes) -> int:
-    """Where the data of tensors begins; the end of a file that mixes both."""
+    """Where the data of tensors begins, or about there; the end of a file that mixes both."""
     if name.endswith(".safetensors") and len(data) >= 8:
         return min(len(data), 8 + struct.unpack("<Q", data[:8])[0])
+    last = data.rfind(b".weight")
+    if name.endswith(".gguf") and last > 0:
+        return min(len(data), last + 64)  # after a name come a shape, a type and an offset
     return len(data)
 
 
