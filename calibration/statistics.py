@@ -21,21 +21,31 @@ class Moments:
     gram       [in, in] float32, sum of x xᵀ
     magnitude  [in]     float32, sum of |x|
     count      vectors seen
+    peak       [in]     float32, largest |x|
     """
 
     gram: Tensor
     magnitude: Tensor
-    count: int = 0
+    count: int
+    peak: Tensor
 
     @classmethod
     def zeros(cls, in_features: int) -> Moments:
-        return cls(torch.zeros(in_features, in_features), torch.zeros(in_features))
+        return cls(
+            torch.zeros(in_features, in_features),
+            torch.zeros(in_features),
+            0,
+            torch.zeros(in_features),
+        )
 
     def add(self, inputs: Tensor) -> None:
         """inputs [..., in], any floating type."""
         vectors = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
         _add_gram(self.gram, vectors)
-        self.magnitude += vectors.abs().sum(0)
+        sizes = vectors.abs()
+        self.magnitude += sizes.sum(0)
+        if vectors.shape[0]:
+            torch.maximum(self.peak, sizes.amax(0), out=self.peak)
         self.count += vectors.shape[0]
 
     @property
@@ -77,12 +87,16 @@ class Moments:
             self.gram + share * prior.gram,
             self.magnitude + share * prior.magnitude,
             self.count + lacking,
+            torch.maximum(self.peak, prior.peak),
         )
 
     def less(self, part: Moments) -> Moments:
         """Without some of the vectors, whose own moments are `part`."""
         return Moments(
-            self.gram - part.gram, self.magnitude - part.magnitude, self.count - part.count
+            self.gram - part.gram,
+            self.magnitude - part.magnitude,
+            self.count - part.count,
+            self.peak,
         )
 
 
@@ -148,4 +162,5 @@ def total(moments: Iterable[Moments]) -> Moments:
         torch.stack([item.gram for item in items]).sum(0),
         torch.stack([item.magnitude for item in items]).sum(0),
         sum(item.count for item in items),
+        torch.stack([item.peak for item in items]).amax(0),
     )

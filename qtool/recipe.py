@@ -7,7 +7,7 @@
     keep: []                # fnmatch patterns of modules that stay in 16 bit
     effort: default         # fast | default | best: how far gptq goes
     method:
-      name: gptq            # rtn | gptq | awq, each with its own few fields
+      name: gptq            # rtn | gptq | awq | smoothquant, each with its own few fields
       damping: 0.01
     calibration:
       num_samples: 128
@@ -85,19 +85,41 @@ class Awq:
 
     grid_points   exponents tried in [0, 1); 0, which changes nothing, is always among them
     clip_search   shrink scales where that lowers the error
+    sweep         solve the scaled weights as GPTQ does, in place of rounding them
     """
 
     grid_points: int = 20
     clip_search: bool = True
+    sweep: bool = False
 
     def __post_init__(self) -> None:
         if self.grid_points < 1:
             raise UsageError(f"grid_points {self.grid_points} is not a positive number")
 
 
-Method = Rtn | Gptq | Awq
+@dataclass(frozen=True, slots=True)
+class SmoothQuant:
+    """SmoothQuant (arXiv 2211.10438): move loudness from activations into weights, so that both can
+    be rounded to 8 bits.
 
-METHODS: dict[str, type[Rtn] | type[Gptq] | type[Awq]] = {"rtn": Rtn, "gptq": Gptq, "awq": Awq}
+    strength  how much of it: 0 leaves activations as they are, 1 makes all channels equally loud
+    """
+
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.strength <= 1.0:
+            raise UsageError(f"strength {self.strength} is not between 0 and 1")
+
+
+Method = Rtn | Gptq | Awq | SmoothQuant
+
+METHODS: dict[str, type[Rtn] | type[Gptq] | type[Awq] | type[SmoothQuant]] = {
+    "rtn": Rtn,
+    "gptq": Gptq,
+    "awq": Awq,
+    "smoothquant": SmoothQuant,
+}
 
 
 Effort = Literal["fast", "default", "best"]

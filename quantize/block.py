@@ -45,11 +45,15 @@ from qtool.quantize.solution import (
     share,
 )
 from qtool.quantize.tuning import Start, tune
-from qtool.recipe import Awq, Gptq, Recipe, Rtn
+from qtool.recipe import Awq, Gptq, Recipe, Rtn, SmoothQuant, method_name
 from qtool.scheme import FloatScheme, QuantScheme
 
 FEW_TOKENS = "fewer tokens than inputs reached this expert, so the layer's other experts fill in"
 NO_TOKENS = "no calibration token reached it, so it was rounded to nearest"
+
+
+# What GPTQ does with weights that AWQ has scaled.
+_SWEEP = Gptq(refine_rounds=2)
 
 
 @dataclass(slots=True)
@@ -91,7 +95,7 @@ def solve_block(
         case Gptq() as options:
             assert capture is not None
             _solve_gptq(index, integers, options, capture, originals, result)
-        case Awq() as options:
+        case Awq() | SmoothQuant() as options:
             assert capture is not None
             _solve_awq(index, integers, options, capture, result)
     return result
@@ -259,7 +263,7 @@ def peak_bytes() -> int:
 def _solve_awq(
     index: int,
     planned: Mapping[Linear, QuantScheme],
-    options: Awq,
+    options: Awq | SmoothQuant,
     capture: BlockCapture,
     result: BlockResult,
 ) -> None:
@@ -383,7 +387,7 @@ def _problem(
 def _solve_group(
     index: int,
     problem: _Problem,
-    options: Gptq | Awq,
+    options: Gptq | Awq | SmoothQuant,
     capture: BlockCapture,
     result: BlockResult,
     aims: _Aims | None = None,
@@ -409,6 +413,10 @@ def _solve_group(
             aims.weights.update(zip(members, weights, strict=True))
         if isinstance(options, Gptq):
             solved = gptq.solve(torch.cat(weights), hessian, scheme, options)
+        elif isinstance(options, SmoothQuant):
+            solved = rtn.solve(torch.cat(weights), scheme)
+        elif options.sweep:
+            solved = gptq.solve(torch.cat(weights), hessian, scheme, _SWEEP)
         else:
             solved = awq.solve(torch.cat(weights), hessian, scheme, options)
         parts = split_rows(solved, [weight.shape[0] for weight in weights])
@@ -424,7 +432,7 @@ def _solve_group(
             result.reports[linear] = LayerReport(
                 module=linear.name,
                 scheme=str(scheme),
-                method="gptq" if isinstance(options, Gptq) else "awq",
+                method=method_name(options),
                 error=share(float(lost.double().sum()), there),
                 rtn_error=share(float(plain.double().sum()), there),
                 num_tokens=problem.num_tokens,
@@ -440,9 +448,13 @@ def _solve_group(
         )
 
 
-def _steps(options: Gptq | Awq) -> tuple[str, ...]:
+def _steps(options: Gptq | Awq | SmoothQuant) -> tuple[str, ...]:
     """What the solver was asked to do around its sweep."""
+    if isinstance(options, SmoothQuant):
+        return ()
     if isinstance(options, Awq):
+        if options.sweep:
+            return ("gptq", *_steps(_SWEEP))
         return ("clip search",) if options.clip_search else ()
     steps = ["scale search"] if options.scale_search else []
     if options.refine_rounds:

@@ -37,8 +37,8 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     default="int4",
     show_default=True,
     metavar="NAME|FILE",
-    help="int4, int3, int2, gptq, awq, rtn-int4, rtn-int8, w8a8, fp8, fp8-block, nvfp4, mxfp4, "
-    "nf4, or a YAML file.",
+    help="int4, int3, int2, gptq, awq, awq-gptq, rtn-int4, rtn-int8, smoothquant, w8a8, fp8, "
+    "fp8-block, nvfp4, mxfp4, nf4, or a YAML file.",
 )
 @click.option(
     "--effort",

@@ -30,11 +30,11 @@ from qtool.artifact import LayerReport, Manifest, tool_versions, write_manifest
 from qtool.calibration.activations import Activations
 from qtool.calibration.capture import BlockCapture
 from qtool.calibration.dataset import CalibrationTokens, load_calibration, load_tokenizer
+from qtool.calibration.decoded import open_checkpoint
 from qtool.calibration.linears import Linear
 from qtool.calibration.originals import Originals
 from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner, has_fast_bfloat16
 from qtool.calibration.skeleton import Skeleton, assign
-from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import Format
 from qtool.errors import QtoolError, UnknownName, UnsupportedModel, UsageError
 from qtool.output import OutputFolder
@@ -120,7 +120,7 @@ def prepare(
             f"{source.name} is a GGUF file, which is already quantized or converted",
             "quantize the Hugging Face model that it was made from",
         )
-    skeleton = Skeleton.build(Checkpoint.open(source.path), trust_remote_code=trust_remote_code)
+    skeleton = Skeleton.build(open_checkpoint(source), trust_remote_code=trust_remote_code)
     warnings: list[str] = []
     if recipe.needs_calibration:
         recipe = _within_context(recipe, skeleton, warnings)

@@ -30,7 +30,7 @@ from qtool.calibration.linears import Linear, Site
 from qtool.calibration.skeleton import Skeleton, assign
 from qtool.calibration.statistics import Moments
 from qtool.quantize.awq import search_channel_scales
-from qtool.recipe import Awq
+from qtool.recipe import Awq, SmoothQuant
 from qtool.scheme import QuantScheme
 
 # How far a folded block may be from the original, relative to its largest output. Folding is exact
@@ -72,7 +72,7 @@ def smooth(
     moments: Mapping[Site, Moments],
     planned: Mapping[Linear, QuantScheme],
     all_linears: Sequence[Linear],
-    options: Awq,
+    options: Awq | SmoothQuant,
     run: Callable[[], Tensor],
 ) -> Smoothed:
     """Scale the loaded block's linears and fold the inverse into what feeds them.
@@ -126,7 +126,7 @@ def _best_scales(
     pair: _Pair,
     moments: Mapping[Site, Moments],
     planned: Mapping[Linear, QuantScheme],
-    options: Awq,
+    options: Awq | SmoothQuant,
 ) -> Tensor | None:
     """Scales for the source's channels, or None where doing nothing is best."""
     parameters = dict(skeleton.block_parameters(index))
@@ -134,6 +134,11 @@ def _best_scales(
     members = [linear for linear in planned if linear.site in sites]
     weight = torch.cat([linear.matrix(parameters[linear.parameter]) for linear in members])
     seen = moments[pair.group.first]
+    if isinstance(options, SmoothQuant):
+        # Scales of the activations' own: only a norm takes them, as the paper has it.
+        if pair.norm is None:
+            return None
+        return smooth_scales(weight, seen.peak, options.strength)
     best = search_channel_scales(
         weight,
         seen.hessian,
@@ -143,6 +148,18 @@ def _best_scales(
         pair.source_channel,
     )
     return best.scales if best.changes_anything else None
+
+
+def smooth_scales(weight: Tensor, peak: Tensor, strength: float) -> Tensor:
+    """[in]: s = max|x|^a / max|w|^(1-a) of each channel, around one. Inputs are divided by s.
+
+    weight  [out, in] float32, all linears that share the input stacked
+    peak    [in] float32, largest |x|
+    """
+    inputs = peak.clamp(min=1e-5)
+    weights = weight.abs().amax(0).clamp(min=1e-5)
+    scales = inputs.pow(strength) / weights.pow(1 - strength)
+    return scales / scales.log().mean().exp()
 
 
 def _pair(
