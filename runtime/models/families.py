@@ -11,6 +11,8 @@ from typing import Literal
 
 from qtool.arch import ARCHITECTURES
 
+Code = Literal["native", "transformers"]
+
 # By model_type: under what names models of a family are published.
 NATIVE: dict[str, str] = {
     "llama": "Llama 1 to 3.3, Yi, SmolLM 1 and 2, DeepSeek LLM, Vicuna, TinyLlama",
@@ -60,6 +62,8 @@ TRANSFORMERS: dict[str, str] = {
     "exaone4": "EXAONE 4",
     "exaone_moe": "EXAONE MoE",
     "flex_olmo": "FlexOlmo",
+    "gemma3n_text": "Gemma 3n, text only",
+    "gemma4_text": "Gemma 4, text only",
     "glm": "GLM-4 9B, GLM-Edge",
     "glm4": "GLM-4 0414, GLM-Z1",
     "glm4_moe": "GLM-4.5, 4.6",
@@ -111,7 +115,7 @@ TRANSFORMERS: dict[str, str] = {
 @dataclass(frozen=True, slots=True)
 class ServedFamily:
     model_type: str
-    code: Literal["native", "transformers"]
+    code: Code
     models: str
     gguf: bool
 

@@ -97,6 +97,11 @@ def plan_decoder(reader: WeightReader) -> NativePlan | FallbackPlan:
         # Loads transformers' table of families, which takes a second.
         from qtool.runtime.models.fallback import read_config
 
+        if part is not None:
+            try:
+                return FallbackPlan(part, read_config(part), refusal.message)
+            except UnsupportedModel:
+                pass  # its text part is no model by itself, the whole may be
         return FallbackPlan(reader, read_config(reader), refusal.message)
     check_tensors(text, architecture, config)
     return NativePlan(text, architecture, config)

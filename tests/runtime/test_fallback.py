@@ -50,6 +50,12 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 64,
     "num_key_value_heads": 4,
 }
+_LAYER_INPUTS: dict[str, Any] = {
+    **_HEADS,
+    **_WINDOW,
+    "vocab_size_per_layer_input": 4096,
+    "hidden_size_per_layer_input": 32,
+}
 _GPT2: dict[str, Any] = {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}
 # What keeps a family small, and shows its own ways, beyond the tiny checkpoints' settings.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -72,6 +78,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "exaone4": _WINDOW,
     "exaone_moe": {**_EXPERTS, **_WINDOW},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        **_LAYER_INPUTS,
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        "intermediate_size": [512] * 5,
+        "activation_sparsity_pattern": [0.0] * 5,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+    },
+    # The last two layers attend to keys and values of the first two.
+    "gemma4_text": {
+        **_LAYER_INPUTS,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 128,
+    },
     "glm": _HEADS,
     "glm4": _HEADS,
     "glm4_moe": {**_ROUTED, **_HEADS},

@@ -74,10 +74,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    def make(family: str) -> tuple[Path, Any]:
+def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    def make(family: str, **changes: Any) -> tuple[Path, Any]:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **FAMILIES[family])
+        config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
         model = AutoModelForImageTextToText.from_config(config).eval()
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -95,12 +95,24 @@ def test_every_family_that_is_listed_is_tried() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_a_text_are_transformers_own(
-    family: str, multimodal: Callable[[str], tuple[Path, Any]]
+    family: str, multimodal: Callable[..., tuple[Path, Any]]
 ) -> None:
     folder, model = multimodal(family)
     tokens = torch.randint(1, 400, (2, 40), generator=torch.Generator().manual_seed(0))
     loaded = load_model(str(folder), dtype="float32")
     assert (loaded.code, loaded.model_type) == ("native", family)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    torch.testing.assert_close(loaded.logits(tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_a_part_that_the_native_decoder_does_not_have_is_run_by_transformers(
+    multimodal: Callable[..., tuple[Path, Any]],
+) -> None:
+    folder, model = multimodal("llava", text_config={**TEXT, "model_type": "stablelm"})
+    tokens = torch.arange(1, 41)[None]
+    loaded = load_model(str(folder), dtype="float32")
+    assert loaded.code == "transformers"
     with torch.no_grad():
         expected = model(input_ids=tokens).logits
     torch.testing.assert_close(loaded.logits(tokens), expected, rtol=0, atol=1e-4)
