@@ -92,6 +92,7 @@ class BestSearch:
             for tensor in plan.tensors
             for number, part in enumerate(_searched_parts(tensor))
         }
+        self._rounded = [tensor.info.name for tensor in plan.tensors if tensor.how == "quantize"]
         tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
         context = getattr(self._skeleton.model.config, "max_position_embeddings", None)
         if isinstance(context, int) and context < wanted.sequence_length:
@@ -139,9 +140,10 @@ class BestSearch:
             )
         if self._num_recalled:
             lines.append(f"{self._num_recalled} linears are those of the run that was interrupted")
-        left = len(self._by_module) - len(self.found) - self._num_recalled
-        if self.found and left > 0:
-            lines.append(f"{left} matrices were not searched: embeddings, heads, unreached experts")
+        done = {found.name for found in self.found} | self._written.keys()
+        left = sorted({name.split(".")[-2] for name in self._rounded if name not in done})
+        if self.found and left:
+            lines.append(f"rounded without a search: {', '.join(left)}")
         return tuple(lines)
 
     def _start(self) -> tuple[BlockRunner, Activations]:

@@ -44,6 +44,7 @@ def test_errors_are_those_behind_the_quantized_prefix(
     }
     assert one.entries == other.entries
     assert "14 linears searched with 384 tokens" in notes[0]
+    assert notes[1] == "rounded without a search: output, token_embd"
     assert all(found.error <= found.plain_error for found in search.found)
 
     written = GgufWeights(Source("best", out))
