@@ -10,12 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qtool.runtime.server.protocol import (
-    UNSUPPORTED_IN_CHAT,
-    UNSUPPORTED_IN_COMPLETIONS,
-    ChatBody,
-    CompletionBody,
-)
+from qtool.runtime.server.anthropic import MessagesBody
+from qtool.runtime.server.chat_protocol import ChatBody
+from qtool.runtime.server.embeddings import EmbeddingBody
+from qtool.runtime.server.ollama import OllamaChatBody, OllamaEmbedBody, OllamaGenerateBody
+from qtool.runtime.server.plain import PlainBody
+from qtool.runtime.server.protocol import CompletionBody
+from qtool.runtime.server.responses_protocol import ResponsesBody
+from qtool.runtime.server.tgi import TgiBody, TgiParameters
+from qtool.runtime.server.tokens import DetokenizeBody, TokenizeBody
 
 SETTINGS = settings(
     max_examples=150,
@@ -98,7 +101,7 @@ def check(response: httpx.Response) -> None:
 
 
 @SETTINGS
-@given(body=bodies({*ChatBody.model_fields, *UNSUPPORTED_IN_CHAT}, messages=messages))
+@given(body=bodies({*ChatBody.model_fields, *ChatBody.unsupported}, messages=messages))
 def test_no_chat_body_makes_the_server_fail(server: Any, body: Any) -> None:
     check(post(server, "/v1/chat/completions", body))
 
@@ -106,12 +109,55 @@ def test_no_chat_body_makes_the_server_fail(server: Any, body: Any) -> None:
 @SETTINGS
 @given(
     body=bodies(
-        {*CompletionBody.model_fields, *UNSUPPORTED_IN_COMPLETIONS},
+        {*CompletionBody.model_fields, *CompletionBody.unsupported},
         prompt=st.text(max_size=40) | st.lists(st.integers(-1, 4100), max_size=8) | anything,
     )
 )
 def test_no_completion_body_makes_the_server_fail(server: Any, body: Any) -> None:
     check(post(server, "/v1/completions", body))
+
+
+# Every other route: its body, and the fields that are given mostly right.
+ROUTES: dict[str, tuple[set[str], dict[str, Any]]] = {
+    "/v1/responses": (
+        {*ResponsesBody.model_fields},
+        {"input": messages | st.text(max_size=20), "max_output_tokens": st.just(2)},
+    ),
+    "/v1/messages": ({*MessagesBody.model_fields}, {"messages": messages}),
+    "/v1/embeddings": ({*EmbeddingBody.model_fields}, {"input": st.text(max_size=20) | anything}),
+    "/api/chat": (
+        {*OllamaChatBody.model_fields},
+        {"messages": messages, "options": st.just({"num_predict": 2}) | anything},
+    ),
+    "/api/generate": (
+        {*OllamaGenerateBody.model_fields},
+        {"prompt": st.text(max_size=9), "options": st.just({"num_predict": 2}) | anything},
+    ),
+    "/api/embed": ({*OllamaEmbedBody.model_fields}, {"input": st.text(max_size=20)}),
+    "/generate": (
+        {*TgiBody.model_fields, *TgiParameters.model_fields},
+        {"inputs": st.text(max_size=20), "parameters": st.just({"max_new_tokens": 2}) | anything},
+    ),
+    "/chat": ({*PlainBody.model_fields}, {"message": contents, "max_new_tokens": st.just(2)}),
+    "/tokenize": ({*TokenizeBody.model_fields}, {"prompt": contents}),
+    "/detokenize": ({*DetokenizeBody.model_fields}, {"tokens": st.lists(st.integers(-1, 5000))}),
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_no_body_of_another_dialect_makes_the_server_fail(server: Any, path: str) -> None:
+    known, required = ROUTES[path]
+
+    @settings(SETTINGS, max_examples=12)
+    @given(body=bodies(known, **required))
+    def send(body: Any) -> None:
+        response = post(server, path, body)
+        assert response.status_code < 500, response.text
+        if response.status_code >= 400:
+            assert "Traceback" not in response.text
+            assert response.json()
+
+    send()
 
 
 @SETTINGS
