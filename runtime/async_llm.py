@@ -21,7 +21,7 @@ from qtool.runtime.engine.client import EngineStats, ModelInfo
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.sequence import GenerationRequest, LoRARequest, TokenOutput
 from qtool.runtime.engine_args import engine_config
-from qtool.runtime.loading import load_model
+from qtool.runtime.loading import load_for
 from qtool.runtime.outputs import Answers, RequestOutput
 from qtool.runtime.requests import Prompt, prompt_ids, with_bad_words_as_ids
 from qtool.runtime.tokenizer import Tokenizer
@@ -38,9 +38,7 @@ class AsyncLLMEngine:
     """One model, loaded when this is built."""
 
     def __init__(self, config: EngineConfig) -> None:
-        loaded = load_model(
-            config.model, dtype=config.dtype, device=config.device, revision=config.revision
-        )
+        loaded = load_for(config)
         self.config = config
         self._tokenizer = loaded.tokenizer
         self._engine = AsyncEngine.from_loaded(loaded, config)

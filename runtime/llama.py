@@ -16,6 +16,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutpu
 from qtool.runtime.engine.sequence import GenerationRequest
 from qtool.runtime.llama_json import ChatWriter, CompletionWriter, Document, Writer
 from qtool.runtime.llm import LLM
-from qtool.runtime.loading import load_model
+from qtool.runtime.loading import load_for
 from qtool.runtime.outputs import Answers, RequestOutput
 from qtool.runtime.requests import Prompt, prompt_ids
 from qtool.runtime.tokenizer import Tokenizer
@@ -73,19 +74,20 @@ class Llama:
         if n_threads is not None or n_threads_batch is not None:
             torch.set_num_threads(max(n_threads or 1, n_threads_batch or 1))
         on_gpu = n_gpu_layers != 0 and torch.cuda.is_available()
-        loaded = load_model(model_path, device="cuda" if on_gpu else "cpu")
+        asked = EngineConfig(
+            model_path,
+            device="cuda" if on_gpu else "cpu",
+            max_num_seqs=1,
+            seed=time.time_ns() if seed == RANDOM_SEED else seed,
+        )
+        loaded = load_for(asked)
         longest = loaded.max_position_embeddings
         if n_ctx > longest and verbose:
             print(
                 f"n_ctx is {n_ctx}, and the model was made for {longest} tokens: {longest} is used",
                 file=sys.stderr,
             )
-        config = EngineConfig(
-            model_path,
-            max_model_len=min(n_ctx, longest) if n_ctx > 0 else None,
-            max_num_seqs=1,
-            seed=time.time_ns() if seed == RANDOM_SEED else seed,
-        )
+        config = replace(asked, max_model_len=min(n_ctx, longest) if n_ctx > 0 else None)
         self.model_path = model_path
         self._llm = LLM.from_loaded(loaded, config)
         self._ids = itertools.count()

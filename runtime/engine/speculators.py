@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.client import ModelInfo
@@ -9,7 +11,7 @@ from qtool.runtime.engine.draft_model import DraftProposer
 from qtool.runtime.engine.ngram import NgramProposer
 from qtool.runtime.engine.speculation import Proposer, Speculation
 from qtool.runtime.engine.speculative_config import SpeculativeConfig
-from qtool.runtime.loading import LoadedModel, load_model
+from qtool.runtime.loading import LoadedModel, load_for
 
 
 def make_speculation(
@@ -31,7 +33,7 @@ def _draft(
     config: EngineConfig, wanted: SpeculativeConfig, loaded: LoadedModel, info: ModelInfo
 ) -> DraftProposer:
     assert wanted.model is not None
-    draft = load_model(wanted.model, dtype=config.dtype, device=config.device)
+    draft = load_for(replace(config, model=wanted.model, revision=None))
     _check_vocabulary(draft, loaded)
     return DraftProposer(
         draft,
