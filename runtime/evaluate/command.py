@@ -17,7 +17,14 @@ from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
 @click.option(
     "--against",
     metavar="MODEL",
-    help="The original to compare with. Default: what qtool.json names, if it is here.",
+    help="The original to compare with, or a file of its predictions (--save-reference, "
+    "llama-perplexity --kl-divergence-base). Default: what qtool.json names, if it is here.",
+)
+@click.option(
+    "--save-reference",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.safetensors",
+    help="Keep the original's predictions for a later --against FILE (a few MB).",
 )
 @click.option(
     "--text",
@@ -80,6 +87,7 @@ from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
 def evaluate(
     models: tuple[str, ...],
     against: str | None,
+    save_reference: Path | None,
     text: Path | None,
     max_tokens: int,
     dtype: ScoringDtype,
@@ -125,6 +133,7 @@ def evaluate(
         device=device,
         force=force,
         speed=not no_speed,
+        save_reference=save_reference,
         tasks=_names(tasks),
         task_data=task_data,
         task_limit=task_limit,

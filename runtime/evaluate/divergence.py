@@ -152,7 +152,11 @@ def percentile(ordered: Tensor, percent: float) -> float:
 
 
 def _compare_slice(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenDivergence:
-    ln_q, ln_p = logits.log_softmax(dim=-1), reference.log_softmax(dim=-1)
+    return compare_log_probs(logits.log_softmax(dim=-1), reference.log_softmax(dim=-1), targets)
+
+
+def compare_log_probs(ln_q: Tensor, ln_p: Tensor, targets: Tensor) -> TokenDivergence:
+    """As `compare`, of log-probabilities [rows, vocab] float32: the candidate's, the original's."""
     # A vocabulary padded with -inf has p = 0 there, and 0 (ln 0 - ln q) is 0.
     terms = torch.where(ln_p == -math.inf, 0.0, ln_p - ln_q)
     kld = torch.linalg.vecdot(ln_p.exp(), terms)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qtool.errors import QtoolError
 from qtool.progress import bar
 from qtool.runtime.config import Device
 from qtool.runtime.evaluate.agreement import passages
@@ -33,6 +34,7 @@ from qtool.runtime.evaluate.scorer import (
     require_same_tokens,
 )
 from qtool.runtime.evaluate.speed import measure_speed
+from qtool.runtime.evaluate.stored import Recorder, StoredReference
 from qtool.runtime.evaluate.stream import DIVERGENCE_PROTOCOL, Scored, plan_passes, score
 from qtool.runtime.evaluate.subject import Subject
 from qtool.runtime.evaluate.tasks.harness import HarnessRun, run_harness
@@ -123,9 +125,12 @@ def score_models(
     max_tokens: int | None,
     questions: Questions,
     *,
+    stored: StoredReference | None = None,
+    recorder: Recorder | None = None,
     dtype: ScoringDtype,
     device: Device,
 ) -> Scoring:
+    """Each model over the text, or over the tokens of `stored` in place of it."""
     originals = [] if reference is None else [reference]
     context = min(subject.context for subject in [*originals, *subjects])
     groups = memory_groups(
@@ -146,6 +151,8 @@ def score_models(
         ]
         for scorer in scorers:
             own = scorer.tokenize(text.content)
+            if stored is not None:
+                own = _as_stored(stored, own, scorer)
             if read is None:
                 read, first = own, scorer
             require_same_tokens(first, read, scorer, own)
@@ -153,7 +160,11 @@ def score_models(
         tokens = read.ids if max_tokens is None else read.ids[:max_tokens]
         count = tokens.numel()
         protocols = (
-            llama_cpp_protocol(context=context, num_tokens=count, bos_token_id=read.bos_token_id),
+            llama_cpp_protocol(
+                context=context if stored is None else stored.window,
+                num_tokens=count,
+                bos_token_id=read.bos_token_id,
+            ),
             papers_protocol(context=context, num_tokens=count),
         )
         passes = plan_passes(tokens, protocols)
@@ -165,7 +176,12 @@ def score_models(
                 scorers[0] if originals else None,
                 passes,
                 shown.advance,
+                stored=stored,
+                recorder=recorder,
             )
+        if recorder is not None:
+            recorder.write(tokens, protocols[0].window)
+            recorder = None
         for scorer, result in zip(scorers, scored, strict=True):
             original = None
             if reference is not None and scorer.name != reference.name:
@@ -183,6 +199,17 @@ def score_models(
             )
     assert read is not None
     return Scoring(read.ids.numel(), tokens, protocols, outcomes)
+
+
+def _as_stored(stored: StoredReference, own: TokenizedText, scorer: Scorer) -> TokenizedText:
+    """The tokens of the file, with BOS where this model's tokenizer puts one."""
+    if scorer.vocab_size != stored.vocab_size:
+        raise QtoolError(
+            f"{scorer.name} predicts {scorer.vocab_size} tokens, {stored.name} holds predictions "
+            f"of {stored.vocab_size}",
+            "compare a model with the one that it was made from",
+        )
+    return TokenizedText(stored.tokens, own.bos_token_id)
 
 
 def _worst(

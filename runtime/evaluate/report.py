@@ -122,6 +122,13 @@ class EvaluationReport:
 def verdict(model: ModelReport, reference: ModelReport | None) -> str:
     """One line in plain words: "2.8x smaller, 94.1 % same top token, perplexity 46.0 -> 46.9"."""
     own = model.perplexity_in("llama.cpp").value
+    if reference is None and model.divergence is not None:
+        # Against a file of predictions: the original's size is not known.
+        before = model.divergence.reference_perplexity.value
+        return (
+            f"{size_text(model.size_bytes)}, {100 * model.divergence.same_top.value:.1f} % same "
+            f"top token, perplexity {before:#.4g} -> {own:#.4g}"
+        )
     if reference is None or model.divergence is None:
         return (
             f"perplexity {own:#.4g}, {size_text(model.size_bytes)}, not compared with an original"

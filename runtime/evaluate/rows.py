@@ -122,9 +122,10 @@ def footnotes(report: EvaluationReport) -> list[str]:
         f"{result.num_scored:,} tokens scored in {result.num_windows} windows."
         for result in report.models[0].perplexity
     ]
-    if report.reference is not None and (divergence := report.models[0].divergence):
+    if divergence := report.models[0].divergence:
+        original = report.reference.name if report.reference else "stored predictions"
         lines.append(
-            f"KL divergence (nats) and same top token: against {report.reference.name}, over the "
+            f"KL divergence (nats) and same top token: against {original}, over the "
             f"{divergence.num_scored:,} tokens that the llama.cpp protocol scores."
         )
     dtypes = sorted({row.dtype for row in report.rows})

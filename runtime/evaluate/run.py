@@ -8,6 +8,7 @@ one after another. The files appear under their name only when complete.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -42,10 +43,17 @@ from qtool.runtime.evaluate.scorer import (
     DTYPES,
 )
 from qtool.runtime.evaluate.sizes import weight_hashes
-from qtool.runtime.evaluate.subject import Subject, find_reference, open_subjects
+from qtool.runtime.evaluate.stored import (
+    Recorder,
+    StoredReference,
+    is_stored_reference,
+    open_stored,
+)
+from qtool.runtime.evaluate.subject import Reference, Subject, find_reference, open_subjects
 from qtool.runtime.evaluate.tasks.tasks import open_task, require_different_names
 from qtool.runtime.evaluate.text import (
     DEFAULT_MAX_TOKENS,
+    EvaluationText,
     ScoringDtype,
     read_text,
 )
@@ -68,12 +76,14 @@ def evaluate(
     task_limit: int | None = None,
     lm_eval: Sequence[str] = (),
     lm_eval_include: Path | None = None,
+    save_reference: Path | None = None,
     command: str | None = None,
 ) -> EvaluationReport:
     """Perplexity of each model, and its divergence from the original.
 
     models      one or several: folders, .gguf files, Hub ids or builtin:NAME
-    against     the original; None: what qtool.json names as the source, if it is on this machine
+    against     the original, or a file of its predictions (`stored`), whose text is then scored;
+                None: what qtool.json names as the source, if it is on this machine
     text        a UTF-8 file; None: the text that ships, disjoint from the calibration text
     out         a folder for report.json, report.md and report.html; None: no files
     max_tokens  of the text; None: all of it
@@ -82,22 +92,33 @@ def evaluate(
     task_limit  questions of each task; None: all
     lm_eval     tasks of lm-evaluation-harness
     lm_eval_include  a folder of task files for it
+    save_reference   a file to keep the original's predictions in, or the first model's where
+                there is no original
     command     what the report names as the way to repeat it; by default `qtool eval ...`
     """
     wanted = [models] if isinstance(models, str | Source) else list(models)
     _check(wanted, dtype, max_tokens)
     stage = nullcontext() if out is None else OutputFolder(out, force=force)
-    content = read_text(text)
     opened = tuple(open_task(task, folder=task_data, limit=task_limit) for task in tasks)
     require_different_names(opened)
+    recorder = None if save_reference is None else Recorder(save_reference)
+    stored = _stored(against, text)
+    content = read_text(text) if stored is None else as_text(stored)
     subjects = open_subjects(wanted)
-    reference, note = find_reference(against, subjects)
+    if stored is None:
+        reference, note = find_reference(against, subjects)
+    else:
+        _require_room(stored, subjects)
+        max_tokens = None
+        reference, note = Reference(None, f"Compared with the predictions in {stored.name}.")
     scoring = score_models(
         subjects,
         reference,
         content,
         max_tokens,
         Questions(opened, tuple(lm_eval), lm_eval_include, task_limit),
+        stored=stored,
+        recorder=recorder,
         dtype=dtype,
         device=device,
     )
@@ -138,6 +159,31 @@ def evaluate(
         if folder is not None:
             write_report(report, folder.path)
     return report
+
+
+def _stored(against: str | Source | None, text: Path | None) -> StoredReference | None:
+    if not isinstance(against, str) or not is_stored_reference(Path(against)):
+        return None
+    if text is not None:
+        raise UsageError(
+            f"{against} holds the tokens that were scored, so --text cannot choose others"
+        )
+    return open_stored(Path(against))
+
+
+def _require_room(stored: StoredReference, subjects: Sequence[Subject]) -> None:
+    for subject in subjects:
+        if subject.context < stored.window:
+            raise UsageError(
+                f"{stored.name} has windows of {stored.window} tokens, the context of "
+                f"{subject.name} is {subject.context}"
+            )
+
+
+def as_text(stored: StoredReference) -> EvaluationText:
+    """What a report says of the text, of which a file has the tokens alone."""
+    digest = hashlib.sha256(stored.tokens.numpy().tobytes()).hexdigest()
+    return EvaluationText(f"the tokens in {stored.name}", "", digest, None)
 
 
 def write_report(report: EvaluationReport, folder: Path) -> None:

@@ -20,6 +20,7 @@ from qtool.errors import QtoolError
 from qtool.runtime.evaluate.divergence import TokenDivergence, compare, join
 from qtool.runtime.evaluate.perplexity import Protocol, cut, next_token_nll
 from qtool.runtime.evaluate.scorer import Scorer
+from qtool.runtime.evaluate.stored import Recorder, StoredReference
 
 # Logits of one model and one batch. More gains nothing on a CPU and little on a GPU: 256 MB is
 # 4 windows of 512 for a vocabulary of 32k, enough rows for every linear to run at full speed.
@@ -28,6 +29,10 @@ MAX_BATCH_WINDOWS = 16
 
 # The divergence is taken over the tokens that llama-perplexity scores, to compare with its numbers.
 DIVERGENCE_PROTOCOL = "llama.cpp"
+
+
+# (number of a window in the batch, its scored logits, the tokens that came) -> how far they are.
+Judge = Callable[[int, Tensor, Tensor], TokenDivergence]
 
 
 class Pass(NamedTuple):
@@ -64,58 +69,108 @@ def score(
     reference: Scorer | None,
     passes: Sequence[Pass],
     advance: Callable[[int], None],
+    *,
+    stored: StoredReference | None = None,
+    recorder: Recorder | None = None,
 ) -> list[Scored]:
     """Score every model on every pass: the reference first where there is one, then candidates.
 
-    advance   called with the windows done, once a model and batch
+    advance    called with the windows done, once a model and batch
+    stored     the reference's predictions, where a file has them and no model
+    recorder   is given the first model's predictions
     """
     models = [*([] if reference is None else [reference]), *candidates]
     nll: list[dict[str, Tensor]] = [{} for _ in models]
     divergence: list[TokenDivergence | None] = [None for _ in models]
     for run in passes:
         size = _windows_per_batch(models, run.windows.shape[1])
+        compared = any(protocol.name == DIVERGENCE_PROTOCOL for protocol in run.protocols)
         batches = [
-            _score_batch(models, reference is not None, run.protocols, windows, advance)
-            for windows in torch.split(run.windows, size)
+            _score_batch(
+                models,
+                run.protocols,
+                windows,
+                number * size,
+                advance,
+                has_reference=compared and reference is not None,
+                stored=stored if compared else None,
+                recorder=recorder if compared else None,
+            )
+            for number, windows in enumerate(torch.split(run.windows, size))
         ]
         for index in range(len(models)):
             parts = [batch[index] for batch in batches]
             for protocol in run.protocols:
                 nll[index][protocol.name] = torch.cat([part.nll[protocol.name] for part in parts])
-            compared = [part.divergence for part in parts if part.divergence is not None]
-            if compared:
-                divergence[index] = join(compared)
+            found = [part.divergence for part in parts if part.divergence is not None]
+            if found:
+                divergence[index] = join(found)
     return [Scored(*pair) for pair in zip(nll, divergence, strict=True)]
 
 
 def _score_batch(
     models: Sequence[Scorer],
-    has_reference: bool,
     protocols: Sequence[Protocol],
     windows: Tensor,
+    first_window: int,
     advance: Callable[[int], None],
+    *,
+    has_reference: bool,
+    stored: StoredReference | None,
+    recorder: Recorder | None,
 ) -> list[Scored]:
-    # Kept only where it is needed: it is as large as the batch allows.
-    keep = has_reference and any(p.name == DIVERGENCE_PROTOCOL for p in protocols)
-    reference_logits: Tensor | None = None
+    """windows [windows, window] int64, the first of them number `first_window` of the text."""
+    original: Tensor | None = None
     results = []
     for index, model in enumerate(models):
         logits = model.logits(windows)
-        results.append(_score_windows(model, logits, reference_logits, protocols, windows))
-        if keep and index == 0:
-            reference_logits = logits
+        judge: Judge | None = None
+        if original is not None:
+            judge = _against_logits(original)
+        elif stored is not None:
+            judge = _against_file(stored, first_window)
+        results.append(_score_windows(model, logits, judge, protocols, windows))
+        if index == 0 and recorder is not None:
+            _record(recorder, logits, protocols, windows)
+        if index == 0 and has_reference:
+            # Kept only where it is needed: it is as large as the batch allows.
+            begin = _compared_protocol(protocols).first_scored
+            original = logits[:, begin:-1]
         advance(windows.shape[0])
     return results
+
+
+def _against_logits(original: Tensor) -> Judge:
+    """original [windows, scored, vocab] float32."""
+    return lambda window, logits, targets: compare(
+        logits, original[window].to(logits.device), targets
+    )
+
+
+def _against_file(stored: StoredReference, first_window: int) -> Judge:
+    return lambda window, logits, targets: stored.compare(first_window + window, logits, targets)
+
+
+def _record(
+    recorder: Recorder, logits: Tensor, protocols: Sequence[Protocol], windows: Tensor
+) -> None:
+    begin = _compared_protocol(protocols).first_scored
+    for rows, tokens in zip(logits, windows.to(logits.device), strict=True):
+        recorder.add(rows[begin:-1], tokens[begin + 1 :])
+
+
+def _compared_protocol(protocols: Sequence[Protocol]) -> Protocol:
+    return next(protocol for protocol in protocols if protocol.name == DIVERGENCE_PROTOCOL)
 
 
 def _score_windows(
     model: Scorer,
     logits: Tensor,
-    reference: Tensor | None,
+    judge: Judge | None,
     protocols: Sequence[Protocol],
     windows: Tensor,
 ) -> Scored:
-    """logits, reference [windows, window, vocab] float32; windows [windows, window] int64."""
+    """logits [windows, window, vocab] float32; windows [windows, window] int64."""
     first = min(protocol.first_scored for protocol in protocols)
     targets = windows.to(logits.device)
     # A window at a time: its rows are contiguous, so nothing as large as the batch is copied.
@@ -123,18 +178,10 @@ def _score_windows(
         [next_token_nll(logits[w, first:-1], targets[w, first + 1 :]) for w in range(len(logits))]
     ).cpu()
     _require_finite(model, nll)
-    compared = next((p for p in protocols if p.name == DIVERGENCE_PROTOCOL), None)
     divergence = None
-    if reference is not None and compared is not None:
-        begin = compared.first_scored
-        parts = [
-            compare(
-                logits[w, begin:-1],
-                reference[w, begin:-1].to(logits.device),
-                targets[w, begin + 1 :],
-            )
-            for w in range(len(logits))
-        ]
+    if judge is not None:
+        begin = _compared_protocol(protocols).first_scored
+        parts = [judge(w, logits[w, begin:-1], targets[w, begin + 1 :]) for w in range(len(logits))]
         divergence = TokenDivergence(*(column.cpu() for column in join(parts)))
         _require_finite(model, divergence.kld)
     return Scored(

@@ -27,15 +27,20 @@ MIN_PARAGRAPH_CHARACTERS = 80
 
 @dataclass(frozen=True, slots=True)
 class EvaluationText:
-    """name: the file as the user gave it, or what the default is called."""
+    """name: the file as the user gave it, or what the default is called.
+
+    num_shared_paragraphs   None where the text itself is not here, only its tokens
+    """
 
     name: str
     content: str
     sha256: str
-    num_shared_paragraphs: int
+    num_shared_paragraphs: int | None
 
     @property
     def overlap(self) -> str:
+        if self.num_shared_paragraphs is None:
+            return "whether calibration has seen it is not known"
         if not self.num_shared_paragraphs:
             return "no paragraph shared with the calibration text that ships"
         count = f"{self.num_shared_paragraphs} paragraphs"
