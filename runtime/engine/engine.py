@@ -225,7 +225,7 @@ class Engine:
             self._speculation.propose(self._scheduler.decoding)
         started = self._clock()
         outputs = [self._expire(sequence) for sequence in self._scheduler.expired(started)]
-        scheduled = self._scheduler.schedule()
+        scheduled = self._scheduler.schedule(started)
         if not scheduled:
             return outputs
         # In this order: what is copied may go where there was something to clear.

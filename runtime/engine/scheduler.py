@@ -94,6 +94,7 @@ class Scheduler:
         self._waiting = Waiting(by_priority=by_priority)
         # The sequence that found no room, and how much had been freed by then.
         self._no_room: tuple[Sequence, int] | None = None
+        self._now = 0.0
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
@@ -130,6 +131,7 @@ class Scheduler:
         has_seat = len(self._running) < self._max_num_seqs
         if has_seat and self._blocks.fork(parent.id, child.id, child.token_ids, num_tokens):
             child.num_computed_tokens = child.num_cached_tokens = num_tokens
+            child.queue_seconds = parent.queue_seconds
             self._waiting.know(child)
             self._running[child] = None
         else:
@@ -158,8 +160,12 @@ class Scheduler:
         """Sequences whose deadline has passed, each once."""
         return self._waiting.expired(now)
 
-    def schedule(self) -> list[Scheduled]:
-        """The next step's work; empty only if there is nothing to do."""
+    def schedule(self, now: float = 0.0) -> list[Scheduled]:
+        """The next step's work; empty only if there is nothing to do.
+
+        now  in the seconds of the sequences' arrivals
+        """
+        self._now = now
         step = _Step(self._max_num_batched_tokens)
         self._make_way()
         num_preemptions = self.num_preemptions
@@ -259,6 +265,7 @@ class Scheduler:
         self._running[sequence] = None
         sequence.num_computed_tokens = num_cached
         if sequence.num_preemptions == 0:
+            sequence.queue_seconds = self._now - sequence.arrival
             sequence.num_cached_tokens = num_cached
             if blocks.caching and reuse:
                 self.num_prefix_queries += len(sequence.token_ids)

@@ -84,6 +84,8 @@ class TokenOutput:
     With finish_reason "stop" the last id is the end-of-text or stop id: counted, but no text.
 
     index            which of the request's answers, from 0
+    queue_seconds    how long it waited before the first of its tokens was computed
+    num_preemptions  how often it had to give up its blocks
     logprobs         one entry for each new token, where the request asks for them
     prompt_logprobs  with the first output of answer 0, where asked for: one entry for each prompt
                      token, the first of them None
@@ -97,6 +99,8 @@ class TokenOutput:
     num_cached_tokens: int = 0
     error: str | None = None
     index: int = 0
+    queue_seconds: float = 0.0
+    num_preemptions: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
@@ -116,6 +120,7 @@ class Sequence:
                      the step is scheduled, and gone after it
     index            which of the request's answers this is
     arrival          when the request came, in the engine's seconds
+    queue_seconds    from then until it first ran
     deadline         when it ends at the latest; None: whenever it is done
     num_cached_tokens  of the prompt, found in the cache
     num_preemptions  how often it had to give up its blocks
@@ -134,6 +139,7 @@ class Sequence:
     draft_token_ids: list[int] = field(default_factory=list)
     index: int = 0
     arrival: float = 0.0
+    queue_seconds: float = 0.0
     deadline: float | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
@@ -197,6 +203,8 @@ class Sequence:
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.index,
+            queue_seconds=self.queue_seconds,
+            num_preemptions=self.num_preemptions,
             new_token_ids=new_token_ids,
             finish_reason=finish_reason,
             num_prompt_tokens=self.num_prompt_tokens,

@@ -110,12 +110,12 @@ class TextEngine:
         )
         timer = SequenceTimer(self._metrics, job.arrival)
         ended_as: str | None = None
-        num_cached_tokens = 0
+        latest: TokenOutput | None = None
         try:
             async with _closing(self.client.generate(request)) as outputs:
                 async for output in outputs:
                     timer.tokens(len(output.new_token_ids), time.monotonic())
-                    num_cached_tokens = output.num_cached_tokens
+                    latest = output
                     if output.finish_reason in ("abort", "timeout", "error"):
                         ended_as = output.finish_reason
                         raise _ended_early(output)
@@ -136,7 +136,7 @@ class TextEngine:
         finally:
             # None: the consumer was cancelled or closed this generator.
             now = time.monotonic()
-            timer.finished(ended_as or "abort", job.num_prompt_tokens, num_cached_tokens, now)
+            timer.finished(ended_as or "abort", latest, now)
             self._admission.answered(now - job.arrival)
 
     @staticmethod

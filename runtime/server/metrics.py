@@ -22,6 +22,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
 from qtool.runtime.engine.client import EngineStats, ModelInfo
+from qtool.runtime.engine.sequence import TokenOutput
 
 FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
@@ -104,6 +105,31 @@ class Metrics:
             reason: self._finished.labels(**labels, finished_reason=reason)
             for reason in FINISHED_REASONS
         }
+        self.request_queue_time = histogram(
+            "vllm:request_queue_time_seconds",
+            "From the arrival of a request until it first ran.",
+            REQUEST_BUCKETS,
+        )
+        self.request_prefill_time = histogram(
+            "vllm:request_prefill_time_seconds",
+            "From then until its first token.",
+            REQUEST_BUCKETS,
+        )
+        self.request_inference_time = histogram(
+            "vllm:request_inference_time_seconds",
+            "From then until its last token.",
+            REQUEST_BUCKETS,
+        )
+        self.computed_prompt_tokens = histogram(
+            "vllm:request_prefill_kv_computed_tokens",
+            "Tokens in the prompt of a request that the KV cache did not hold.",
+            counts,
+        )
+        self.preemptions = histogram(
+            "vllm:request_num_preemptions",
+            "Times that a request had to give up its KV blocks.",
+            [1, 2, 3, 4, 5, 10, 20],
+        )
         self.request_decode_time = histogram(
             "vllm:request_decode_time_seconds",
             "From a request's first token to its last.",
@@ -186,18 +212,25 @@ class SequenceTimer:
         self._latest = now
         self._num_tokens += count
 
-    def finished(
-        self, reason: str, num_prompt_tokens: int, num_cached_tokens: int, now: float
-    ) -> None:
+    def finished(self, reason: str, latest: TokenOutput | None, now: float) -> None:
+        """The answer is complete or given up; `latest` is the last that the engine said of it."""
         metrics = self._metrics
         metrics.finished[reason].inc()
-        metrics.cached_prompt_tokens.inc(num_cached_tokens)
+        if latest is None:
+            return
+        metrics.cached_prompt_tokens.inc(latest.num_cached_tokens)
         if reason not in ("stop", "length"):
             return  # an answer cut short says nothing about how long answers take
         metrics.request_latency.observe(now - self._arrival)
-        metrics.prompt_tokens.observe(num_prompt_tokens)
+        metrics.prompt_tokens.observe(latest.num_prompt_tokens)
+        metrics.computed_prompt_tokens.observe(latest.num_prompt_tokens - latest.num_cached_tokens)
         metrics.generation_tokens.observe(self._num_tokens)
+        metrics.preemptions.observe(latest.num_preemptions)
+        metrics.request_queue_time.observe(latest.queue_seconds)
         if self._first is not None:
+            started = self._arrival + latest.queue_seconds
+            metrics.request_prefill_time.observe(max(self._first - started, 0.0))
+            metrics.request_inference_time.observe(max(self._latest - started, 0.0))
             metrics.request_decode_time.observe(self._latest - self._first)
         if self._first is not None and self._num_tokens > 1:
             metrics.request_time_per_token.observe(

@@ -17,6 +17,8 @@ COUNTERS = (
     "vllm:prompt_tokens_total",
     "vllm:generation_tokens_total",
     "vllm:num_preemptions_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
     "vllm:request_success_total",
     "vllm:spec_decode_num_drafts_total",
     "vllm:spec_decode_num_draft_tokens_total",
@@ -28,6 +30,12 @@ HISTOGRAMS = (
     "vllm:time_per_output_token_seconds",
     "vllm:request_time_per_output_token_seconds",
     "vllm:e2e_request_latency_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_prefill_time_seconds",
+    "vllm:request_inference_time_seconds",
+    "vllm:request_decode_time_seconds",
+    "vllm:request_num_preemptions",
+    "vllm:request_prefill_kv_computed_tokens",
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
 )
@@ -76,6 +84,26 @@ def test_one_request_moves_the_counts_by_what_it_used(server: Any) -> None:
     assert moved("vllm:e2e_request_latency_seconds_sum") > moved(
         "vllm:time_to_first_token_seconds_sum"
     )
+
+
+def test_a_prompt_asked_again_is_a_hit_of_the_cache(server: Any) -> None:
+    prompt = "It was a cold evening in November, and the fire had burned low. " * 4
+    usages, seen = [], [samples(server)]
+    for _ in range(2):
+        usages.append(server.complete(prompt, max_tokens=2, ignore_eos=True)["usage"])
+        seen.append(samples(server))
+
+    def moved(name: str, step: int) -> float:
+        before, after = (found[f"vllm:{name}"][0].value for found in seen[step : step + 2])
+        return float(after - before)
+
+    length = usages[0]["prompt_tokens"]
+    cached = usages[1]["prompt_tokens_details"]["cached_tokens"]
+    assert cached == length - 1
+    assert [moved("prefix_cache_queries_total", step) for step in (0, 1)] == [length, length]
+    assert moved("prefix_cache_hits_total", 1) == cached
+    assert moved("request_prefill_kv_computed_tokens_sum", 1) == 1
+    assert moved("request_queue_time_seconds_count", 1) == 1
 
 
 def test_both_names_of_the_token_gap_say_the_same(server: Any) -> None:
