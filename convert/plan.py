@@ -100,7 +100,7 @@ def plan_conversion(
     """
     check_target(target)
     if target == GGUF_TARGET:
-        raise ValueError("a GGUF file is planned by convert/gguf/export.py")
+        raise ValueError("a GGUF file is planned by convert/gguf_plan.py")
     check_requantize(target, requantize)
     dtype = _dtype(reader.config, target, type)
     steps = [_packed_step(reader, module, target, dtype) for module in reader.modules()]
