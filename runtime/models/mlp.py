@@ -48,11 +48,11 @@ class SparseMlp:
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         tokens = x.index_select(0, order // chosen.shape[1])
-        outputs = [
-            expert(part)
-            for expert, part in zip(self.experts, torch.split(tokens, counts), strict=True)
-            if part.shape[0]
-        ]
+        outputs, start = [], 0
+        for expert, count in zip(self.experts, counts, strict=True):
+            if count:  # of 128 experts, a token goes to 8
+                outputs.append(expert(tokens[start : start + count]))
+                start += count
         by_choice = torch.empty_like(tokens)
         by_choice[order] = torch.cat(outputs)
         weighted = by_choice.view(*chosen.shape, -1).mul_(weights.to(x.dtype)[..., None])
