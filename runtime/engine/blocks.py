@@ -21,15 +21,16 @@ says so to the second, which can wait.
 up while the sequence runs (`release`): their entries in the table stay, and mean nothing.
 
 Conservation, checked by `check`: a block is blank, or free with content that the tree knows, or
-held by as many tables as its reference count says; it is exactly one of the three.
+held by as many tables as its reference count says; it is exactly one of the three (`block_pool`).
 """
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from qtool.runtime.engine.prefix_tree import Node, PrefixTree, key_of
+from qtool.runtime.engine.block_pool import BlockPool
+from qtool.runtime.engine.prefix_tree import Node, key_of
 
 
 class Copy(NamedTuple):
@@ -108,29 +109,24 @@ class BlockManager:
         self.block_size = block_size
         self.caching = caching
         self.window = window
-        self.num_freed_ever = 0
-        # Taken from the left and returned there, last block first: so blocks come in rising order,
-        # the table of a sequence alone in the pool is one slice of it, and a little-used pool
-        # touches little memory.
-        self._blank: deque[int] = deque(range(num_blocks))
-        # Free blocks with content, the longest unused first.
-        self._cached: OrderedDict[int, None] = OrderedDict()
-        self._references = [0] * num_blocks
+        self._pool = BlockPool(num_blocks)
+        self._tree = self._pool.tree
         self._tables: dict[str, _Table] = {}
-        self._tree = PrefixTree()
-        self._nodes: dict[int, tuple[Hashable, Node]] = {}
         self._copies: list[Copy] = []
-        self._spoiled: set[int] = set()
-        self._dirty: list[int] = []
 
     @property
     def num_free_blocks(self) -> int:
-        return len(self._blank) + len(self._cached)
+        return self._pool.num_free
 
     @property
     def num_cached_blocks(self) -> int:
         """Free blocks whose content can be found."""
-        return len(self._cached)
+        return self._pool.num_cached
+
+    @property
+    def num_freed_ever(self) -> int:
+        """Rises whenever a block comes free."""
+        return self._pool.num_freed_ever
 
     @property
     def usage(self) -> float:
@@ -186,18 +182,18 @@ class BlockManager:
         num_reused = num_full * self.block_size + found.num_tail
         wanted = len(token_ids) if num_tokens is None else num_reused + num_tokens
         num_new = max(self.blocks_for(min(wanted, len(token_ids))) - num_full, 0)
-        num_revived = sum(self._references[block] == 0 for block in shared)
+        num_revived = sum(self._pool.is_free(block) for block in shared)
         if num_new + num_revived + spare_blocks > self.num_free_blocks:
             return None
         source = None if found.tail is None else found.tail.block
-        if source is not None and source in self._cached:
-            self._cached.move_to_end(source)
-        self._share(shared)
+        if source is not None:
+            self._pool.touch(source)
+        self._pool.share(shared)
         table.blocks = [0] * found.num_skipped + shared
         table.num_released = found.num_skipped
         table.nodes = self._path(table, num_full)
         table.num_computed = num_reused
-        table.blocks.extend(self._take(num_new))
+        table.blocks.extend(self._pool.take(num_new))
         if source is not None:
             self._copies.append(Copy(source, table.blocks[num_full], found.num_tail))
         if self.caching:
@@ -291,7 +287,7 @@ class BlockManager:
             child = self._tree.insert(table.scope, table.nodes[-1], key)
             if child.block is not None:
                 return  # somebody else's; what comes of it is seen when this block is full
-            self._set_block(table, child, table.blocks[index])
+            self._pool.remember(table.blocks[index], table.scope, child)
             table.nodes.append(child)
 
     def _remember(self, table: _Table, index: int) -> None:
@@ -306,13 +302,13 @@ class BlockManager:
             return
         child = self._tree.insert(table.scope, parent, self._key(table, index))
         if child.block is None:
-            self._set_block(table, child, block)
+            self._pool.remember(block, table.scope, child)
             child.ready = True
         elif child.ready:
             # Computed twice: one is enough, and the chain of a table stays in the tree.
-            self._share([child.block])
+            self._pool.share([child.block])
             table.blocks[index] = child.block
-            self._drop_reference(block)
+            self._pool.give_back(block)
         else:
             return  # another's promise; this table is known no farther than here
         table.nodes.append(child)
@@ -328,21 +324,9 @@ class BlockManager:
         parent = table.nodes[-1]
         return parent if self._tree.is_attached(table.scope, parent) else None
 
-    def _set_block(self, table: _Table, node: Node, block: int) -> None:
-        node.block = block
-        self._nodes[block] = (table.scope, node)
-
-    def _forget(self, block: int) -> None:
-        """The block's content is not to be found any more."""
-        scope, node = self._nodes.pop(block)
-        self._tree.drop(scope, node)
-
     def clear_cache(self) -> None:
         """Forget what free blocks hold."""
-        while self._cached:
-            block, _ = self._cached.popitem(last=False)
-            self._forget(block)
-            self._blank.append(block)
+        self._pool.forget_all()
 
     # Growing, sharing, giving back
 
@@ -355,7 +339,7 @@ class BlockManager:
         if missing > self.num_free_blocks:
             return False
         if missing > 0:
-            table.blocks.extend(self._take(missing))
+            table.blocks.extend(self._pool.take(missing))
         return True
 
     def fork(
@@ -382,9 +366,9 @@ class BlockManager:
         child.blocks = parent.blocks[:full]
         child.num_computed = num_tokens
         self._tables[child_id] = child
-        self._share(child.held)
+        self._pool.share(child.held)
         if rest:
-            child.blocks.extend(self._take(1))
+            child.blocks.extend(self._pool.take(1))
             self._copies.append(Copy(parent.blocks[full], child.blocks[full], rest))
         return True
 
@@ -403,7 +387,7 @@ class BlockManager:
         hidden = min(self._num_hidden(table.num_computed), len(table.blocks))
         for index in range(table.num_released, hidden):
             block, table.blocks[index] = table.blocks[index], 0
-            self._drop_reference(block)
+            self._pool.give_back(block)
         table.num_released = max(table.num_released, hidden)
 
     def free(self, sequence_id: str) -> None:
@@ -414,7 +398,7 @@ class BlockManager:
         if self.caching:
             self._remember_tail(table)
         for block in reversed(table.held):
-            self._drop_reference(block)
+            self._pool.give_back(block)
 
     def discard(self, sequence_id: str) -> None:
         """Free a sequence whose blocks hold nothing that anybody may read; see `take_dirty`.
@@ -425,16 +409,13 @@ class BlockManager:
         if table is None:
             return
         for block in table.held:
-            if block in self._nodes:
-                self._forget(block)
-            self._spoiled.add(block)
+            self._pool.spoil(block)
         for block in reversed(table.held):
-            self._drop_reference(block)
+            self._pool.give_back(block)
 
     def take_dirty(self) -> list[int]:
         """Free blocks that must be zeroed before the next step; each is given once."""
-        dirty, self._dirty = self._dirty, []
-        return dirty
+        return self._pool.take_dirty()
 
     def _remember_tail(self, table: _Table) -> None:
         """What the last block of an ended sequence holds can be copied from, too."""
@@ -444,7 +425,7 @@ class BlockManager:
         while len(table.nodes) > full + 1:  # announced, and not to be computed any more
             promised = table.nodes.pop().block
             if promised is not None and promised == table.blocks[len(table.nodes) - 1]:
-                self._forget(promised)
+                self._pool.forget(promised)
         parent = self._end_of_chain(table, full)
         if parent is None:
             return
@@ -452,73 +433,21 @@ class BlockManager:
         key = key_of(table.token_ids[start : start + rest])
         child = self._tree.insert(table.scope, parent, key)
         if child.block is None:
-            self._set_block(table, child, table.blocks[full])
+            self._pool.remember(table.blocks[full], table.scope, child)
             child.ready = True
-
-    def _share(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            if self._references[block] == 0:
-                del self._cached[block]
-            self._references[block] += 1
-
-    def _take(self, count: int) -> list[int]:
-        """Blocks for new content: blank ones, then those whose content was unused longest."""
-        blocks = []
-        for _ in range(count):
-            if self._blank:
-                block = self._blank.popleft()
-            else:
-                block, _ = self._cached.popitem(last=False)
-                self._forget(block)
-            self._references[block] = 1
-            blocks.append(block)
-        return blocks
-
-    def _drop_reference(self, block: int) -> None:
-        self._references[block] -= 1
-        if self._references[block] > 0:
-            return
-        self.num_freed_ever += 1
-        known = self._nodes.get(block)
-        if known is not None and known[1].ready:
-            self._cached[block] = None
-            return
-        if known is not None:
-            self._forget(block)  # promised, and not computed
-        if block in self._spoiled:
-            self._spoiled.remove(block)
-            self._dirty.append(block)
-        self._blank.appendleft(block)
 
     # The law
 
     def check(self) -> None:
         """Raise AssertionError unless blocks are conserved and the tree tells the truth of them."""
-        tables = self._tables.items()
-        held = Counter(block for _, table in tables for block in table.held)
-        blank = Counter(self._blank)
-        for block in range(self.num_blocks):
-            assert held[block] == self._references[block], (
-                f"block {block} is in {held[block]} tables, counted {self._references[block]}"
-            )
-            places = blank[block] + (block in self._cached) + (held[block] > 0)
-            assert places == 1, (
-                f"block {block} is blank {blank[block]} times, cached {block in self._cached}, "
-                f"held {held[block]} times"
-            )
-        assert len(self._blank) + len(self._cached) + len(held) == self.num_blocks
-        for sequence_id, table in tables:
+        self._pool.check(Counter(block for table in self._tables.values() for block in table.held))
+        for sequence_id, table in self._tables.items():
             assert len(set(table.held)) == len(table.held), f"{sequence_id} holds a block twice"
             for block, node, key in zip(table.blocks, table.nodes[1:], table.keys, strict=False):
                 assert node.key == key, f"{sequence_id} is not where the tree says"
-                assert block in (node.block, 0) or block in self._spoiled or node.block is None
-        in_tree = {node.block: (scope, node) for scope, node in self._tree}
-        in_tree.pop(None, None)
-        assert in_tree == self._nodes, "the tree and the blocks name different content"
-        for scope, node in self._tree:
-            assert self._tree.is_attached(scope, node)
-            assert node.block is not None or node.children, "a node that leads nowhere"
+                assert block in (node.block, 0) or not self._pool.is_readable(block, node), (
+                    f"{sequence_id} has block {block}, and the tree {node.block} in its place"
+                )
+        for _, node in self._tree:
             assert not node.children or node.num_tokens == self.block_size
-        for block in self._cached:
-            assert self._nodes[block][1].ready, f"block {block} is cached and was never filled"
-        assert self.caching or not self._nodes
+        assert self.caching or not any(True for _ in self._tree)
