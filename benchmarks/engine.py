@@ -1,0 +1,229 @@
+"""The engine beside its peers on a model of Qwen2.5-0.5B's shape, in one run.
+
+    python benchmarks/engine.py --llama-python PATH --out engine.json
+
+decode   tokens a second of 1, 4 and 16 sequences with a prompt of 32 tokens behind them
+prefill  tokens a second of a prompt of 512
+load     seconds from a fresh process to its first token, files in the page cache
+idle     CPU time of a process that has served and waits
+
+Weights are random. qtool and llama.cpp run one file, GGUF Q4_0 (its head is Q8_0 in both), and
+transformers the bfloat16 checkpoint that it was made from. Each engine is a process of its own
+(engine_worker.py) that stays through the run. They take turns, a short piece each, so that other
+work on the machine meets all of them; what counts is the fastest step of each, with the median
+beside it: other work only ever adds. `ratio` is qtool's speed by the peer's. On a machine that is
+never quiet, `--clock cpu` gives every engine one thread and counts the CPU time that it got.
+
+llama.cpp comes with llama-cpp-python, in any interpreter: --llama-python, or this one. Build it for
+the machine (CMAKE_ARGS=-DGGML_NATIVE=ON), or it lacks instructions that qtool uses; what it was
+built with is in the report. A peer that cannot be started is "not run", with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool.artifact import tool_versions
+from qtool.builtin import builtin_model
+from qtool.convert.run import convert_model
+from qtool.native_build import cpu_flags
+from qtool.runtime.random_model import QWEN_05B, RandomReader
+from qtool.settings import child_environment
+
+WORKER = Path(__file__).parent / "engine_worker.py"
+BATCHES = (1, 4, 16)
+PROMPT, PREFILL = 32, 512
+STEPS = {1: 24, 4: 16, 16: 8}
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def make_models(folder: Path) -> tuple[Path, Path]:
+    """The checkpoint and the GGUF file, made once."""
+    plain, packed = folder / "qwen2.5-0.5b-random", folder / "qwen2.5-0.5b-random-q4_0.gguf"
+    if not packed.exists():
+        from safetensors.torch import save_file
+
+        plain.mkdir(parents=True, exist_ok=True)
+        reader = RandomReader(QWEN_05B, None, 0)
+        tensors = {name: reader.tensor(name) for name in reader.tensor_names()}
+        save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+        (plain / "config.json").write_text(json.dumps(dict(QWEN_05B)))
+        for name in TOKENIZER:
+            (plain / name).write_bytes((builtin_model("books-7m") / name).read_bytes())
+        convert_model(str(plain), to="gguf", type="Q4_0", out=packed)
+    return plain, packed
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """name of the engine, the interpreter that has it, the model that it runs."""
+
+    name: str
+    python: str
+    model: Path
+    threads: int
+    clock: str
+
+    def start(self) -> subprocess.Popen[str]:
+        # One thread pool each, of the size that all of them get.
+        environment = child_environment(OMP_NUM_THREADS=str(self.threads), PYTHONSAFEPATH="1")
+        line = [self.python, str(WORKER), self.name, str(self.model), str(self.threads), self.clock]
+        return subprocess.Popen(
+            line,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+
+class Worker:
+    def __init__(self, command: Command) -> None:
+        self.name = command.name
+        started = time.perf_counter()
+        self._process = command.start()
+        ready = self._read()
+        self.about: str = ready["about"]
+        elapsed = time.perf_counter() - started
+        self.load_seconds = ready["cpu_seconds"] if command.clock == "cpu" else elapsed
+
+    def ask(self, **what: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            _, said = self._process.communicate()
+            raise RuntimeError((said.strip().splitlines() or ["it did not say why"])[-1])
+        return json.loads(line)
+
+    def stop(self) -> None:
+        self._process.communicate()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Best and median of one engine at one task; ratio: qtool's speed by this engine's."""
+
+    task: str
+    engine: str
+    best: float
+    median: float
+    unit: str
+    ratio: float | None
+
+
+def measure(workers: Sequence[Worker], rounds: int, loads: dict[str, list[float]]) -> list[Row]:
+    seconds: dict[tuple[str, str], list[float]] = {}
+    tokens: dict[str, int] = {}
+    for turn in range(rounds):
+        for batch in BATCHES:
+            task = f"decode, batch {batch}"
+            tokens[task] = batch
+            for worker in workers:
+                steps = worker.ask(do="decode", batch=batch, prompt=PROMPT, steps=STEPS[batch])
+                seconds.setdefault((task, worker.name), []).extend(steps)
+        task = f"prefill {PREFILL}"
+        tokens[task] = PREFILL
+        for worker in workers:
+            taken = worker.ask(do="prefill", tokens=PREFILL)
+            seconds.setdefault((task, worker.name), []).append(taken)
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    rows = []
+    for (task, name), samples in seconds.items():
+        ours = tokens[task] / min(seconds[task, "qtool"])
+        best = tokens[task] / min(samples)
+        median = tokens[task] / statistics.median(samples)
+        rows.append(Row(task, name, best, median, "tokens/s", ours / best))
+    for name, taken in loads.items():
+        ratio = min(taken) / min(loads["qtool"])
+        rows.append(
+            Row("load to first token", name, min(taken), statistics.median(taken), "s", ratio)
+        )
+    for worker in workers:
+        share = worker.ask(do="idle", seconds=3.0) / 3.0 * 100
+        rows.append(Row("idle", worker.name, share, share, "% of a core", None))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--llama-python", default=sys.executable, help="has llama_cpp")
+    parser.add_argument("--vllm-python", help="has a CPU build of vllm")
+    parser.add_argument("--peers", nargs="*", default=["llama_cpp", "transformers"])
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loads", type=int, default=3)
+    parser.add_argument("--models", type=Path, default=Path("benchmark-models"))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    plain, packed = make_models(options.models)
+    threads = 1 if options.clock == "cpu" else options.threads
+
+    def command(name: str, python: str, model: Path) -> Command:
+        return Command(name, python, model, threads, options.clock)
+
+    commands = [command("qtool", sys.executable, packed)]
+    if "llama_cpp" in options.peers:
+        commands.append(command("llama_cpp", options.llama_python, packed))
+    if "transformers" in options.peers:
+        commands.append(command("transformers", sys.executable, plain))
+    workers: list[Worker] = []
+    not_run = {"vllm": "no interpreter with a CPU build was given"}
+    loads: dict[str, list[float]] = {}
+    for each in commands:
+        try:
+            for _ in range(options.loads):
+                worker = Worker(each)
+                loads.setdefault(each.name, []).append(worker.load_seconds)
+                if len(loads[each.name]) < options.loads:
+                    worker.stop()
+            workers.append(worker)
+            print(f"{each.name}: {worker.about}", file=sys.stderr, flush=True)
+        except (OSError, RuntimeError) as error:
+            if each.name == "qtool":
+                raise
+            not_run[each.name] = str(error)
+    rows = measure(workers, options.rounds, loads)
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:6.2f} x"
+        print(
+            f"{row.task:20} {row.engine:13} {row.best:9.2f} (median {row.median:9.2f}) "
+            f"{row.unit:12} {ratio}"
+        )
+    for name, reason in not_run.items():
+        print(f"{'':20} {name:13} not run: {reason}")
+    facts = {
+        "threads": threads,
+        "clock": options.clock,
+        "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(("avx", "amx"))),
+        "versions": tool_versions(),
+        "engines": {worker.name: worker.about for worker in workers},
+        "rows": [asdict(row) for row in rows],
+        "not_run": not_run,
+    }
+    if options.out is not None:
+        options.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    for worker in workers:
+        worker.stop()
+
+
+if __name__ == "__main__":
+    main()
