@@ -12,6 +12,7 @@ from qtool.runtime.engine.sampler import (
     Sampled,
     candidates,
     nucleus_bound,
+    pick,
     sample,
     uniform,
 )
@@ -274,6 +275,21 @@ def test_each_token_owns_an_interval_as_long_as_its_probability(
         for number in (start + 1e-6, float(edges[token]) - 1e-6):
             monkeypatch.setattr("qtool.runtime.engine.sampler.uniform", lambda s, p, n=number: n)
             assert sample_ids(LOGITS[None].clone(), [sequence(sampling)]) == [token]
+
+
+@pytest.mark.parametrize("items", [60, 4096, 4097, 10_000, 33_333])
+def test_picking_by_blocks_is_picking_from_one_sum(items: int) -> None:
+    generator = torch.Generator().manual_seed(items)
+    masses = torch.rand(items, generator=generator) ** 8
+    masses[torch.rand(items, generator=generator) < 0.5] = 0
+    masses[-3:] = 0
+    cumulated = masses.double().cumsum(0)
+    for number in (0.0, 1 - 2.0**-48, *torch.rand(200, generator=generator).tolist()):
+        found = pick(masses, number)
+        assert float(masses[found]) > 0
+        below = float(cumulated[found] - masses[found])
+        target = number * float(cumulated[-1])
+        assert below - 1e-9 <= target <= float(cumulated[found]) + 1e-9
 
 
 # Drafts are verified by drawing what would have been drawn without them.
