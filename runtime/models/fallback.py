@@ -14,6 +14,7 @@ that transformers loads its own checkpoints with; linears are then packed again,
 (runtime/models/packed_modules.py).
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from transformers import (
     AttentionInterface,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from qtool.convert.formats import WeightReader
@@ -54,7 +56,10 @@ _calls: ContextVar["_Calls"] = ContextVar("calls")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TransformersModel:
-    """base gives hidden states, head turns them into logits by the model's own last steps."""
+    """base gives hidden states, head turns them into logits by the model's own last steps.
+
+    turns  inverse frequencies of the rotary modules for which they depend on the context
+    """
 
     base: nn.Module
     head: nn.Module
@@ -62,11 +67,17 @@ class TransformersModel:
     vocab_size: int
     dtype: torch.dtype
     device: torch.device
+    turns: tuple[tuple[nn.Module, Tensor], ...] = ()
 
     def for_context(self, num_tokens: int) -> "TransformersModel":
-        return self
+        turns = tuple(
+            (module, _frequencies(module, num_tokens, self.device)) for module, _ in self.turns
+        )
+        return dataclasses.replace(self, turns=turns)
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        for module, frequencies in self.turns:
+            module.inv_freq = frequencies
         token = _calls.set(_Calls(attend))
         try:
             output = self.base(
@@ -81,6 +92,26 @@ class TransformersModel:
         output = self.head(inputs_embeds=hidden[None], use_cache=False)
         logits: Tensor = output.logits[0].float()
         return logits
+
+
+def _settle_turns(base: nn.Module, device: torch.device) -> tuple[tuple[nn.Module, Tensor], ...]:
+    """Rotary modules that choose their frequencies by the longest position of a step, which would
+    turn one sequence by the length of another: they keep what they are given from now on.
+    """
+    found: list[tuple[nn.Module, Tensor]] = []
+    module: Any
+    for module in base.modules():
+        kind = getattr(module, "rope_type", None)
+        if kind in ("longrope", "dynamic") and hasattr(module, "inv_freq"):
+            module.settled_rope_type, module.rope_type = kind, "default"
+            found.append((module, _frequencies(module, 1, device)))
+    return tuple(found)
+
+
+def _frequencies(module: Any, num_tokens: int, device: torch.device) -> Tensor:
+    init = ROPE_INIT_FUNCTIONS[module.settled_rope_type]
+    frequencies: Tensor = init(module.config, device, seq_len=num_tokens)[0]
+    return frequencies
 
 
 @dataclass(slots=True, eq=False)
@@ -127,7 +158,15 @@ def load_fallback(
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in parameters}
     eos = text.eos_token_id
     return Loaded(
-        model=TransformersModel(base, whole, specs, logits.shape[-1], dtype, device),
+        model=TransformersModel(
+            base=base,
+            head=whole,
+            attention=specs,
+            vocab_size=logits.shape[-1],
+            dtype=dtype,
+            device=device,
+            turns=_settle_turns(base, device),
+        ),
         max_position_embeddings=_context(text),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         kernels=kernels,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qtool.arch import ARCHITECTURES
 from qtool.errors import FormatError, UnsupportedModel
@@ -200,6 +201,29 @@ def test_a_config_of_a_native_family_that_is_not_computed_natively_is_run_by_tra
     assert use.kernel == "transformers"
     assert "hidden_act 'relu'" in use.reason
     assert generate(folder)["short"] == transformers_greedy(folder, PROMPTS["short"], NEW_TOKENS)
+
+
+@pytest.mark.parametrize("original", [32, 128])
+def test_rotary_embeddings_that_depend_on_the_length_take_it_from_the_context(
+    original: int,
+    tiny_checkpoint: Callable[..., Path],
+    transformers_logits: Callable[[Path, Tensor], Tensor],
+) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + i / 32 for i in range(32)],
+        "long_factor": [1.0 + i / 4 for i in range(32)],
+        "original_max_position_embeddings": original,
+    }
+    folder = tiny_checkpoint("arcee", rope_parameters=rope)
+    loaded = load_model(str(folder), dtype="float32")
+    tokens = torch.arange(100)[None] * 31
+    expected = transformers_logits(folder, tokens)
+    torch.testing.assert_close(loaded.logits(tokens), expected, rtol=0, atol=1e-4)
+    few = tokens[:, :20]
+    expected = transformers_logits(folder, few)
+    torch.testing.assert_close(loaded.logits(few), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
