@@ -30,7 +30,7 @@ from qtool.convert.gguf.vocab import end_of_generation_ids
 from qtool.errors import FormatError
 from qtool.scheme import QuantScheme
 from qtool.source import Source
-from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
+from qtool.weights import BlockWeight, DenseWeight, Weight
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -168,6 +168,13 @@ class GgufWeights:
 
     def weight(self, module: str) -> Weight:
         """The weight of a linear or an embedding, rows in Hugging Face's order."""
+        weight = self.stored(module)
+        if isinstance(weight, BlockWeight) and weight.codec.name == "Q4_0":
+            return unpack_q4_0(weight)
+        return weight
+
+    def stored(self, module: str) -> Weight:
+        """The same with all quantized types as their blocks, for who multiplies by those."""
         name = f"{module}.weight"
         part = self._part(name)
         if self._is_loose(name) or not part.is_quantized:
@@ -178,16 +185,13 @@ class GgufWeights:
         weight = self._blocks(part.entry, part.expert)
         return weight if order is None else weight.rows(inverse_order(order))
 
-    def _blocks(
-        self, entry: TensorEntry, matrix: int | None = None
-    ) -> BlockWeight | QuantizedWeight:
+    def _blocks(self, entry: TensorEntry, matrix: int | None = None) -> BlockWeight:
         """One matrix of a quantized tensor, in the file's order; all of it, as rows, for None."""
         data = self.file.data(entry.name)
         if matrix is not None:
             rows = entry.shape[-2]
             data = data[matrix * rows : (matrix + 1) * rows]
-        blocks = BlockWeight(data, entry.shape[-1], find_codec(entry.type))
-        return unpack_q4_0(blocks) if entry.type.name == "Q4_0" else blocks
+        return BlockWeight(data, entry.shape[-1], find_codec(entry.type))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its full name, in the dtype of the file; blocks as float32."""

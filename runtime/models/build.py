@@ -16,6 +16,7 @@ from torch import Tensor
 from qtool.arch import Architecture, Role
 from qtool.convert.formats import WeightReader
 from qtool.decoder_config import DecoderConfig, ExpertsConfig, LatentConfig
+from qtool.kernels.cpu import native_linear
 from qtool.kernels.dispatch import describe
 from qtool.progress import bar
 from qtool.runtime.layers import (
@@ -129,7 +130,7 @@ class _Builder:
         tied = self._config.tie_word_embeddings
         role: Role = "embed" if tied else "head"
         module = self._architecture.hf_name(role, None)
-        weight = self._reader.weight(module)
+        weight = self._stored(module)
         stored = describe(weight)
         if tied:
             stored = f"the embedding, {stored}"
@@ -292,7 +293,7 @@ class _Builder:
     ) -> Linear | Linears:
         """One packed layer of the roles' weights side by side, their rows in `orders`."""
         modules = [self._architecture.hf_name(role, index, expert) for role in roles]
-        weights: list[Weight] = [self._reader.weight(module) for module in modules]
+        weights = [self._stored(module) for module in modules]
         biases = [self._bias(module) for module in modules]
         for place, role in enumerate(roles):
             order = (orders or {}).get(role)
@@ -305,6 +306,17 @@ class _Builder:
         for role, weight, choice in zip(roles, weights, fused.choices, strict=True):
             self._count(role, describe(weight), choice.kernel.name, choice.reason)
         return fused.layer
+
+    def _stored(self, module: str) -> Weight:
+        """A weight in the form that is packed with the least work: GGUF's Q4_0 as its blocks for
+        the kernel that takes them, and as codes for the others.
+        """
+        blocks = getattr(self._reader, "stored", None)
+        refusal = native_linear.refuses_any(self._dtype, self._device, self._rules.activations)
+        if blocks is None or refusal is not None:
+            return self._reader.weight(module)
+        weight: Weight = blocks(module)
+        return weight
 
     def _count(self, role: Role, stored: str, kernel: str, reason: str) -> None:
         self._uses[role, stored, kernel, reason] += 1
