@@ -53,6 +53,8 @@ class Gptq:
                    once a block
     correction     aim at the original model's activations, where held-out text says that it helps
     refine_rounds  rounds of closed-form scale refit and code descent after the sweep
+    orders         column orders tried; past the first, each with three sets of scales, and each
+                   row keeps its best
     tuning_steps   gradient steps on a block's codes and scales, kept where held-out error falls
     """
 
@@ -61,6 +63,7 @@ class Gptq:
     sequential: bool = True
     correction: bool = False
     refine_rounds: int = 0
+    orders: int = 1
     tuning_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class Gptq:
         for name in ("refine_rounds", "tuning_steps"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} {getattr(self, name)} is negative")
+        if self.orders < 1:
+            raise UsageError(f"orders {self.orders} is not a positive number")
         if self.correction and not self.sequential:
             raise UsageError("correction needs sequential statistics")
 
@@ -125,11 +130,11 @@ METHODS: dict[str, type[Rtn] | type[Gptq] | type[Awq] | type[SmoothQuant]] = {
 Effort = Literal["fast", "default", "best"]
 
 # How far GPTQ goes. fast: one solve on statistics taken once a block; default: everything that has
-# a closed form; best: a gradient pass over each block as well.
+# a closed form; best: several sweeps for each linear, and a gradient pass over each block.
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"sequential": False, "correction": False, "refine_rounds": 0, "tuning_steps": 0},
-    "default": {"sequential": True, "correction": True, "refine_rounds": 2, "tuning_steps": 0},
-    "best": {"sequential": True, "correction": True, "refine_rounds": 2, "tuning_steps": 200},
+    "fast": {"sequential": False, "correction": False, "refine_rounds": 0},
+    "default": {"correction": True, "refine_rounds": 2},
+    "best": {"correction": True, "refine_rounds": 2, "orders": 5, "tuning_steps": 64},
 }
 
 
@@ -225,7 +230,12 @@ class Recipe:
                 f"recipe {self.name} has no effort to choose",
                 "fast, default and best are those of GPTQ: --recipe int4",
             )
-        return replace(self, method=replace(self.method, **EFFORTS[effort]))
+        method = Gptq(
+            damping=self.method.damping,
+            scale_search=self.method.scale_search,
+            **EFFORTS[effort],
+        )
+        return replace(self, method=method)
 
     def with_options(
         self,
@@ -325,7 +335,13 @@ def parse_recipe(text: str, path: Path) -> Recipe:
     effort = section.value("effort")
     if effort is not None and effort not in EFFORTS:
         raise section.error("effort", f"is not one of {', '.join(EFFORTS)}")
-    return recipe if effort is None else recipe.with_effort(effort)
+    if effort is None:
+        return recipe
+    decided = {key for settings in EFFORTS.values() for key in settings}
+    for key in decided:
+        if method.value(key) is not None:
+            raise method.error(key, "is decided by effort; leave one of them out")
+    return recipe.with_effort(effort)
 
 
 class _Section:

@@ -459,6 +459,8 @@ def _steps(options: Gptq | Awq | SmoothQuant) -> tuple[str, ...]:
     steps = ["scale search"] if options.scale_search else []
     if options.refine_rounds:
         steps.append(f"{options.refine_rounds} rounds of refinement")
+    if options.orders > 1:
+        steps.append(f"{options.orders} sweeps' best rows")
     return tuple(steps)
 
 

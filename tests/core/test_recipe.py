@@ -54,6 +54,29 @@ def test_a_mistake_names_its_line(change: tuple[str, str], message: str, hint: s
         assert hint in error.value.hint
 
 
+def test_effort_decides_how_far_gptq_goes() -> None:
+    fast, best = (load_recipe("int4").with_effort(effort) for effort in ("fast", "best"))
+    assert isinstance(fast.method, Gptq)
+    assert isinstance(best.method, Gptq)
+    assert (fast.method.sequential, fast.method.correction) == (False, False)
+    assert best.method.tuning_steps > 0
+    assert load_recipe("int4").with_effort("default") == load_recipe("int4")
+    with pytest.raises(UsageError, match="awq has no effort"):
+        load_recipe("awq").with_effort("best")
+    with pytest.raises(UsageError, match=r"mine.yaml:8: refine_rounds 1 is decided by effort"):
+        parse(
+            GOOD.replace("  damping: 0.05", "  refine_rounds: 1").replace(
+                "method:", "effort: best\nmethod:"
+            )
+        )
+
+
+def test_bits_are_part_of_a_recipes_name() -> None:
+    assert load_recipe("int4").with_options(bits=3).name == "int3"
+    assert load_recipe("gptq").with_options(bits=3).name == "gptq-int3"
+    assert load_recipe("int4").with_options(bits=4).name == "int4"
+
+
 def test_an_unknown_recipe_gets_a_guess() -> None:
     with pytest.raises(UnknownName, match="unknown recipe 'int44'") as error:
         load_recipe("int44")
