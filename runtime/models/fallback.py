@@ -9,14 +9,14 @@ and says it (runtime/models/probe.py). A family whose text would differ (positio
 memory across tokens, attention that does not pass through the table) is refused by name, with the
 reason.
 
-Weights of any format are dequantized as they are loaded, under the names and by the conversions
-that transformers loads its own checkpoints with; linears are then packed again, one by one
-(runtime/models/packed_modules.py).
+Weights of any format are loaded under the names and by the conversions that transformers loads its
+own checkpoints with. Linears that the file holds packed stay so (runtime/models/packed_modules.py);
+experts, which transformers stacks, are dequantized.
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -41,7 +41,14 @@ from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.models.attention_spec import AttentionSpec
 from qtool.runtime.models.build import KernelUse
 from qtool.runtime.models.model import Attend
-from qtool.runtime.models.packed_modules import called_linears, pack_modules
+from qtool.runtime.models.packed_modules import (
+    called_linears,
+    count_uses,
+    model_bytes,
+    pack_modules,
+    packed_in_file,
+    unpack_modules,
+)
 from qtool.runtime.models.probe import distance, measure, probe_inputs, rows_of
 
 PAGED = "qtool_paged"
@@ -143,19 +150,26 @@ def load_fallback(
     """config is `read_config`'s. Raises UnsupportedModel for what only running the model shows."""
     AttentionInterface.register(PAGED, _paged)
     with torch.inference_mode():
-        whole = _load(reader, config, dtype).to(device).eval()
-        with called_linears(whole) as linears:
+        with torch.device("meta"):
+            skeleton = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)
+        packed = packed_in_file(skeleton, reader)
+        whole = _load(reader, config, dtype, packed).to(device).eval()
+        uses = pack_modules(whole, packed, reader, dtype, device, rules)
+        with called_linears(whole) as called:
             specs, logits = measure(whole, config.model_type, dtype, device)
-        kernels, nbytes = pack_modules(whole, linears, reader, dtype, device, rules)
+        uncalled = packed - called
+        if uncalled:
+            unpack_modules(whole, uncalled, reader, dtype, device)
+            specs, logits = measure(whole, config.model_type, dtype, device)
+        uses += pack_modules(whole, called - packed, reader, dtype, device, rules)
         # By the model's own attention still, which `measure` leaves it with.
         changed = distance(whole(**probe_inputs(whole, device)).logits.float(), logits)
         assert changed < MOST_FROM_PACKING, f"packing changed the logits by {changed:.1%}"
         whole.set_attn_implementation(PAGED)
+    nbytes = model_bytes(whole)
     base = whole.base_model
     setattr(whole, whole.base_model_prefix, _Given())
     text = config.get_text_config()
-    parameters = [*base.parameters(), *whole.parameters()]
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in parameters}
     eos = text.eos_token_id
     return Loaded(
         model=TransformersModel(
@@ -169,8 +183,8 @@ def load_fallback(
         ),
         max_position_embeddings=_context(text),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        kernels=kernels,
-        nbytes=nbytes + sum(tensors.values()),
+        kernels=count_uses(uses),
+        nbytes=nbytes,
     )
 
 
@@ -244,10 +258,15 @@ def refuse_config(config: Any) -> None:
     raise UnsupportedModel(f"{config.model_type} cannot be served: {reason}")
 
 
-def _load(reader: WeightReader, config: Any, dtype: torch.dtype) -> Any:
+def _load(reader: WeightReader, config: Any, dtype: torch.dtype, packed: Collection[str]) -> Any:
+    """`packed` linears get placeholders that take no memory."""
+    placeholders = {f"{module}.weight" for module in packed}
     names = [*reader.tensor_names(), *(f"{module}.weight" for module in reader.modules())]
     with bar(f"loading {reader.source.name}", len(names)) as progress, _no_foreign_bars():
-        tensors = {name: _Lazy(reader, name, progress.advance) for name in names}
+        tensors = {
+            name: _Lazy(reader, name, progress.advance, is_placeholder=name in placeholders)
+            for name in names
+        }
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None,
             config=config,
@@ -281,9 +300,13 @@ class _Lazy:
     reader: WeightReader
     name: str
     advance: Callable[[], None]
+    is_placeholder: bool
 
     def __getitem__(self, index: Any) -> Tensor:
         self.advance()
+        if self.is_placeholder:
+            shape = self.reader.describe(self.name.removesuffix(".weight")).shape
+            return torch.zeros(1).expand(shape)
         return self.reader.tensor(self.name)[index]
 
 

@@ -1,8 +1,9 @@
 """Linears of transformers' modules, run by our kernels.
 
-A linear that the file holds packed stays so, and one in 16 bit is laid out for the CPU once, as in
-the native decoder. Only modules that were seen to be called are replaced: code that takes a
-linear's weight and multiplies by itself keeps the linear that it has.
+A linear that the file holds packed is never unpacked: its module is loaded with a placeholder, and
+packed from the file. One in 16 bit is laid out for the CPU once, as in the native decoder. Only
+modules that are seen to be called stay replaced: code that takes a linear's weight and multiplies
+by itself gets the weight.
 """
 
 from collections import Counter
@@ -17,7 +18,10 @@ from qtool.convert.formats import WeightReader
 from qtool.kernels.dispatch import describe
 from qtool.runtime.layers import Linear, PackingRules, pack
 from qtool.runtime.models.build import KernelUse
-from qtool.weights import DenseWeight, Weight
+from qtool.weights import DenseWeight
+
+# What runs a linear: its kind, how it is stored, the kernel and why.
+_Use = tuple[str, str, str, str]
 
 
 class PackedLinear(nn.Module):
@@ -46,13 +50,25 @@ def called_linears(model: nn.Module) -> Iterator[set[str]]:
     hooks = [
         module.register_forward_hook(note(name))
         for name, module in model.named_modules()
-        if type(module) is nn.Linear
+        if type(module) in (nn.Linear, PackedLinear)
     ]
     try:
         yield names
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def packed_in_file(skeleton: nn.Module, reader: WeightReader) -> set[str]:
+    """Linears of a model (which may be on the meta device) that the file holds packed."""
+    packed = set(reader.modules())
+    return {
+        name
+        for name, module in skeleton.named_modules()
+        if type(module) is nn.Linear
+        and name in packed
+        and reader.describe(name).shape == tuple(module.weight.shape)
+    }
 
 
 def pack_modules(
@@ -62,29 +78,55 @@ def pack_modules(
     dtype: torch.dtype,
     device: torch.device,
     rules: PackingRules,
-) -> tuple[tuple[KernelUse, ...], int]:
-    """Replace these linears; returns what runs them, and the bytes of their packed weights."""
-    shared = Counter(parameter.data_ptr() for _, parameter in _parameters(model))
-    packed_in_file = set(reader.modules())
-    uses: Counter[tuple[str, str, str, str]] = Counter()
-    nbytes = 0
+) -> list[_Use]:
+    """Replace these linears, each by the file's weight where that is packed, else by its own."""
+    shared = Counter(
+        parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False)
+    )
+    packed = packed_in_file(model, reader)
+    uses = []
     for name in sorted(names):
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
         if shared[module.weight.data_ptr()] > 1:  # a tied head: the embedding needs it as it is
             continue
-        weight: Weight = DenseWeight(module.weight.data)
-        if name in packed_in_file and reader.describe(name).shape == weight.shape:
-            weight = reader.weight(name)
+        weight = reader.weight(name) if name in packed else DenseWeight(module.weight.data)
         bias = None if module.bias is None else module.bias.data
         fused = pack([weight], [bias], dtype, device, rules)
         assert isinstance(fused.layer, Linear)
         (choice,) = fused.choices
-        uses[name.rpartition(".")[2], describe(weight), choice.kernel.name, choice.reason] += 1
-        nbytes += fused.layer.nbytes
+        role = name.rpartition(".")[2]
+        uses.append((role, describe(weight), choice.kernel.name, choice.reason))
         model.set_submodule(name, PackedLinear(fused.layer, module))
-    return tuple(KernelUse(*key, count) for key, count in uses.items()), nbytes
+    return uses
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.named_parameters(remove_duplicate=False)
+def unpack_modules(
+    model: nn.Module,
+    names: Collection[str],
+    reader: WeightReader,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give these modules their weights, dequantized."""
+    for name in names:
+        module = model.get_submodule(name)
+        assert isinstance(module, PackedLinear)
+        bias = module.linear.bias
+        linear = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
+        values = reader.tensor(f"{name}.weight").to(device, dtype)
+        linear.weight = nn.Parameter(values, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        model.set_submodule(name, linear)
+
+
+def count_uses(uses: list[_Use]) -> tuple[KernelUse, ...]:
+    return tuple(KernelUse(*use, count) for use, count in Counter(uses).items())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Of weights in memory, each counted once."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    plain = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    return sum(plain.values()) + sum(module.linear.nbytes for module in packed)
