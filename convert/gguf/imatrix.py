@@ -120,8 +120,6 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         stem = next((name.removesuffix(end) for end in (SUMS, COUNTS) if name.endswith(end)), None)
         if stem is None:
             raise FormatError(f"{path}: tensor {name!r} is neither sums nor counts")
-        if tensor.type.name != "F32":
-            raise FormatError(f"{path}: tensor {name!r} is {tensor.type.name}, not F32")
         other = stem + (COUNTS if name.endswith(SUMS) else SUMS)
         if other not in file.tensors:
             raise FormatError(f"{path}: {name} is there, {other} is not")
@@ -148,6 +146,9 @@ def _number(path: Path, metadata: Mapping[str, Value], key: str) -> int:
 
 
 def _floats(file: GgufFile, name: str) -> Tensor:
+    type = file.tensors[name].type.name
+    if type != "F32":
+        raise FormatError(f"{file.path}: tensor {name!r} is {type}, not F32")
     return file.data(name).clone().view(torch.float32).view(-1)
 
 

@@ -176,6 +176,8 @@ def test_gguf_files_that_are_no_importance_matrix_are_refused(tmp_path: Path) ->
         read_imatrix(write(tensors(in_sum2=ones, counts=numpy.ones((2, 1), numpy.float32))))
     with pytest.raises(FormatError, match="F16"):
         read_imatrix(write(tensors(in_sum2=ones.astype(numpy.float16), counts=ones[:, :1])))
+    with pytest.raises(FormatError, match=r"w\.counts' is F16"):
+        read_imatrix(write(tensors(in_sum2=ones, counts=numpy.ones((1, 1), numpy.float16))))
     with pytest.raises(FormatError, match="neither sums nor counts"):
         read_imatrix(write(tensors(other=ones)))
     with pytest.raises(FormatError, match="chunk_count"):
