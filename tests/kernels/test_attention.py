@@ -6,7 +6,9 @@ from torch import Tensor
 
 from qtool.kernels import reference
 from qtool.kernels.cpu import attention
+from qtool.kernels.cpu.native import load, make_cache
 from qtool.kernels.reference import Span
+from qtool.native_build import Missing
 
 BLOCK = 4
 HEAD_DIM = 8
@@ -224,3 +226,44 @@ def test_attention_without_a_cache_is_each_sequence_alone(batch: int) -> None:
             scale=0.3,
         )
         torch.testing.assert_close(found[index], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "values inside keys"])
+def test_a_cache_of_8_bits_computes_what_it_holds(shared: bool, dtype: torch.dtype) -> None:
+    """A prompt and a decoding token over pools that were written in 8 bits."""
+    spans = [Span(30, 30, [3, 0]), Span(1, 1, [5])]
+    plan = attention.plan(
+        spans, block_size=16, window=None, dtype=dtype, device=torch.device("cpu")
+    )
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(31, 2, 24, generator=generator).to(dtype) for _ in range(2))
+    query = torch.randn(31, 4, 24, generator=generator).to(dtype)
+    keys = torch.zeros(2, 96, 24, dtype=torch.int8)
+    values = keys[..., :8] if shared else torch.zeros(2, 96, 24, dtype=torch.int8)
+    key_scales = torch.zeros(2, 96)
+    scales = (key_scales, key_scales if shared else torch.zeros(2, 96))
+    attention.write(keys, values, key, value, plan.slots, scales=scales)
+    wide = [
+        pool.float() * steps[..., None] for pool, steps in zip((keys, values), scales, strict=True)
+    ]
+    error = wide[0][:, plan.slots].transpose(0, 1) - key.float()
+    assert bool((error.abs() <= 0.5001 * key.float().abs().amax(-1, keepdim=True) / 127).all())
+    expected = reference.paged_attention(query.float(), *wide, spans, block_size=16, scale=0.3)
+    found = attention.attend(query, keys, values, plan, block_size=16, scale=0.3, scales=scales)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_both_ways_to_8_bits_give_the_same_bits() -> None:
+    """PyTorch's and the compiled library's."""
+    native = load()
+    if isinstance(native, Missing):
+        pytest.skip(f"native {native.reason}")
+    key = torch.randn(7, 2, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pools = [torch.zeros(2, 16, 40, dtype=torch.int8) for _ in range(2)]
+    steps = [torch.zeros(2, 16) for _ in range(2)]
+    native.write_cache(key, key, make_cache(*pools, *steps), torch.arange(7))
+    codes, scales = attention.to_8_bits(key.transpose(0, 1))
+    assert torch.equal(pools[0][:, :7], codes)
+    assert torch.equal(steps[0][:, :7], scales)
