@@ -41,6 +41,27 @@ SERVER_OPTIONS = (
         help="What clients call the model; repeat for several.  [default: MODEL as given]",
     ),
     click.option(
+        "--also-serve",
+        multiple=True,
+        metavar="MODEL",
+        help="A further model, loaded on its first use; repeat for several.",
+    ),
+    click.option(
+        "--max-loaded-models",
+        type=click.IntRange(min=2),
+        default=3,
+        show_default=True,
+        help="Models loaded at once; the one unused longest makes room.",
+    ),
+    click.option(
+        "--keep-alive",
+        type=click.FloatRange(min=0),
+        default=300.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long a further model stays loaded unused; 0: for ever.",
+    ),
+    click.option(
         "--api-key",
         multiple=True,
         metavar="KEY",
@@ -142,6 +163,7 @@ SERVER_FLAGS = (
     "allowed_headers", "allow_credentials", "default_chat_template_kwargs",
     "trust_request_chat_template", "tool_call_parser", "reasoning_parser", "request_timeout",
     "shutdown_timeout", "sse_keep_alive_interval", "disable_log_requests", "root_path",
+    "also_serve", "max_loaded_models", "keep_alive",
     "ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs",
 )  # fmt: skip
 
@@ -174,6 +196,9 @@ def server_config(
     sse_keep_alive_interval: float,
     disable_log_requests: bool,
     root_path: str,
+    also_serve: tuple[str, ...] = (),
+    max_loaded_models: int = 3,
+    keep_alive: float = 300.0,
     **tls: Any,
 ) -> ServerConfig:
     from qtool.runtime.server.config import ServerConfig
@@ -209,6 +234,9 @@ def server_config(
         stop=tuple(made.parameters.get("stop", ())) if made else (),
         log_requests=not disable_log_requests,
         root_path=root_path,
+        also_served=also_serve,
+        max_loaded_models=max_loaded_models,
+        keep_alive=keep_alive,
         tls=_tls(**tls),
     )
 

@@ -43,6 +43,11 @@ class Tls:
 class ServerConfig:
     served_model_names: tuple[str, ...]
     """The first is the one answers are signed with; all of them are accepted and listed."""
+    also_served: tuple[str, ...] = ()
+    """Further models, loaded on their first use (pool.py)."""
+    max_loaded_models: int = 3
+    keep_alive: float = 300.0
+    """Seconds that one of those stays loaded unused; 0: for ever."""
     model_root: str = ""
     """Where the model came from, as the user named it."""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)

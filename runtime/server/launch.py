@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from collections.abc import Mapping
@@ -22,10 +23,13 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine
 from qtool.runtime.engine.client import ModelInfo
 from qtool.runtime.loading import LoadedModel, load_for
+from qtool.runtime.server.app import create_app
 from qtool.runtime.server.chat_templates import find_chat_template
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
+from qtool.runtime.server.pool import Hosted, ModelPool
 from qtool.runtime.server.serve import ServerRun, bind, bind_unix, stop_signals, url_of
 from qtool.runtime.server.service import Service
+from qtool.runtime.store import store
 from qtool.source import Source
 
 LOG_FORMAT = "%(asctime)s %(message)s"
@@ -106,15 +110,66 @@ async def _serve(
 ) -> None:
     client = AsyncEngine.from_loaded(loaded, engine_config)
     await client.start()
+    # What has been loaded stays: a full collection would look through all of it, in the middle of
+    # somebody's answer (100 ms and more).
+    gc.collect()
+    gc.freeze()
     try:
         assert loaded.tokenizer is not None  # load() refuses models without one
         service = Service.build(client, loaded.tokenizer, server_config)
         print_plan(loaded, client.info)
-        run = ServerRun(service, bound)
+        pool = None
+        if server_config.also_served:
+            pool = model_pool(service, engine_config, server_config)
+        run = ServerRun(service, bound, pool)
         with stop_signals(asyncio.get_running_loop(), run.request_stop):
             await run.serve(lambda: print_ready(url_of(bound, server_config.tls), server_config))
     finally:
         await client.stop()
+
+
+def model_pool(
+    service: Service, engine_config: EngineConfig, server_config: ServerConfig
+) -> ModelPool:
+    """The further models of a server, each with the flags of the first."""
+    keep_seconds = server_config.keep_alive or None
+
+    async def hosted(name: str) -> Hosted:
+        made = store().find(name)
+        config = replace(
+            engine_config,
+            model=made.base if made else name,
+            max_model_len=made.parameters.get("num_ctx") if made else None,
+            revision=None,
+            lora_modules=(),
+        )
+        loaded = await asyncio.to_thread(load, config)
+        assert loaded.tokenizer is not None
+        if made and made.template:
+            loaded.tokenizer.use_chat_template(find_chat_template(made.template))
+        client = AsyncEngine.from_loaded(loaded, within_context(config, loaded))
+        await client.start()
+        given = {**generation_config(loaded.source), **(made.sampling if made else {})}
+        own = replace(
+            server_config,
+            served_model_names=(name,),
+            also_served=(),
+            model_root=config.model,
+            sampling=sampling_defaults(given),
+            system=made.system if made else None,
+            examples=made.messages if made else (),
+            stop=tuple(made.parameters.get("stop", ())) if made else (),
+        )
+        other = Service.build(client, loaded.tokenizer, own)
+        return Hosted(other, create_app(other), keep_seconds)
+
+    return ModelPool(
+        Hosted(service, create_app(service), None),
+        server_config.also_served,
+        hosted,
+        max_loaded=server_config.max_loaded_models,
+        keep_seconds=keep_seconds,
+    )
 
 
 def load(engine_config: EngineConfig) -> LoadedModel:

@@ -13,13 +13,14 @@ registry of its own; prometheus-client's global one would mix the servers of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
+from prometheus_client.samples import Sample
 
 from qtool.runtime.engine.client import EngineStats, ModelInfo
 from qtool.runtime.engine.sequence import TokenOutput
@@ -185,6 +186,33 @@ class Metrics:
     def expose(self, accept: str) -> Exposition:
         encoder, content_type = choose_encoder(accept)
         return Exposition(encoder(self.registry), content_type)
+
+
+def expose_together(several: Sequence[Metrics], accept: str) -> Exposition:
+    """The metrics of several models as one; samples of equal labels, as those of HTTP, add up."""
+
+    class Together:
+        def collect(self) -> Iterator[Metric]:
+            families: dict[str, Metric] = {}
+            for metrics in several:
+                for family in metrics.registry.collect():
+                    merged = families.setdefault(
+                        family.name, Metric(family.name, family.documentation, family.type)
+                    )
+                    merged.samples += family.samples
+            for family in families.values():
+                sums: dict[tuple[object, ...], Sample] = {}
+                for sample in family.samples:
+                    key = (sample.name, *sorted(sample.labels.items()))
+                    before = sums[key].value if key in sums else 0.0
+                    sums[key] = sample._replace(value=before + sample.value)
+                family.samples = list(sums.values())
+                yield family
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Together())
+    encoder, content_type = choose_encoder(accept)
+    return Exposition(encoder(registry), content_type)
 
 
 class SequenceTimer:

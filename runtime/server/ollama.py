@@ -153,7 +153,8 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/tags")
     async def tags() -> Response:
-        return json_response({"models": [_entry(service, name) for name in _names(service)]})
+        names = (*_names(service), *service.config.also_served)
+        return json_response({"models": [_entry(service, name) for name in names]})
 
     @router.get("/ps")
     async def ps() -> Response:

@@ -28,10 +28,13 @@ def routes(service: Service) -> APIRouter:
     async def models() -> Response:
         names = (*service.config.served_model_names, *service.client.info.lora_names)
         listed = [_model_card(service, name) for name in names]
+        listed += [_unloaded_card(service, name) for name in service.config.also_served]
         return json_response({"object": "list", "data": listed})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
+        if name in service.config.also_served:
+            return json_response(_unloaded_card(service, name))
         return json_response(_model_card(service, service.model_name(name)))
 
     @router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
@@ -56,6 +59,19 @@ def body_schema(body_type: type[Body]) -> dict[str, Any]:
     # Only for /docs; the names are resolved by app.openapi_schema.
     schema = {"$ref": f"#/components/schemas/{body_type.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _unloaded_card(service: Service, name: str) -> dict[str, object]:
+    """A model that is loaded on its first use; more is known of it then."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "qtool",
+        "root": name,
+        "parent": None,
+        "permission": [],
+    }
 
 
 def _model_card(service: Service, name: str) -> dict[str, object]:

@@ -14,15 +14,16 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
 
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.server.app import create_app
+from qtool.runtime.server.asgi import App
 from qtool.runtime.server.config import ServerConfig, Tls
+from qtool.runtime.server.pool import ModelPool, PoolApp
 from qtool.runtime.server.service import Service, logger
 
 # After the drain every answer has ended; connections get this long to take their last bytes.
@@ -102,7 +103,7 @@ def url_of(bound: socket.socket, tls: Tls | None = None) -> str:
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers."""
 
-    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
+    def __init__(self, app: App, config: ServerConfig) -> None:
         tls = config.tls or Tls("")
         super().__init__(
             uvicorn.Config(
@@ -127,26 +128,42 @@ class _Server(uvicorn.Server):
         yield
 
 
+async def _all_empty(services: Sequence[Service]) -> None:
+    for service in services:
+        await service.admission.wait_until_empty()
+
+
 class ServerRun:
     """One run of a server, from a bound socket to a clean stop."""
 
-    def __init__(self, service: Service, bound: socket.socket) -> None:
+    def __init__(
+        self, service: Service, bound: socket.socket, pool: ModelPool | None = None
+    ) -> None:
+        """pool: further models beside the service's own, which is the pool's first."""
         self._service = service
+        self._pool = pool
         self._bound = bound
-        self._server = _Server(create_app(service), service.config)
+        limit = service.config.max_body_bytes
+        app = create_app(service) if pool is None else PoolApp(pool, limit)
+        self._server = _Server(app, service.config)
         self._stop_now = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
 
     async def serve(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `request_stop`. The engine runs before this begins and is stopped by it."""
-        ready = asyncio.create_task(self._announce(on_ready))
+        beside = [asyncio.create_task(self._announce(on_ready))]
+        if self._pool is not None:
+            beside.append(asyncio.create_task(self._pool.watch()))
         try:
             await self._server.serve(sockets=[self._bound])
             if self._stopping is not None:
                 await self._stopping
         finally:
-            ready.cancel()
-            await asyncio.gather(ready, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+            if self._pool is not None:
+                await self._pool.close()
 
     async def _announce(self, on_ready: Callable[[], None]) -> None:
         while not self._server.started:
@@ -161,20 +178,24 @@ class ServerRun:
             self._stop_now.set()
 
     async def _stop(self) -> None:
-        admission, seconds = self._service.admission, self._service.config.shutdown_timeout
-        admission.close()
+        seconds = self._service.config.shutdown_timeout
+        services = [self._service] if self._pool is None else self._pool.services
+        for service in services:
+            service.admission.close()
         self._server.should_exit = True  # uvicorn closes the listening socket
-        if admission.num_inside:
-            logger.info("stopping: %d answers get up to %g s", admission.num_inside, seconds)
-        finished = asyncio.create_task(admission.wait_until_empty())
+        if num_inside := sum(service.admission.num_inside for service in services):
+            logger.info("stopping: %d answers get up to %g s", num_inside, seconds)
+        finished = asyncio.create_task(_all_empty(services))
         hurried = asyncio.create_task(self._stop_now.wait())
         await asyncio.wait(
             {finished, hurried}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
         )
         # What still runs ends now; its stream gets an error event, then the connection closes.
-        await self._service.client.stop(drain_seconds=0)
+        for service in services:
+            await service.client.stop(drain_seconds=0)
         for task in (finished, hurried):
             task.cancel()
+        await asyncio.gather(finished, hurried, return_exceptions=True)
         connections = self._server.server_state.connections
         for _ in range(LAST_BYTES_TRIES):
             if not connections:

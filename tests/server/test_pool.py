@@ -1,0 +1,159 @@
+"""Several models behind one server: which are loaded, when they go, and that none disturbs another.
+
+The models are copies of the bundled one, which are loaded for real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.async_engine import AsyncEngine
+from qtool.runtime.loading import LoadedModel
+from qtool.runtime.modelfile import Modelfile
+from qtool.runtime.server.config import ServerConfig
+from qtool.runtime.server.launch import model_pool
+from qtool.runtime.server.pool import ModelPool, keep_alive_seconds
+from qtool.runtime.server.serve import ServerRun, bind, url_of
+from qtool.runtime.server.service import Service
+from qtool.runtime.store import store
+
+FIRST = "builtin:books-7m"
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(5, 5.0), ("5m", 300.0), ("1.5h", 5400.0), ("0", 0.0), (-1, None), ("-1s", None), ({}, 7.0)],
+)
+def test_keep_alive_is_read_as_ollama_writes_it(value: Any, seconds: float | None) -> None:
+    assert keep_alive_seconds(value, 7.0) == seconds
+
+
+@pytest.fixture
+def several(
+    tmp_path: Path,
+    books_7m: Path,
+    loaded_model: LoadedModel,
+    server_config: ServerConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[tuple[httpx.Client, ModelPool, list[str]]]:
+    """A server of three models, of which two may be loaded at once."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    (tmp_path / "second").symlink_to(books_7m)
+    second = str(tmp_path / "second")
+    store().keep("poet", Modelfile(FIRST, system="A poet.", parameters={"num_predict": 3}))
+    others = [second, "poet"]
+    engine = EngineConfig(FIRST, dtype="float32", kv_cache_memory_bytes=16 * 2**20)
+    config = replace(server_config, also_served=tuple(others), max_loaded_models=2, keep_alive=0)
+    bound = bind("127.0.0.1", 0)
+    ready = threading.Event()
+    running: list[Any] = []
+
+    async def main() -> None:
+        client = AsyncEngine.from_loaded(loaded_model, engine)
+        await client.start()
+        assert loaded_model.tokenizer is not None
+        service = Service.build(client, loaded_model.tokenizer, config)
+        pool = model_pool(service, engine, config)
+        run = ServerRun(service, bound, pool)
+        running.extend([pool, run, asyncio.get_running_loop()])
+        await run.serve(ready.set)
+        await client.stop()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    assert ready.wait(60)
+    pool, run, loop = running
+    try:
+        with httpx.Client(base_url=url_of(bound), timeout=60) as http:
+            yield http, pool, others
+    finally:
+        loop.call_soon_threadsafe(run.request_stop)
+        thread.join(60)
+    assert not thread.is_alive()
+    assert pool.loaded_names == []
+
+
+def test_models_come_and_go_as_they_are_asked_for(
+    several: tuple[httpx.Client, ModelPool, list[str]],
+) -> None:
+    http, pool, (second, poet) = several
+
+    def complete(model: str | None) -> dict[str, Any]:
+        body = {"model": model, "prompt": "Once", "max_tokens": 2, "temperature": 0}
+        response = http.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    assert [entry["id"] for entry in http.get("/v1/models").json()["data"]] == [
+        FIRST,
+        second,
+        poet,
+    ]
+    own = complete(None)
+    assert pool.loaded_names == []
+    other = complete(second)
+    assert other["model"] == second
+    assert other["choices"][0]["text"] == own["choices"][0]["text"]
+    assert pool.loaded_names == [second]
+
+    # There is room for one beside the first: the poet takes it, with what its name was made of.
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = http.post("/v1/chat/completions", json={"model": poet, "messages": messages}).json()
+    assert chat["usage"]["completion_tokens"] == 3
+    plain = http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
+    assert chat["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
+    assert pool.loaded_names == [poet]
+
+    metrics = http.get("/metrics").text
+    for name in (FIRST, poet):
+        assert f'vllm:num_requests_running{{model_name="{name}"}} 0.0' in metrics
+    assert metrics.count("# TYPE http_requests_total ") == 1
+
+    # As Ollama's clients unload a model.
+    body = {"model": poet, "prompt": "", "keep_alive": 0}
+    assert http.post("/api/generate", json=body).json()["done_reason"] == "unload"
+    deadline = threading.Event()
+    for _ in range(200):
+        if not pool.loaded_names:
+            break
+        deadline.wait(0.05)
+    assert pool.loaded_names == []
+    assert http.post("/v1/completions", json={"model": "x", "prompt": "a"}).status_code == 404
+    assert http.post("/v1/completions", content=b"{").status_code == 400
+    assert complete(None)["choices"] == own["choices"]
+
+
+def test_a_model_in_use_is_not_unloaded(
+    several: tuple[httpx.Client, ModelPool, list[str]],
+) -> None:
+    http, pool, (second, poet) = several
+    body = {"model": second, "prompt": "Once", "max_tokens": 300, "ignore_eos": True}
+    with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        answered: list[int] = []
+
+        def ask_for_the_other() -> None:
+            asked = {"model": poet, "prompt": "Once", "max_tokens": 1}
+            answered.append(
+                httpx.post(f"{http.base_url}/v1/completions", json=asked, timeout=120).status_code
+            )
+
+        asking = threading.Thread(target=ask_for_the_other)
+        asking.start()
+        rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert len(rest) == 300
+    asking.join(120)
+    assert answered == [200]
+    assert pool.loaded_names == [poet]
