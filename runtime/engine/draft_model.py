@@ -66,18 +66,24 @@ class DraftProposer:
         self._runner = ModelRunner(model, num_blocks=num_blocks, block_size=block_size)
         self._blocks = BlockManager(num_blocks, block_size, caching=False)
         self._followed: dict[str, _Followed] = {}
+        # Sequences whose texts are cached but for the last token, with room for guesses.
+        self._ready: set[str] = set()
 
-    def propose(self, sequences: Series[Sequence], counts: Series[int]) -> list[list[int]]:
-        """Up to count guesses for each sequence."""
-        guesses: list[list[int]] = [[] for _ in sequences]
-        active: list[int] = []
+    def prepare(self, sequences: Series[Sequence], counts: Series[int]) -> None:
+        """Catch up with the texts, as far as a step's rows reach."""
+        self._ready.clear()
         rows = self._max_rows
-        for index, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+        for sequence, count in zip(sequences, counts, strict=True):
             if count < 1 or not self._make_room(sequence, count):
                 continue
             rows = self._catch_up(sequence, rows)
             if len(self._followed[sequence.id].cached) == len(sequence.token_ids) - 1:
-                active.append(index)
+                self._ready.add(sequence.id)
+
+    def propose(self, sequences: Series[Sequence], counts: Series[int]) -> list[list[int]]:
+        """Up to count guesses for each sequence."""
+        guesses: list[list[int]] = [[] for _ in sequences]
+        active = [index for index, one in enumerate(sequences) if one.id in self._ready]
         for _ in range(max(counts, default=0)):
             active = [index for index in active if len(guesses[index]) < counts[index]]
             if not active:

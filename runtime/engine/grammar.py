@@ -9,6 +9,7 @@ walks along the drafts and back again.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -43,8 +44,12 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._compiled: OrderedDict[StructuredOutputsParams, llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[StructuredOutputsParams, Future[llguidance.LLMatcher]]
+        self._compiled = OrderedDict()
+        # Held for moments only: a grammar that takes a second must not hold up the engine, which
+        # asks for another.
         self._lock = threading.Lock()
+        self._vocabulary_lock = threading.Lock()
 
     def check(self, wanted: StructuredOutputsParams) -> None:
         """Compile, or raise a UsageError that says what is wrong with the grammar."""
@@ -57,26 +62,34 @@ class GrammarCompiler:
 
     def _compile(self, wanted: StructuredOutputsParams) -> llguidance.LLMatcher:
         with self._lock:
-            matcher = self._compiled.get(wanted)
-            if matcher is None:
-                matcher = _matcher(wanted, self._vocabulary())
-                self._compiled[wanted] = matcher
+            compiled = self._compiled.get(wanted)
+            if compiled is not None:
+                self._compiled.move_to_end(wanted)
+            else:
+                ours = self._compiled[wanted] = Future()
                 if len(self._compiled) > KEPT_GRAMMARS:
                     self._compiled.popitem(last=False)
-            else:
-                self._compiled.move_to_end(wanted)
-        return matcher
+        if compiled is not None:
+            return compiled.result()
+        try:
+            ours.set_result(_matcher(wanted, self._vocabulary()))
+        except BaseException as error:
+            with self._lock:
+                self._compiled.pop(wanted, None)
+            ours.set_exception(error)
+        return ours.result()
 
     def _vocabulary(self) -> llguidance.LLTokenizer:
-        if self._tokenizer is None:
-            if self._tokenizer_json is None or not self._eos_token_ids:
-                lacks = "tokenizer" if self._tokenizer_json is None else "end-of-text token"
-                raise UsageError(f"structured_outputs: the model has no {lacks}, which it needs")
-            # About a second for 150,000 tokens, so only when first needed.
-            self._tokenizer = llguidance.LLTokenizer(
-                self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
-            )
-        return self._tokenizer
+        with self._vocabulary_lock:
+            if self._tokenizer is None:
+                if self._tokenizer_json is None or not self._eos_token_ids:
+                    lacks = "tokenizer" if self._tokenizer_json is None else "end-of-text token"
+                    raise UsageError(f"structured_outputs: the model has no {lacks}")
+                # About a second for 150,000 tokens, so only when first needed.
+                self._tokenizer = llguidance.LLTokenizer(
+                    self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
+                )
+            return self._tokenizer
 
 
 def _matcher(
@@ -88,10 +101,16 @@ def _matcher(
         raise UsageError(f"structured_outputs: {error}") from None
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
     if matcher.is_error():
-        # Below the first paragraph it shows the whole grammar.
-        reason = matcher.get_error().split("\n\n")[0].strip()
+        reason = _plain(matcher.get_error())
         raise UsageError(f"structured_outputs: the grammar cannot be used: {reason:.500}")
     return matcher
+
+
+def _plain(message: str) -> str:
+    """In one line, without the grammar's own lines that llguidance shows below."""
+    first = message.split("\n\n")[0].splitlines()
+    shown = re.compile(r"\s*(\d+ \||\^+\s*$)")
+    return " ".join(line.strip() for line in first if not shown.match(line))
 
 
 def _grammar_text(wanted: StructuredOutputsParams) -> str:

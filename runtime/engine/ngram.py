@@ -55,6 +55,9 @@ class NgramProposer:
         self._longest = longest
         self._indexes: dict[str, NgramIndex] = {}
 
+    def prepare(self, sequences: Series[Sequence], counts: Series[int]) -> None:
+        """Nothing: an index grows as it is asked."""
+
     def propose(self, sequences: Series[Sequence], counts: Series[int]) -> list[list[int]]:
         return [
             self._index(sequence).guess(sequence.token_ids, count) if count > 0 else []

@@ -38,6 +38,10 @@ PROBE_EVERY = 48
 class Proposer(Protocol):
     """Guesses at what follows the texts of sequences."""
 
+    def prepare(self, sequences: Series[Sequence], counts: Series[int]) -> None:
+        """What has to be done once for a text and not for each guess."""
+        ...
+
     def propose(self, sequences: Series[Sequence], counts: Series[int]) -> list[list[int]]:
         """For each sequence at most so many tokens; none where it has no idea."""
         ...
@@ -155,6 +159,7 @@ class Speculation:
             min(count, sequence.max_total_tokens - len(sequence.token_ids) - 1)
             for sequence in decoding
         ]
+        self._proposer.prepare(decoding, room)
         started = self._clock()
         guesses = self._proposer.propose(decoding, room)
         self._worth.observe_guesses(count, self._clock() - started)

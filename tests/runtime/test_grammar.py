@@ -2,10 +2,13 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from qtool.builtin import builtin_model
 from qtool.errors import UsageError
 from qtool.runtime.engine.grammar import GrammarCompiler
 from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutputsParams
@@ -137,6 +140,36 @@ def test_a_bad_grammar_is_refused_before_anything_runs(
     assert not llm.engine.has_work
 
 
+def test_an_error_is_one_line(llm: LLM) -> None:
+    with pytest.raises(UsageError) as raised:
+        llm.engine.grammars.check(StructuredOutputsParams(regex="a("))
+    assert "\n" not in raised.value.message
+    assert raised.value.message.endswith("error: unclosed group")
+
+
+def test_a_grammar_that_compiles_holds_up_no_other() -> None:
+    started, go_on = threading.Event(), threading.Event()
+    tokenizer_json = (builtin_model("books-7m") / "tokenizer.json").read_text()
+
+    def slowly() -> str:
+        started.set()
+        assert go_on.wait(60)
+        return tokenizer_json
+
+    compiler = GrammarCompiler(slowly, 4096, (0,))
+    asked = StructuredOutputsParams(regex="a")
+    with ThreadPoolExecutor(2) as others:
+        waiting = [others.submit(compiler.check, asked) for _ in range(2)]
+        assert started.wait(60)
+        # The books of the cache are open meanwhile: a failure there would wait for ever.
+        assert compiler._lock.acquire(timeout=60)
+        compiler._lock.release()
+        go_on.set()
+        for one in waiting:
+            one.result(60)
+    compiler.check(asked)
+
+
 def test_a_model_without_the_means_says_so() -> None:
     wanted = StructuredOutputsParams(regex="a")
     with pytest.raises(UsageError, match="no tokenizer"):
@@ -146,8 +179,6 @@ def test_a_model_without_the_means_says_so() -> None:
 
 
 def test_masks_along_drafts_are_those_of_each_step(llm: LLM) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     compiler = llm.engine.grammars
     wanted = StructuredOutputsParams(regex="[0-9]+x")
     vocab = llm.info.vocab_size
