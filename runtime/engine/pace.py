@@ -24,8 +24,8 @@ from dataclasses import dataclass
 KEPT_RISING = 0.5
 KEPT_FALLING = 0.8
 # The first chunk beside decoding sequences, when nothing is known of what a token costs, and the
-# fewest later: below it the fixed cost of a step outweighs its prompt tokens.
-MIN_TOKENS = 32
+# fewest later, however slow the machine: a prompt has to end, too.
+MIN_TOKENS = 16
 # A chunk grows by no more than this from one step to the next: costs were measured near the last.
 MAX_GROWTH = 2.0
 # Of the target, what is aimed at: half of all steps take longer than their estimate.
