@@ -11,6 +11,7 @@ wait long: vLLM's 2048 would take seconds on a CPU that prefills at a few hundre
 and 512 costs little prefill speed.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -148,7 +149,7 @@ def _lora_modules(value: object) -> tuple[tuple[str, str], ...]:
     items = value.items() if isinstance(value, Mapping) else value
     modules: list[tuple[str, str]] = []
     for item in items if isinstance(items, Iterable) else ():
-        name, _, folder = item.partition("=") if isinstance(item, str) else (item[0], "", item[1])
+        name, folder = _lora_module(item)
         if not name or not folder:
             raise UsageError(
                 f"lora_modules has {item!r}, must be NAME=FOLDER",
@@ -159,3 +160,20 @@ def _lora_modules(value: object) -> tuple[tuple[str, str], ...]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"lora_modules names {twice} twice")
     return tuple(modules)
+
+
+def _lora_module(item: object) -> tuple[object, object]:
+    """One adapter, in vLLM's two forms as text: NAME=FOLDER, and {"name": ..., "path": ...}."""
+    if isinstance(item, str) and item.lstrip().startswith("{"):
+        try:
+            item = json.loads(item)
+        except json.JSONDecodeError:
+            return None, None
+    if isinstance(item, str):
+        name, _, folder = item.partition("=")
+        return name, folder
+    if isinstance(item, Mapping):
+        return item.get("name"), item.get("path")
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return item[0], item[1]
+    return None, None

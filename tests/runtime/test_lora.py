@@ -245,6 +245,8 @@ def test_modules_are_read_in_every_form() -> None:
     pairs = (("a", "x"), ("b", "y=z"))
     for value in ({"a": "x", "b": "y=z"}, ["a=x", "b=y=z"], [("a", "x"), ("b", "y=z")]):
         assert EngineConfig("m", lora_modules=value).lora_modules == pairs  # type: ignore[arg-type]
-    for wrong in (["a"], ["=x"], ["a="], ["a=x", "a=y"]):
+    as_json = ['{"name": "a", "path": "x", "base_model_name": "m"}', "b=y=z"]
+    assert EngineConfig("m", lora_modules=as_json).lora_modules == pairs  # type: ignore[arg-type]
+    for wrong in (["a"], ["=x"], ["a="], ["a=x", "a=y"], ['{"name": "a"}'], ["{"], [5]):
         with pytest.raises(UsageError, match="lora_modules"):
             EngineConfig("m", lora_modules=wrong)  # type: ignore[arg-type]
