@@ -83,8 +83,11 @@ class Tokenizer:
 
         try:
             wrapped = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-        except Exception as error:
-            # Third-party parsers raise whatever they like (the Rust library a bare Exception).
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # Third-party parsers raise whatever they like: the Rust library bare Exceptions, and
+            # its panics are not even those.
             raise FormatError(
                 f"{source.name}: the tokenizer cannot be read: {error}",
                 hint="copy the tokenizer files of the original model beside the weights",

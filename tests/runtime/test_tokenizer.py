@@ -276,3 +276,15 @@ def test_a_broken_tokenizer_file_is_named(books_7m: Path, tmp_path: Path) -> Non
     (folder / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(FormatError, match="the tokenizer cannot be read"):
         load(folder)
+
+
+def test_a_tokenizer_at_which_its_library_panics_is_named(books_7m: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(books_7m, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AA=="}
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    source = Source("model", folder)
+    with pytest.raises(FormatError, match="the tokenizer cannot be read"):
+        Tokenizer.load(source, open_weights(source))
