@@ -35,9 +35,9 @@ from qtool.source import Source
 from qtool.weights import QuantizedWeight
 
 SLOW = [
-    "mistral", "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gpt_neox", "gpt_oss",
-    "granite", "granitemoe", "mixtral", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2_moe",
-    "smollm3", "stablelm", "starcoder2",
+    "mistral", "bloom", "cohere", "deepseek_v2", "deepseek_v3", "falcon", "gemma", "gemma2",
+    "gemma4_text", "gpt_neox", "gpt_oss", "granite", "granitemoe", "mixtral", "nemotron_h", "olmo2",
+    "olmoe", "opt", "phi", "phi3", "qwen2_moe", "qwen3_5_text", "smollm3", "stablelm", "starcoder2",
 ]  # fmt: skip
 
 
