@@ -281,6 +281,9 @@ class BlockManager:
 
     def _announce(self, table: _Table) -> None:
         """Tell the tree which blocks the rest of a prompt will fill."""
+        # With a window, what the prompt was found by may have been given up for its own blocks.
+        if self._end_of_chain(table, len(table.nodes) - 1) is None:
+            return
         last = min(len(table.token_ids) // self.block_size, len(table.blocks))
         for index in range(len(table.nodes) - 1, last):
             key = self._key(table, index)

@@ -253,6 +253,15 @@ def test_a_window_needs_only_what_it_sees() -> None:
     blocks.check()
 
 
+def test_a_prompt_may_take_the_very_blocks_it_was_found_by() -> None:
+    blocks = BlockManager(num_blocks=2, block_size=1, window=1)
+    fill(blocks, "a", [5, 6])
+    blocks.free("a")
+    assert blocks.admit("b", [5, 6, 7, 8]) == 2  # no token sees another: none of them is needed
+    blocks.check()
+    assert blocks.num_free_blocks == 0
+
+
 def test_check_notices_a_block_that_is_lost_or_held_twice() -> None:
     blocks = BlockManager(num_blocks=4, block_size=2)
     assert blocks.admit("a", [1, 2, 3, 4]) == 0
