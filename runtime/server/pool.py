@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+from fastapi.datastructures import Headers
 from fastapi.responses import Response
-from starlette.datastructures import Headers
 
 from qtool.errors import QtoolError
 from qtool.runtime.server.asgi import App, Message, Receive, Scope, Send
