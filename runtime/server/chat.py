@@ -29,14 +29,21 @@ COMMANDS = {
     "/help": "this list",
     "/reset": "forget the conversation, keep the system prompt",
     "/system [TEXT]": "set the system prompt and start over; without TEXT show it",
+    "/set NAME VALUE": "a sampling value, as /set temperature 0.3; alone it shows them",
+    "/retry": "answer the last question again",
     "/save FILE": "write the conversation as JSON",
     "/exit": "leave; Ctrl-D does the same",
 }
+SETTABLE: Mapping[str, type[int] | type[float]] = {
+    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int,
+    "seed": int, "presence_penalty": float, "frequency_penalty": float, "repetition_penalty": float,
+}  # fmt: skip
+SETTABLE_TEXT = f"There are: {', '.join(SETTABLE)}."
 HELP = "\n".join(
     [
-        *(f"  {name:<15} {text}" for name, text in COMMANDS.items()),
-        f"  {MULTILINE:<15} begins and ends a message of several lines",
-        f"  {'Ctrl-C':<15} stops the answer, not the program",
+        *(f"  {name:<16} {text}" for name, text in COMMANDS.items()),
+        f"  {MULTILINE:<16} begins and ends a message of several lines",
+        f"  {'Ctrl-C':<16} stops the answer, not the program",
     ]
 )
 
@@ -65,7 +72,7 @@ class Terminal:
         self, backend: ChatBackend, sampling: Mapping[str, Any], *, system: str | None = None
     ) -> None:
         self._backend = backend
-        self._sampling = sampling
+        self._sampling = dict(sampling)
         self._conversation = Conversation(system)
         self.is_interactive = sys.stdin.isatty()
         self.failed = False
@@ -187,6 +194,10 @@ class Terminal:
                 say("The system prompt is set, the conversation starts over.")
             case "/system":
                 say(self._conversation.system or "There is no system prompt.")
+            case "/set":
+                self._set(argument)
+            case "/retry":
+                self._retry()
             case "/save":
                 self._save(argument)
             case _:
@@ -196,6 +207,32 @@ class Terminal:
                     + (f"Did you mean {guess}?" if guess else "Try /help.")
                 )
         return False
+
+    def _set(self, argument: str) -> None:
+        name, _, value = argument.partition(" ")
+        if not name:
+            shown = ", ".join(f"{name} {value}" for name, value in self._sampling.items())
+            say(shown or "All sampling values are the model's own.")
+        elif name not in SETTABLE:
+            guess = closest(name, SETTABLE)
+            say(f"There is no {name}. " + (f"Did you mean {guess}?" if guess else SETTABLE_TEXT))
+        elif not value:
+            self._sampling.pop(name, None)
+            say(f"{name} is the model's own again.")
+        else:
+            try:
+                self._sampling[name] = SETTABLE[name](value)
+            except ValueError:
+                say(f"{name} is a number, as in /set {name} 1")
+
+    def _retry(self) -> None:
+        messages = self._conversation.messages
+        if not messages:
+            say("There is no question yet.")
+            return
+        question = messages[-2]["content"]
+        del messages[-2:]
+        self._turn(question)
 
     def _save(self, name: str) -> None:
         if not name:

@@ -76,6 +76,20 @@ def test_a_message_can_have_several_lines(server: Any, tmp_path: Path) -> None:
     assert question == "one\n  /exit\ntwo"
 
 
+def test_sampling_values_are_set_and_an_answer_is_given_again(server: Any, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    commands = ["/retry", "One?", "/set max_tokens 3", "/set", "/retry", "/set temperatur 1"]
+    lines = "\n".join([*commands, "/set seed x", f"/save {saved}", ""])
+    result = type_in(lines, server.url)
+    for words in ("no question yet", "max_tokens 3", "Did you mean temperature", "is a number"):
+        assert words in result.stderr
+    document = json.loads(saved.read_text())
+    assert [message["role"] for message in document["messages"]] == ["user", "assistant"]
+    first, again = result.stdout.strip().split("\n", 1)
+    assert len(again) < len(first)
+    assert document["messages"][1]["content"].strip() == again.strip()
+
+
 def test_an_unknown_command_is_guessed_and_not_sent(server: Any) -> None:
     result = type_in("/rest\n/what\n/help\n", server.url)
     assert result.stdout == ""
