@@ -8,7 +8,7 @@ QTOOL_MAX_MEMORY   bytes of RAM that quantization may use for activations before
 QTOOL_NATIVE       0: do not compile or use C++ code: kernels for CPUs, quantizers of GGUF blocks
 QTOOL_ACTIVATIONS  int8: quantized linears on CPUs round their inputs to 8 bits and use VNNI or
                    AVX2; bf16: they do not
-GOMP_SPINCOUNT     read by torch's OpenMP; set to a small number where it and OMP_WAIT_POLICY are not
+GOMP_SPINCOUNT     read by torch's OpenMP; made small where neither it nor OMP_WAIT_POLICY is set
 XDG_DATA_HOME      folder whose qtool/ keeps the names of models made with `qtool create`
                    (~/.local/share)
 XDG_CACHE_HOME     folder whose qtool/ keeps compiled C++ code (~/.cache)
@@ -44,8 +44,8 @@ class Settings:
     no_color: bool = False
 
 
-# How often a waiting OpenMP thread of torch's looks again before it sleeps; libgomp's own default is
-# 300,000 times, milliseconds. Where another process wants a core, the threads of one product then
+# How often a waiting OpenMP thread of torch's looks again before it sleeps; libgomp's own default
+# is 300,000 times, milliseconds. Where another process wants a core, the threads of one product then
 # wait for each other for whole slices of time: 256 x 768 took 12 us with this and 24 ms without.
 SPIN_COUNT = "1000"
 

@@ -85,8 +85,13 @@ def test_logprobs_of_a_chat_answer(llama: Llama) -> None:
 
 
 def test_answers_in_json_and_by_grammar(llama: Llama) -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
-              "required": ["n"], "additionalProperties": False}  # fmt: skip
+    number = {"type": "integer", "minimum": 0, "maximum": 9}
+    schema = {
+        "type": "object",
+        "properties": {"n": number},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     found = llama.create_chat_completion(
         messages=MESSAGES,
         response_format={"type": "json_object", "schema": schema},
