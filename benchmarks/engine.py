@@ -39,7 +39,7 @@ from qtool.builtin import builtin_model
 from qtool.convert.run import convert_model
 from qtool.native_build import cpu_flags
 from qtool.runtime.random_model import QWEN_05B, RandomReader
-from qtool.settings import child_environment
+from qtool.settings import child_environment, share_the_machine
 
 WORKER = Path(__file__).parent / "engine_worker.py"
 BATCHES = (1, 4, 16)
@@ -76,8 +76,9 @@ class Command:
     clock: str
 
     def start(self) -> subprocess.Popen[str]:
-        # One thread pool each, of the size that all of them get.
+        # One thread pool each, of the size that all of them get, whose threads sleep soon.
         environment = child_environment(OMP_NUM_THREADS=str(self.threads), PYTHONSAFEPATH="1")
+        share_the_machine(environment)
         line = [self.python, str(WORKER), self.name, str(self.model), str(self.threads), self.clock]
         return subprocess.Popen(
             line,

@@ -124,7 +124,7 @@ def test_activations_are_rounded_as_described(native: Native, dtype: torch.dtype
     x[0, 128:256] = 0.0
     x[0, 256] = 1e-33
     for unit in (32, 64, 128):
-        packed = native_linear.pack_for(native, quantized(4, 384, f"int4-g{unit}-sym"))
+        packed = native_linear.pack_for(native, quantized(4, 384, f"int4-g{unit}-asym"))
         record = ctypes.addressof(packed.record)
         scratch = torch.empty(native.library.qtool_linear_scratch(record, 1), dtype=torch.uint8)
         kind = native_linear.ELEMENT_TYPES[dtype]

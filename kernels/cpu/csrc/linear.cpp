@@ -214,6 +214,7 @@ void multiply_tile(const QtoolLinear& linear, int64_t panel, const int8_t* q, co
   const int64_t strips_a_step = std::max<int64_t>(1, linear.step / kStrip);
   const int64_t steps_a_group = linear.group / linear.step;
   const bool has_offsets = linear.offsets != nullptr, is_plain = linear.scale_kind == kPlainScales;
+  const bool is_shifted = !has_offsets && linear.zeros == nullptr;
   const int in_super = is_plain ? 1 : groups_a_super(linear.scale_kind);
 
   for (int first = 0; first < kPanel / kLanes; first += kVectors) {
@@ -256,6 +257,15 @@ void multiply_tile(const QtoolLinear& linear, int64_t panel, const int8_t* q, co
         steps_left = steps_a_group;
       }
       --steps_left;
+      if (is_shifted) {
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+          const Ints shift = set1_int(sums[step * kRows + row]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) sum[row][v] = shift;
+        }
+        return;
+      }
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
         const Ints less = set1_int(-sums[step * kRows + row]);
@@ -378,10 +388,17 @@ Activations::Activations(const QtoolLinear& linear, int64_t rows, void* scratch)
       tile(ceil_div(rows, std::max<int64_t>(1, ceil_div(rows, kMaxRows)))),
       in(linear.in),
       step(linear.step),
-      span(linear.span) {
+      span(linear.span),
+      factor(factor_of(linear)) {
   q = static_cast<int8_t*>(scratch);
   scales = reinterpret_cast<float*>(q + ceil_div(rows * in, 64) * 64);
   sums = reinterpret_cast<int32_t*>(scales + rows * (in / step));
+}
+
+int32_t Activations::factor_of(const QtoolLinear& linear) {
+  if (linear.zeros != nullptr || linear.offsets != nullptr) return 1;
+  const bool is_direct = linear.bits == 4 && linear.table == nullptr && linear.step >= kStrip;
+  return (is_direct ? 0 : kCodeBias8) - linear.midpoint;
 }
 
 int64_t Activations::bytes(const QtoolLinear& linear, int64_t rows) {
@@ -418,7 +435,7 @@ void round_part(const T* x, int64_t row, int64_t from, int64_t count, const Acti
       }
       const int64_t at = (first + begin) / to.step * rows + inside;
       scales[at] = scale;
-      sums[at] = reduce_add_ints(sum);
+      sums[at] = to.factor * reduce_add_ints(sum);
     }
     for (int64_t i = 0; i < to.span; i += 4)
       std::memcpy(q + ((first + i) * rows + 4 * inside), bytes + i, 4);

@@ -6,7 +6,8 @@
 #include "threads.h"
 
 // Where the parts of rounded activations lie in a scratch, in tiles of `tile` rows one after the
-// other: q [in / 4][rows of the tile][4], scales and sums [in / step][rows of the tile].
+// other: q [in / 4][rows of the tile][4], scales and sums [in / step][rows of the tile]. Sums are of
+// a step's q, times `factor`.
 struct Activations {
   int8_t* q;
   float* scales;
@@ -16,6 +17,7 @@ struct Activations {
   int64_t in;
   int64_t step;
   int64_t span;
+  int32_t factor;
 
   Activations() = default;
   Activations(const QtoolLinear& linear, int64_t rows, void* scratch);
@@ -23,8 +25,11 @@ struct Activations {
 
   // Whether activations rounded for one linear serve another as they are.
   bool fit(const QtoolLinear& linear) const {
-    return in == linear.in && step == linear.step && span == linear.span;
+    return in == linear.in && step == linear.step && span == linear.span &&
+           factor == factor_of(linear);
   }
+  // With one zero for all weights, what it takes from a sum is known before the weights are read.
+  static int32_t factor_of(const QtoolLinear& linear);
   int64_t tiles() const { return (rows + tile - 1) / tile; }
   int64_t tile_rows(int64_t index) const { return std::min(tile, rows - index * tile); }
 };
