@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
-from fastapi.datastructures import Headers
 from fastapi.responses import Response
 
 from qtool.errors import QtoolError
 from qtool.runtime.server.asgi import App, Message, Receive, Scope, Send
 from qtool.runtime.server.errors import ApiError, from_qtool_error, unavailable
 from qtool.runtime.server.metrics import expose_together
+from qtool.runtime.server.middleware import header
 from qtool.runtime.server.service import Service, logger
 
 LOOK_SECONDS = 1.0
@@ -168,8 +168,9 @@ class PoolApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/metrics":
+            accept = header(scope["headers"], b"accept") or b""
             metrics = [service.metrics for service in self._pool.services]
-            exposition = expose_together(metrics, Headers(scope=scope).get("accept", ""))
+            exposition = expose_together(metrics, accept.decode("latin-1"))
             headers = {"Content-Type": exposition.content_type}
             await Response(exposition.body, headers=headers)(scope, receive, send)
             return

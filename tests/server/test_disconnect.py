@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
 import pytest
+
+from qtool.runtime.server.asgi import EventStream
 
 LONG = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True}
 RUNNING = "vllm:num_requests_running"
@@ -85,14 +88,14 @@ def test_many_clients_that_leave_leave_nothing(server: Any) -> None:
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(serve: Callable[..., Any]) -> None:
-    """Its answer is computed and waits in buffers; then it is hung up on."""
+    """Others are answered meanwhile, and what it held comes free."""
     body = json.dumps(
         {
             "messages": [{"role": "user", "content": "Once"}],
-            "max_tokens": 400,
+            "max_tokens": 150,
             "ignore_eos": True,
             "stream": True,
-            "n": 6,
+            "n": 2,
             "logprobs": True,
             "top_logprobs": 20,
         }
@@ -108,3 +111,33 @@ def test_a_client_that_does_not_read_holds_up_nobody(serve: Callable[..., Any]) 
             assert server.complete("Once", max_tokens=2)
             is_all_free(server)
             assert server.complete("Once", max_tokens=2)
+
+
+def test_a_client_that_does_not_read_is_hung_up_on() -> None:
+    closed: list[str] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            for number in range(1000):
+                yield b"data: %d\n\n" % number
+        finally:
+            closed.append("closed")
+
+    async def main() -> int:
+        num_sent = 0
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            nonlocal num_sent
+            num_sent += 1
+            if num_sent > 10:  # the buffers are full, and nobody empties them
+                await asyncio.Event().wait()
+
+        async with asyncio.timeout(30):
+            await EventStream(events(), write_seconds=0.01)({}, receive, send)
+        return num_sent
+
+    assert asyncio.run(main()) == 11
+    assert closed == ["closed"]
