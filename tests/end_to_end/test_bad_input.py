@@ -119,7 +119,7 @@ SERVE: list[tuple[str, int, str]] = [
     ("serve {bad}/short.gguf", 1, "short.gguf"),
     ("serve {bad}/strange", 1, "perceiver-of-worlds"),
     ("serve builtin:books-7m --dtype float8", 2, "float8"),
-    ("serve builtin:books-7m --max-model-len 0", 2, "max-model-len"),
+    ("serve builtin:books-7m --max-model-len -5", 2, "max-model-len"),
     ("server builtin:books-7m", 2, "Did you mean serve?"),
     ("verify {bad}/empty", 1, "qtool.json"),
 ]
