@@ -39,7 +39,7 @@ NOT_RUN = {
     r"^vllm ": "another program",
 }
 # Commands whose text is a model's: it differs between CPUs, so that they only must succeed.
-GENERATES = r"\b(curl|qtool chat)\b"
+GENERATES = r"\b(curl|qtool chat|qtool run)\b"
 DEFAULT_PORT = "8000"
 
 
@@ -109,6 +109,9 @@ def test_every_command_in_readme_has_flags_that_exist(command: str) -> None:
     simple = re.split(r"[|>&;]", command)[0]
     name, *arguments = shlex.split(simple)[1:]
     subcommand = qtool.get_command(click.Context(qtool), name)
+    if isinstance(subcommand, click.Group):
+        name, *arguments = arguments
+        subcommand = subcommand.get_command(click.Context(subcommand), name)
     assert subcommand is not None
     known = {flag for parameter in subcommand.params for flag in parameter.opts}
     used = {argument.split("=")[0] for argument in arguments if argument.startswith("-")}
@@ -139,6 +142,7 @@ class Session:
             "PATH": os.pathsep.join([scripts, os.environ["PATH"]]),
             "COLUMNS": "80",
             "HF_HUB_OFFLINE": "1",
+            "XDG_DATA_HOME": str(folder / "data"),
         }
 
     def run(self, step: Step) -> None:
