@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import socket
 from collections.abc import Mapping
@@ -110,10 +109,6 @@ async def _serve(
 ) -> None:
     client = AsyncEngine.from_loaded(loaded, engine_config)
     await client.start()
-    # What has been loaded stays: a full collection would look through all of it, in the middle of
-    # somebody's answer (100 ms and more).
-    gc.collect()
-    gc.freeze()
     try:
         assert loaded.tokenizer is not None  # load() refuses models without one
         service = Service.build(client, loaded.tokenizer, server_config)
