@@ -24,7 +24,12 @@ SERVER = "http://127.0.0.1:8000"
 @click.argument("model")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 def pull(model: str, revision: str | None) -> None:
-    """Download MODEL from the Hub into Hugging Face's cache, for use without a network."""
+    """Download MODEL from the Hub into Hugging Face's cache, for use without a network.
+
+    \b
+    Example:
+      qtool pull Qwen/Qwen3-0.6B
+    """
     from qtool.source import resolve
 
     found = store().find(model)
@@ -35,7 +40,13 @@ def pull(model: str, revision: str | None) -> None:
 @click.command("list")
 @click.option("--json", "as_json", is_flag=True, help="One object a model.")
 def list_models(as_json: bool) -> None:
-    """List the models on this machine: names made here, and downloads."""
+    """List the models on this machine: names made here, and downloads.
+
+    \b
+    Examples:
+      qtool list
+      qtool list --json
+    """
     entries = [*store().listed(), *downloaded()]
     if as_json:
         import orjson
@@ -70,7 +81,13 @@ def _age(entry: Listed) -> str:
 @click.argument("model")
 @click.option("--modelfile", is_flag=True, help="The Modelfile alone.")
 def show(model: str, modelfile: bool) -> None:
-    """Show what MODEL is made of."""
+    """Show what MODEL is made of.
+
+    \b
+    Examples:
+      qtool show captain
+      qtool show captain --modelfile > Modelfile
+    """
     found = store().find(model) or Modelfile(base=model)
     click.echo(found.text(), nl=False)
     if modelfile:
@@ -86,7 +103,12 @@ def show(model: str, modelfile: bool) -> None:
 @click.command()
 @click.argument("models", nargs=-1, required=True)
 def rm(models: tuple[str, ...]) -> None:
-    """Remove MODELS: names made here, or downloads."""
+    """Remove MODELS: names made here, or downloads.
+
+    \b
+    Example:
+      qtool rm captain Qwen/Qwen3-0.6B
+    """
     for model in models:
         if store().remove(model):
             click.echo(f"{model}: the name is removed; what it was made from stays")
@@ -98,7 +120,12 @@ def rm(models: tuple[str, ...]) -> None:
 @click.argument("source")
 @click.argument("name")
 def cp(source: str, name: str) -> None:
-    """Give the model SOURCE another NAME."""
+    """Give the model SOURCE another NAME.
+
+    \b
+    Example:
+      qtool cp captain mate
+    """
     store().keep(name, store().find(source) or Modelfile(base=source))
     click.echo(f"{name}: made from {source}")
 
@@ -109,7 +136,12 @@ def cp(source: str, name: str) -> None:
     "-f", "--file", "path", type=click.Path(dir_okay=False), default="Modelfile", show_default=True
 )
 def create(name: str, path: str) -> None:
-    """Make NAME from a Modelfile: a model with a system prompt and values of its own."""
+    """Make NAME from a Modelfile: a model with a system prompt and values of its own.
+
+    \b
+    Example:
+      qtool create captain -f Modelfile
+    """
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text()
     except OSError as error:
@@ -127,7 +159,12 @@ def create(name: str, path: str) -> None:
 @click.command()
 @click.option("--server", default=SERVER, show_default=True, metavar="URL")
 def ps(server: str) -> None:
-    """Show the models that a running server holds."""
+    """Show the models that a running server holds.
+
+    \b
+    Example:
+      qtool ps --server http://127.0.0.1:8000
+    """
     import httpx
 
     key = settings().api_key
