@@ -11,7 +11,7 @@ QTOOL_ACTIVATIONS  int8: quantized linears on CPUs round their inputs to 8 bits 
 GOMP_SPINCOUNT     read by torch's OpenMP; made small where neither it nor OMP_WAIT_POLICY is set
 XDG_DATA_HOME      folder whose qtool/ keeps the names of models made with `qtool create`
                    (~/.local/share)
-XDG_CACHE_HOME     folder whose qtool/ keeps compiled C++ code (~/.cache)
+XDG_CACHE_HOME     folder whose qtool/ keeps compiled C++ code and tokenizers (~/.cache)
 NO_COLOR           any value: plain output
 """
 

@@ -1,9 +1,10 @@
 """Text to token ids and back, chat messages to text, for folders and for GGUF files alike.
 
-The work is done by the `tokenizers` library; transformers' tokenizer sits around it for two
-reasons: it knows how each family's files want to be read, and it renders chat templates in a
-sandbox. Ids are turned back into text one step at a time by `IncrementalDetokenizer`, which never
-gives out half a character or text that may turn out to belong to a stop string.
+The work is done by the `tokenizers` library. Transformers is there for two reasons: it knows how
+each family's files want to be read (`tokenizer_files`), and it renders chat templates in a sandbox;
+for that it is imported by the first conversation, not at the start. Ids are turned back into text
+one step at a time by `IncrementalDetokenizer`, which never gives out half a character or text that
+may turn out to belong to a stop string.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
+from tokenizers.models import BPE
 
 from qtool.convert.formats import WeightReader
-from qtool.errors import FormatError, UnsupportedModel, UsageError
+from qtool.errors import FormatError, UsageError
 from qtool.json_files import read_json
+from qtool.runtime.tokenizer_files import read_folder, read_gguf
+from qtool.runtime.tokenizer_parts import TokenizerParts
 from qtool.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Any of these beside the weights means that the model has a tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 # For a model that brings no template, as base models do not: the speakers named line by line.
 PLAIN_TEMPLATE = """\
@@ -48,27 +49,23 @@ class Tokenizer:
                           template, the next speaker's name
     """
 
-    def __init__(self, wrapped: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()) -> None:
-        backend = getattr(wrapped, "backend_tokenizer", None)
-        if not isinstance(backend, Backend):
-            raise UnsupportedModel(
-                f"the tokenizer is a {type(wrapped).__name__}, which cannot decode step by step",
-                hint="save it with a tokenizer.json (AutoTokenizer(...).save_pretrained)",
-            )
-        self._wrapped = wrapped
-        self.backend: Backend = backend
-        self.bos_token_id: int | None = wrapped.bos_token_id
-        own = wrapped.eos_token_id
+    def __init__(self, parts: TokenizerParts, eos_token_ids: Sequence[int] = ()) -> None:
+        self.backend: Backend = parts.backend
+        self._special_tokens = parts.special_tokens
+        self._chat_template = parts.chat_template
+        self._renderer: PreTrainedTokenizerBase | None = None
+        self.bos_token_id: int | None = parts.bos_token_id
+        own = parts.eos_token_id
         self.eos_token_ids: tuple[int, ...] = tuple(
             dict.fromkeys((*eos_token_ids, *([] if own is None else [own])))
         )
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = self.backend.get_vocab_size(with_added_tokens=True)
         self.special_ids: Mapping[str, int] = {
             token.content: token_id
-            for token_id, token in backend.get_added_tokens_decoder().items()
+            for token_id, token in self.backend.get_added_tokens_decoder().items()
             if token.special
         }
-        has_template = wrapped.chat_template is not None
+        has_template = parts.chat_template is not None
         self.chat_template_origin: TemplateOrigin = "model" if has_template else "plain (announced)"
         self.chat_stop: tuple[str, ...] = () if has_template else PLAIN_TEMPLATE_STOP
 
@@ -76,50 +73,20 @@ class Tokenizer:
     def load(cls, source: Source, reader: WeightReader) -> Tokenizer | None:
         """The model's tokenizer, or None where the source has none."""
         if source.is_gguf:
-            return cls._from_gguf(reader)
-        if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
-            return None
-        from transformers import AutoTokenizer
-
-        try:
-            wrapped = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            # Third-party parsers raise whatever they like: the Rust library bare Exceptions, and
-            # its panics are not even those.
-            raise FormatError(
-                f"{source.name}: the tokenizer cannot be read: {error}",
-                hint="copy the tokenizer files of the original model beside the weights",
-            ) from error
-        return cls(wrapped, _generation_eos(source))
-
-    @classmethod
-    def _from_gguf(cls, reader: WeightReader) -> Tokenizer:
-        from transformers import PreTrainedTokenizerFast
-
-        from qtool.convert.gguf.import_ import GgufWeights
-        from qtool.convert.gguf.vocab import tokenizer_from_gguf
-
-        assert isinstance(reader, GgufWeights)
-        found = tokenizer_from_gguf(reader.metadata)
-        wrapped = PreTrainedTokenizerFast(
-            tokenizer_object=found.tokenizer,
-            bos_token=found.token("bos"),
-            eos_token=found.token("eos"),
-            chat_template=found.chat_template,
-        )
-        return cls(wrapped, found.eos_token_ids)
+            found = read_gguf(reader)
+            return cls(found.parts, found.eos_token_ids)
+        parts = read_folder(source)
+        return None if parts is None else cls(parts, _generation_eos(source))
 
     def use_chat_template(self, template: str) -> None:
         """Render conversations with this Jinja template instead of the model's own."""
-        self._wrapped.chat_template = template
+        self._chat_template = template
         self.chat_template_origin = "given"
         self.chat_stop = ()
 
     def chat_template_for(self, *, tools: bool = False) -> str | None:
         """The Jinja source that conversations are rendered with; None: the plain lines."""
-        template = self._wrapped.chat_template
+        template = self._chat_template
         if isinstance(template, Mapping):
             names = ("tool_use", "default") if tools else ("default",)
             template = next((template[name] for name in names if name in template), None)
@@ -127,9 +94,8 @@ class Tokenizer:
 
     def special_tokens(self) -> dict[str, str | None]:
         """The texts of the tokens that begin, end and pad."""
-        wrapped = self._wrapped
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        return {name: getattr(wrapped, name, None) for name in names}
+        return {name: self._special_tokens.get(name) for name in names}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -147,18 +113,27 @@ class Tokenizer:
         options = {"add_generation_prompt": True, **options}
         plain = self.chat_template_origin == "plain (announced)" and "chat_template" not in options
         try:
-            text = self._wrapped.apply_chat_template(
+            text = self._template_renderer().apply_chat_template(
                 _with_text_content(messages) if plain else list(messages),
                 tokenize=False,
                 **({"chat_template": PLAIN_TEMPLATE} if plain else {}),
-                **options,
+                **{**self._special_tokens, **options},
             )
         except Exception as error:
             # Templates raise on conversations they do not take ("roles must alternate", ...).
             raise UsageError(f"the chat template refuses these messages: {error}") from error
         if plain and self.bos_token_id is not None and self.encode("")[:1] == [self.bos_token_id]:
-            return f"{self._wrapped.bos_token}{text}"
+            return f"{self._special_tokens['bos_token']}{text}"
         return str(text)
+
+    def _template_renderer(self) -> PreTrainedTokenizerBase:
+        """Transformers' templates around an empty vocabulary, loaded by the first conversation."""
+        if self._renderer is None:
+            from transformers import PreTrainedTokenizerFast
+
+            self._renderer = PreTrainedTokenizerFast(tokenizer_object=Backend(BPE()))
+        self._renderer.chat_template = self._chat_template
+        return self._renderer
 
 
 def _generation_eos(source: Source) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from qtool.convert.formats import open_weights
 from qtool.errors import FormatError, UsageError
 from qtool.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+from qtool.runtime.tokenizer_parts import TokenizerParts
 from qtool.source import Source
 
 TEXTS = [
@@ -180,7 +181,7 @@ def test_text_goes_on_where_a_token_changes_what_stands_before_it() -> None:
     backend.decoder = tokenizers.decoders.Sequence(
         [tokenizers.decoders.Fuse(), tokenizers.decoders.Replace("ab", "xyz")]
     )
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    tokenizer = Tokenizer(TokenizerParts(backend, {}, None, None, None))
     assert (tokenizer.decode([1]), tokenizer.decode([1, 2])) == ("a", "xyz")
     detokenizer = IncrementalDetokenizer(tokenizer, [3])
     pieces = [detokenizer.push([token_id]).text for token_id in (1, 2, 3, 1)]
