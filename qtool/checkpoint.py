@@ -64,13 +64,16 @@ class TensorInfo:
 class Checkpoint:
     """A Hugging Face model folder, opened lazily: headers now, tensors when asked for.
 
-    mapped  tensors of older `.bin` files, which are views of them
+    mapped   tensors of older `.bin` files, which are views of them
+    handles  the safetensors files that were read from: opening one parses its header again, which
+             takes longer than reading a small tensor
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     mapped: Mapping[str, Tensor] = field(default_factory=dict)
+    handles: dict[Path, safe_open] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -103,8 +106,10 @@ class Checkpoint:
         if name in self.mapped:
             return self.mapped[name].clone(memory_format=torch.contiguous_format)
         try:
-            with safe_open(str(info.file), framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+            file = self.handles.get(info.file)
+            if file is None:
+                file = self.handles[info.file] = safe_open(str(info.file), framework="pt")
+            tensor: Tensor = file.get_tensor(name)
         except SafetensorError as error:
             raise FormatError(f"{info.file.name}: tensor {name!r}: {error}") from error
         return tensor

@@ -17,6 +17,9 @@ from qtool import grid
 from qtool.errors import FormatError
 from qtool.scheme import FloatScheme, QuantScheme
 
+# Of blocks, that are unpacked at a time: 1 MB in float32.
+SLAB_WEIGHTS = 1 << 18
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DenseWeight:
@@ -154,7 +157,15 @@ class BlockWeight:
         return self.data.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.codec.dequantize(self.data).to(dtype)
+        if dtype == torch.float32:
+            return self.codec.dequantize(self.data).to(dtype)
+        # In slabs that stay in cache: an embedding in float32 is half a gigabyte to write and read.
+        values = torch.empty(self.shape, dtype=dtype, device=self.data.device)
+        height = max(1, SLAB_WEIGHTS // self.columns)
+        for begin in range(0, self.shape[0], height):
+            rows = slice(begin, begin + height)
+            values[rows] = self.codec.dequantize(self.data[rows])
+        return values
 
     def rows(self, order: Tensor) -> BlockWeight:
         return BlockWeight(self.data[order], self.columns, self.codec)

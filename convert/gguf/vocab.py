@@ -137,7 +137,7 @@ def end_of_generation_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     ids += [
         number
         for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind in marked and token in END_TEXTS
+        if token in END_TEXTS and kind in marked
     ]
     return tuple(dict.fromkeys(ids))
 
@@ -160,9 +160,11 @@ class _Vocabulary:
             raise FormatError(
                 f"tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens"
             )
-        for number, token in enumerate(tokens):
-            if not token.isascii() and any("\ud800" <= letter <= "\udfff" for letter in token):
-                raise FormatError(f"tokenizer.ggml.tokens[{number}] {token!r} is not UTF-8")
+        if _is_broken("".join(tokens)):
+            number, token = next(
+                (number, token) for number, token in enumerate(tokens) if _is_broken(token)
+            )
+            raise FormatError(f"tokenizer.ggml.tokens[{number}] {token!r} is not UTF-8")
         # llama.cpp gives nameless tokens a name of their own, so that ids stay distinct
         tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
         ids = {token: number for number, token in enumerate(tokens)}
@@ -308,13 +310,24 @@ def _named_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _is_broken(text: str) -> bool:
+    """Whether it holds bytes that are no UTF-8, which were read as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _array(
     metadata: Mapping[str, Any], key: str, kind: type, *, optional: bool = False
 ) -> list[Any]:
     value = metadata.get(PREFIX + key)
     if value is None and optional:
         return []
-    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+    if not isinstance(value, list) or not all(
+        issubclass(one, kind) for one in set(map(type, value))
+    ):
         found = "missing" if value is None else f"no array of {kind.__name__}"
         raise FormatError(f"tokenizer.ggml.{key} is {found}")
     return value

@@ -99,7 +99,7 @@ class _Builder:
 
     def build(self) -> Built:
         config = self._config
-        embedding = self._tensor("embed", None)
+        embedding = self._embedding()
         blocks = []
         with bar(f"loading {self._reader.source.name}", config.num_layers) as progress:
             for index in range(config.num_layers):
@@ -124,6 +124,12 @@ class _Builder:
         )
         uses = tuple(KernelUse(*key, count) for key, count in self._uses.items())
         return Built(decoder, uses, self._nbytes)
+
+    def _embedding(self) -> Tensor:
+        weight = self._reader.weight(self._architecture.hf_name("embed", None))
+        values = weight.dequantize(self._dtype).to(self._device).contiguous()
+        self._nbytes += values.nbytes
+        return values
 
     def _head(self, embedding: Tensor) -> Linear:
         """Its own weight or the embedding's, as that is stored where it is packed."""
@@ -312,8 +318,9 @@ class _Builder:
         the kernel that takes them, and as codes for the others.
         """
         blocks = getattr(self._reader, "stored", None)
-        refusal = native_linear.refuses_any(self._dtype, self._device, self._rules.activations)
-        if blocks is None or refusal is not None:
+        if blocks is None or native_linear.refuses_any(
+            self._dtype, self._device, self._rules.activations
+        ):
             return self._reader.weight(module)
         weight: Weight = blocks(module)
         return weight
