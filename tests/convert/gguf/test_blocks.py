@@ -26,7 +26,7 @@ from qtool.convert.gguf.blocks.legacy import pack_q4_0, pack_q8_0, unpack_q4_0
 from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.errors import FormatError, UnknownName
 from qtool.scheme import QuantScheme
-from qtool.weights import BlockWeight, QuantizedWeight
+from qtool.weights import SLAB_WEIGHTS, BlockWeight, QuantizedWeight
 
 DATA = Path(__file__).parent / "data" / "blocks.npz"
 KINDS = ("normal", "heavy", "bf16", "edge")
@@ -384,3 +384,12 @@ def test_q8_0_is_symmetric_int8_both_ways() -> None:
     weight = legacy.unpack_q8_0(blocks)
     assert weight.dequantize().equal(blocks.dequantize())
     assert pack_q8_0(weight).equal(data)
+
+
+def test_a_large_matrix_unpacked_in_slabs_has_the_same_bits() -> None:
+    rows = 2 * SLAB_WEIGHTS // 64 + 5
+    values = torch.randn(rows, 64, generator=torch.Generator().manual_seed(3))
+    weight = BlockWeight(quantize("Q8_0", values), 64, BLOCK_CODECS["Q8_0"])
+    whole = weight.dequantize()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert weight.dequantize(dtype).equal(whole.to(dtype))
