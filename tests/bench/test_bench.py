@@ -166,6 +166,7 @@ def test_every_kind_of_linear_is_a_row(books_7m: Path) -> None:
     assert all(row["microseconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_startup_adds_up(books_7m: Path) -> None:
     (row,) = json.loads(run("startup", str(books_7m), "--num-runs", "1", "--json"))["rows"]
     parts = [row[name] for name in ("python", "imports", "loading", "first_token")]
