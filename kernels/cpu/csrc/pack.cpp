@@ -31,34 +31,32 @@ void ask_for_huge_pages(uint8_t* packed, int64_t bytes) {
 }
 
 // 32 codes of one row into its place in a strip's planes; see `spread` in linear.cpp.
-template <int bits>
-void pack_strip(const uint8_t* codes, int64_t row, uint8_t* strip) {
+void pack_strip(const uint8_t* codes, int bits, int64_t row, uint8_t* strip) {
   uint32_t words[8];
   std::memcpy(words, codes, 32);
   const auto put = [&](int64_t line, uint32_t word) {
     std::memcpy(strip + line * kLine + row * 4, &word, 4);
   };
-  if constexpr (bits == 8) {
+  if (bits == 8) {
     for (int g = 0; g < 8; ++g) put(g, words[g]);
     return;
   }
-  constexpr int low = bits >= 4 ? 4 : 2, in_byte = 8 / low;
-  constexpr uint32_t low_mask = low == 4 ? 0x0f0f0f0fu : 0x03030303u;
+  const int low = bits >= 4 ? 4 : 2, in_byte = 8 / low;
+  const uint32_t low_mask = low == 4 ? 0x0f0f0f0fu : 0x03030303u;
   for (int line = 0; line < 8 / in_byte; ++line) {
     uint32_t word = 0;
     for (int g = 0; g < in_byte; ++g)
       word |= (words[line * in_byte + g] & low_mask) << (g * low);
     put(line, word);
   }
-  if constexpr (bits == 3 || bits == 5 || bits == 6) {
-    constexpr int high = bits - low, first = 8 / in_byte;
-    constexpr uint32_t high_mask = high == 1 ? 0x01010101u : 0x03030303u;
-    for (int line = 0; line < high; ++line) {
-      uint32_t word = 0;
-      for (int g = 0; g < 8 / high; ++g)
-        word |= ((words[line * (8 / high) + g] >> low) & high_mask) << (g * high);
-      put(first + line, word);
-    }
+  const int high = bits - low, first = 8 / in_byte;
+  if (high == 0) return;
+  const uint32_t high_mask = high == 1 ? 0x01010101u : 0x03030303u;
+  for (int line = 0; line < high; ++line) {
+    uint32_t word = 0;
+    for (int g = 0; g < 8 / high; ++g)
+      word |= ((words[line * (8 / high) + g] >> low) & high_mask) << (g * high);
+    put(first + line, word);
   }
 }
 
@@ -78,7 +76,7 @@ struct Layout {
   int64_t fields;   // bytes of fields a row
 };
 
-constexpr Layout layout_of(int32_t type) {
+Layout layout_of(int32_t type) {
   switch (type) {
     case kQ4_0: return {32, 18, 4, 0, -1, 0};
     case kQ4_1: return {32, 20, 4, 0, 2, 0};
@@ -112,8 +110,7 @@ void add_fifth_bits(const uint8_t* from, uint8_t* codes) {
   for (int j = 0; j < 32; ++j) codes[j] |= static_cast<uint8_t>((bits >> j & 1) << 4);
 }
 
-template <int32_t type>
-void block_codes(const uint8_t* b, uint8_t* codes) {
+void block_codes(int32_t type, const uint8_t* b, uint8_t* codes) {
   switch (type) {
     case kQ4_0: case kIQ4_NL: split_nibbles(b + 2, codes); break;
     case kQ4_1: split_nibbles(b + 4, codes); break;
@@ -174,8 +171,7 @@ void join_six_bits(const uint8_t* six, int count, uint32_t* words) {
   }
 }
 
-template <int32_t type>
-void put_fields(const uint8_t* b, int64_t row, uint8_t* fields) {
+void put_fields(int32_t type, const uint8_t* b, int64_t row, uint8_t* fields) {
   uint32_t words[4];
   uint8_t six[16];
   switch (type) {
@@ -233,15 +229,13 @@ struct Parts {
   uint8_t* fields;
 };
 
-// The type is a template's: the loops over a block's bits are then unrolled.
-template <int32_t type>
-void pack_block_panel(const uint8_t* data, int64_t out, int64_t in, int64_t panel,
+void pack_block_panel(int32_t type, const uint8_t* data, int64_t out, int64_t in, int64_t panel,
                       const Parts& to) {
-  constexpr Layout layout = layout_of(type);
+  const Layout layout = layout_of(type);
   const int64_t blocks = in / layout.weights, strip_bytes = kStrip * kPanel * layout.bits / 8;
-  constexpr int64_t scale_bytes = type == kMXFP4 ? 1 : 2;
+  const int64_t scale_bytes = type == kMXFP4 ? 1 : 2;
   // K-quants subtract their minima, Q4_1 and Q5_1 add them.
-  constexpr bool negate = layout.fields > 0;
+  const bool negate = layout.fields > 0;
   const int64_t rows = std::min(kPanel, out - panel * kPanel);
   const int64_t panel_bytes = in / kStrip * strip_bytes;
   if (rows < kPanel) std::memset(to.codes + panel * panel_bytes, 0, static_cast<size_t>(panel_bytes));
@@ -249,10 +243,10 @@ void pack_block_panel(const uint8_t* data, int64_t out, int64_t in, int64_t pane
   for (int64_t row = 0; row < rows; ++row) {
     const uint8_t* from = data + (panel * kPanel + row) * blocks * layout.bytes;
     for (int64_t block = 0; block < blocks; ++block, from += layout.bytes) {
-      block_codes<type>(from, codes);
+      block_codes(type, from, codes);
       const int64_t strips = layout.weights / kStrip, first = (panel * blocks + block) * strips;
       for (int64_t s = 0; s < strips; ++s)
-        pack_strip<layout.bits>(codes + s * kStrip, row, to.codes + (first + s) * strip_bytes);
+        pack_strip(codes + s * kStrip, layout.bits, row, to.codes + (first + s) * strip_bytes);
       const int64_t at = (panel * blocks + block) * kPanel + row;
       std::memcpy(to.scales + at * scale_bytes, from + layout.d, static_cast<size_t>(scale_bytes));
       // 2 to the -128 is no normal number; 1 is read as zero.
@@ -263,7 +257,7 @@ void pack_block_panel(const uint8_t* data, int64_t out, int64_t in, int64_t pane
         std::memcpy(to.offsets + at * 2, &half, 2);
       }
       if (layout.fields > 0)
-        put_fields<type>(from, row, to.fields + (panel * blocks + block) * layout.fields * kPanel);
+        put_fields(type, from, row, to.fields + (panel * blocks + block) * layout.fields * kPanel);
     }
   }
 }
@@ -288,7 +282,7 @@ void pack_matrix_panel(const T* values, int64_t out, int64_t in, int64_t panel, 
         store_bytes(whole + j, round_to_ints(mul(load(from + i + j), inverse)));
       uint8_t moved[kStrip];
       for (int64_t j = 0; j < kStrip; ++j) moved[j] = static_cast<uint8_t>(whole[j]) ^ 0x80;
-      pack_strip<8>(moved, row, to + i * kPanel);
+      pack_strip(moved, 8, row, to + i * kPanel);
     }
   }
 }
@@ -308,63 +302,21 @@ void qtool_pack_matrix(const void* values, int32_t type, int64_t out, int64_t in
   });
 }
 
-namespace {
-
-template <int bits>
-void pack_code_panel(const uint8_t* codes, int64_t out, int64_t in, int64_t panel, uint8_t* packed) {
-  constexpr int64_t strip_bytes = kStrip * kPanel * bits / 8;
-  const int64_t strips = in / kStrip, rows = std::min(kPanel, out - panel * kPanel);
-  uint8_t* const to = packed + panel * strips * strip_bytes;
-  if (rows < kPanel) std::memset(to, 0, static_cast<size_t>(strips * strip_bytes));
-  for (int64_t strip = 0; strip < strips; ++strip)
-    for (int64_t row = 0; row < rows; ++row)
-      pack_strip<bits>(codes + (panel * kPanel + row) * in + strip * kStrip, row,
-                       to + strip * strip_bytes);
-}
-
-using CodePanel = void (*)(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*);
-
-CodePanel code_panel(int32_t bits) {
-  switch (bits) {
-    case 2: return pack_code_panel<2>;
-    case 3: return pack_code_panel<3>;
-    case 4: return pack_code_panel<4>;
-    case 5: return pack_code_panel<5>;
-    case 6: return pack_code_panel<6>;
-  }
-  return pack_code_panel<8>;
-}
-
-using BlockPanel = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const Parts&);
-
-BlockPanel block_panel(int32_t type) {
-  switch (type) {
-    case kQ4_0: return pack_block_panel<kQ4_0>;
-    case kQ4_1: return pack_block_panel<kQ4_1>;
-    case kQ5_0: return pack_block_panel<kQ5_0>;
-    case kQ5_1: return pack_block_panel<kQ5_1>;
-    case kQ8_0: return pack_block_panel<kQ8_0>;
-    case kQ2_K: return pack_block_panel<kQ2_K>;
-    case kQ3_K: return pack_block_panel<kQ3_K>;
-    case kQ4_K: return pack_block_panel<kQ4_K>;
-    case kQ5_K: return pack_block_panel<kQ5_K>;
-    case kQ6_K: return pack_block_panel<kQ6_K>;
-    case kIQ4_NL: return pack_block_panel<kIQ4_NL>;
-    case kIQ4_XS: return pack_block_panel<kIQ4_XS>;
-    case kTQ2_0: return pack_block_panel<kTQ2_0>;
-  }
-  return pack_block_panel<kMXFP4>;
-}
-
-}  // namespace
-
 void qtool_pack_codes(const uint8_t* codes, int64_t out, int64_t in, int32_t bits, uint8_t* packed,
                       int64_t packed_bytes, int32_t threads) {
   ask_for_huge_pages(packed, packed_bytes);
-  const CodePanel pack = code_panel(bits);
+  const int64_t panels = ceil_div(out, kPanel), strip_bytes = kStrip * kPanel * bits / 8;
+  const int64_t strips = in / kStrip;
   with_team(threads, [&](Team& team) {
-    team.each(ceil_div(out, kPanel), 1,
-              [&](int64_t panel) { pack(codes, out, in, panel, packed); });
+    team.each(panels, 1, [&](int64_t panel) {
+      uint8_t* const to = packed + panel * strips * strip_bytes;
+      const int64_t rows = std::min(kPanel, out - panel * kPanel);
+      if (rows < kPanel) std::memset(to, 0, static_cast<size_t>(strips * strip_bytes));
+      for (int64_t strip = 0; strip < strips; ++strip)
+        for (int64_t row = 0; row < rows; ++row)
+          pack_strip(codes + (panel * kPanel + row) * in + strip * kStrip, bits, row,
+                     to + strip * strip_bytes);
+    });
   });
 }
 
@@ -373,9 +325,8 @@ void qtool_pack_blocks(int32_t type, const uint8_t* data, int64_t out, int64_t i
                        int32_t threads) {
   ask_for_huge_pages(codes, code_bytes);
   const Parts to = {codes, scales, offsets, fields};
-  const BlockPanel pack = block_panel(type);
   with_team(threads, [&](Team& team) {
     team.each(ceil_div(out, kPanel), 1,
-              [&](int64_t panel) { pack(data, out, in, panel, to); });
+              [&](int64_t panel) { pack_block_panel(type, data, out, in, panel, to); });
   });
 }
