@@ -31,6 +31,8 @@ OLD_INDEX_NAME = "pytorch_model.bin.index.json"
 OLD_SINGLE_NAME = "pytorch_model.bin"
 # safetensors' own limit on a header.
 MAX_HEADER_BYTES = 100_000_000
+# A tensor that is small beside what opening its file costs.
+SMALL_BYTES = 1 << 20
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -65,15 +67,16 @@ class Checkpoint:
     """A Hugging Face model folder, opened lazily: headers now, tensors when asked for.
 
     mapped   tensors of older `.bin` files, which are views of them
-    handles  the safetensors files that were read from: opening one parses its header again, which
-             takes longer than reading a small tensor
+    handles  open safetensors files, for small tensors: opening one parses its header again, which
+             takes longer than reading them. A large one's pages are to be gone with it, and with
+             a file of its own they are
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     mapped: Mapping[str, Tensor] = field(default_factory=dict)
-    handles: dict[Path, safe_open] = field(default_factory=dict, repr=False, compare=False)
+    handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -106,13 +109,18 @@ class Checkpoint:
         if name in self.mapped:
             return self.mapped[name].clone(memory_format=torch.contiguous_format)
         try:
-            file = self.handles.get(info.file)
-            if file is None:
-                file = self.handles[info.file] = safe_open(str(info.file), framework="pt")
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = self._opened(info).get_tensor(name)
         except SafetensorError as error:
             raise FormatError(f"{info.file.name}: tensor {name!r}: {error}") from error
         return tensor
+
+    def _opened(self, info: TensorInfo) -> Any:
+        file = self.handles.get(info.file) if info.nbytes <= SMALL_BYTES else None
+        if file is None:
+            file = safe_open(str(info.file), framework="pt")
+            if info.nbytes <= SMALL_BYTES:
+                self.handles[info.file] = file
+        return file
 
     @property
     def nbytes(self) -> int:
