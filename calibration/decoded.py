@@ -63,5 +63,10 @@ def open_checkpoint(source: Source) -> Checkpoint:
             stored, name=f"{module}.weight", dtype=dtype, shape=tuple(shape), nbytes=nbytes
         )
     return DecodedCheckpoint(
-        checkpoint.folder, config, infos, checkpoint.mapped, reader, frozenset(modules)
+        checkpoint.folder,
+        config,
+        infos,
+        checkpoint.mapped,
+        reader=reader,
+        decoded=frozenset(modules),
     )
