@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from qtool.runtime.outputs import CompletionOutput, PositionLogprobs, RequestOut
 Document = dict[str, Any]
 
 
-class Writer:
+class Writer(ABC):
     """The JSON of one request's answer."""
 
     prefix: str
@@ -67,17 +68,21 @@ class Writer:
         choice = {"index": 0, **content, "finish_reason": finish_reason}
         return {**self._head(self.chunk_object), "choices": [choice]}
 
+    @abstractmethod
     def content(self, answer: CompletionOutput) -> Document:
-        raise NotImplementedError
+        """The choice of a whole answer."""
 
+    @abstractmethod
     def opening(self) -> list[Document]:
-        raise NotImplementedError
+        """The chunks before the first piece."""
 
+    @abstractmethod
     def piece(self, new: CompletionOutput, offset: int) -> Document:
-        raise NotImplementedError
+        """The choice of a chunk: `new` begins `offset` characters into the answer."""
 
+    @abstractmethod
     def ending(self) -> Document:
-        raise NotImplementedError
+        """The choice of the last chunk."""
 
 
 class CompletionWriter(Writer):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 from qtool.builtin import builtin_model
+from qtool.native_build import InstructionSet, Unavailable, find_compiler, find_instruction_set
+from qtool.settings import child_environment
 
 PROJECT = Path(__file__).parent.parent
 
@@ -125,6 +128,46 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {},
 }
+
+
+@pytest.fixture
+def run_sanitized(tmp_path: Path) -> Callable[..., str]:
+    """Compile a harness with C++ sources under the address and undefined-behaviour sanitizers, run
+    it, and return what it printed. Skips where the CPU, the compiler or its sanitizers are missing.
+    """
+
+    def run(
+        harness: Path,
+        sources: Path,
+        flags: Sequence[str],
+        isa: InstructionSet,
+        instruction_sets: Sequence[InstructionSet],
+    ) -> str:
+        try:
+            find_instruction_set(tuple(instruction_sets), isa.name)
+            compiler, _ = find_compiler()
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        program = tmp_path / "harness"
+        checks = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        files = [str(harness), *map(str, sources.glob("*.cpp"))]
+        made = subprocess.run(
+            [compiler, *flags, *checks, f"-I{sources}", *files, "-o", str(program)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "cannot find -lasan" in made.stderr or "cannot find -lubsan" in made.stderr:
+            pytest.skip("the compiler comes without its sanitizers")
+        assert made.returncode == 0, made.stderr
+        environment = child_environment(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
+        ran = subprocess.run(
+            [program], capture_output=True, text=True, check=False, env=environment
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -73,8 +73,8 @@ def _matmul(x: Tensor, packed: tuple[_Target], bias: Tensor | None) -> Tensor:
     return y
 
 
-def _not_packed(weight: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    raise NotImplementedError("wraps a linear that is packed already")
+def _never_packed(weight: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    raise AssertionError("never chosen: it is for no weight, and wraps what is packed already")
 
 
 # A kernel like the others, so that a wrapped linear is a `Linear`.
@@ -84,7 +84,7 @@ LORA = LinearKernel(
     is_for=lambda weight: False,
     keeps_packed=True,
     refuses=lambda weight, dtype, device, activations: "wraps other kernels",
-    pack=_not_packed,
+    pack=_never_packed,
     matmul=_matmul,
 )
 

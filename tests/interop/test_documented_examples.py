@@ -123,6 +123,7 @@ console.log(text);
 """
 
 
+# node and curl are the system's, not the registry's: the same routes are asked in Python above.
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_a_reader_in_javascript(url: str) -> None:
     command = ["node", "--input-type=module", "-e", JAVASCRIPT, url]

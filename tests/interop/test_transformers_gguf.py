@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from qtool.runtime.loading import load_model
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("gguf", reason="transformers reads GGUF by the gguf package")
 
 AsGguf = Callable[[Path, str], Path]
 

@@ -54,6 +54,7 @@ def test_more_threads_than_cores_change_nothing(packed: NativePacked) -> None:
         torch.set_num_threads(before)
 
 
+# What is tested does not exist there.
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_a_forked_child_has_threads_of_its_own(packed: NativePacked) -> None:
     """The parent's are not there; waiting for them would never end."""

@@ -69,6 +69,7 @@ def test_a_socket_left_behind_is_replaced_and_one_in_use_is_not(tmp_path: Path) 
 
 
 @pytest.mark.slow
+# The certificate is made by the system's openssl; no dependency of ours can make one.
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
 def test_one_line_with_many_flags_starts_a_server(tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"

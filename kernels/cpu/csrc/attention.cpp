@@ -142,8 +142,10 @@ QTOOL_INLINE Floats load_channels(const T* row, int64_t channel, int64_t head_di
 }
 
 // Rows first .. first + kLanes - 1 of `tokens` rows, their `count` elements from `at`, as columns:
-// element j of all of them -> to[j * kChunk]. Rows and elements past the end are zero.
-QTOOL_INLINE void transpose_block(const float* const* from, int64_t first, int64_t tokens,
+// element j of all of them -> to[j * kChunk]. Rows and elements past the end are zero. T is float, or
+// whole numbers, which are widened.
+template <class T>
+QTOOL_INLINE void transpose_block(const T* const* from, int64_t first, int64_t tokens,
                                   int64_t at, int64_t count, float* to) {
   Floats block[kLanes];
 #pragma GCC unroll 16
@@ -170,20 +172,6 @@ QTOOL_INLINE void transpose_block(const Bfloat16* const* from, int64_t first, in
     store(to + 2 * i * kChunk, low_halves(block[i]));
     store(to + (2 * i + 1) * kChunk, high_halves(block[i]));
   }
-}
-
-// The same of whole numbers, widened.
-QTOOL_INLINE void transpose_block(const int8_t* const* from, int64_t first, int64_t tokens,
-                                  int64_t at, int64_t count, float* to) {
-  Floats block[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    block[i] = first + i >= tokens ? zeros()
-               : count >= kLanes   ? load(from[first + i] + at)
-                                   : load_part(from[first + i] + at, count);
-  transpose(block);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store(to + i * kChunk, block[i]);
 }
 
 // tokens rows of head_dim -> [head_dim, and what fills the last block][kChunk].

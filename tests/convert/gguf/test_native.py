@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +25,7 @@ from qtool.convert.gguf.blocks.codecs import (
 )
 from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.errors import QtoolError
-from qtool.native_build import Loaded, Unavailable, find_compiler, find_instruction_set
-from qtool.settings import child_environment
+from qtool.native_build import Loaded
 
 DATA = Path(__file__).parent / "data" / "blocks.npz"
 ISAS = tuple(isa.name for isa in native.QUANTIZERS.instruction_sets)
@@ -309,26 +307,11 @@ def test_compiled_decoding_is_that_of_torch(type: str, isa: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", native.QUANTIZERS.instruction_sets, ids=lambda isa: isa.name)
-def test_the_sanitizers_find_nothing(tmp_path: Path, isa: native.InstructionSet) -> None:
+def test_the_sanitizers_find_nothing(
+    run_sanitized: Callable[..., str], isa: native.InstructionSet
+) -> None:
     library = native.QUANTIZERS
-    try:
-        find_instruction_set(library.instruction_sets, isa.name)
-        compiler, _ = find_compiler()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-    program = tmp_path / "harness"
-    checks = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [Path(__file__).parent / "native_harness.cpp", *library.sources.glob("*.cpp")]
-    flags = [*library.compile_flags(isa), *checks, f"-I{library.sources}"]
-    made = subprocess.run(
-        [compiler, *flags, *map(str, sources), "-o", str(program)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "cannot find -lasan" in made.stderr or "cannot find -lubsan" in made.stderr:
-        pytest.skip("the compiler comes without its sanitizers")
-    assert made.returncode == 0, made.stderr
-    environment = child_environment(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
-    ran = subprocess.run([program], capture_output=True, text=True, check=False, env=environment)
-    assert (ran.returncode, ran.stdout) == (0, f"{isa.name} clean\n"), ran.stderr
+    harness = Path(__file__).parent / "native_harness.cpp"
+    flags = library.compile_flags(isa)
+    printed = run_sanitized(harness, library.sources, flags, isa, library.instruction_sets)
+    assert printed == f"{isa.name} clean\n"
