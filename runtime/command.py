@@ -165,7 +165,7 @@ def engine_options(command: F) -> F:
 @click.option(
     "--max-num-queued-reqs",
     type=click.IntRange(min=0),
-    help=f"Waiting sequences; above it 503.  [default: {WAITING_PER_RUNNING} x --max-num-seqs]",
+    help=f"Waiting sequences; above it 429.  [default: {WAITING_PER_RUNNING} x --max-num-seqs]",
 )
 @click.option(
     "--scheduling-policy",

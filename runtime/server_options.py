@@ -117,6 +117,13 @@ SERVER_OPTIONS = (
         help="Length of answers that are not told one.  [default: what the context holds]",
     ),
     click.option(
+        "--max-client-reqs",
+        type=click.IntRange(min=1),
+        metavar="COUNT",
+        help="Running and waiting sequences of one client, which is a key or an address; above it "
+        "429.  [default: as many as fit]",
+    ),
+    click.option(
         "--request-timeout",
         type=click.FloatRange(min=0),
         default=0.0,
@@ -163,7 +170,7 @@ SERVER_FLAGS = (
     "allowed_headers", "allow_credentials", "default_chat_template_kwargs",
     "trust_request_chat_template", "tool_call_parser", "reasoning_parser", "request_timeout",
     "shutdown_timeout", "sse_keep_alive_interval", "disable_log_requests", "root_path",
-    "also_serve", "max_loaded_models", "keep_alive",
+    "also_serve", "max_loaded_models", "keep_alive", "max_client_reqs",
     "ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs",
 )  # fmt: skip
 
@@ -199,6 +206,7 @@ def server_config(
     also_serve: tuple[str, ...] = (),
     max_loaded_models: int = 3,
     keep_alive: float = 300.0,
+    max_client_reqs: int | None = None,
     **tls: Any,
 ) -> ServerConfig:
     from qtool.runtime.server.config import ServerConfig
@@ -222,6 +230,7 @@ def server_config(
         allow_credentials=allow_credentials,
         max_running=max_running,
         max_queued=max_queued,
+        max_per_client=max_client_reqs,
         request_timeout=request_timeout,
         shutdown_timeout=shutdown_timeout,
         sse_keep_alive_seconds=sse_keep_alive_interval,

@@ -64,7 +64,9 @@ class ServerConfig:
     max_running: int = 32
     """How many sequences the engine runs at once; what is above it waits."""
     max_queued: int = 512
-    """How many sequences may wait before requests are refused with 503."""
+    """How many sequences may wait before requests are refused with 429."""
+    max_per_client: int | None = None
+    """How many sequences of one client (limits.py) may run or wait; None: as many as fit."""
     max_body_bytes: int = 32 * 2**20
     shutdown_timeout: float = 25.0
     """Seconds that running answers get after SIGTERM; below the 30 after which Kubernetes kills."""

@@ -21,6 +21,7 @@ from qtool.errors import QtoolError
 from qtool.runtime.server.asgi import unless_client_goes
 from qtool.runtime.server.errors import context_length_exceeded, unavailable
 from qtool.runtime.server.exchange import json_response
+from qtool.runtime.server.limits import client_of
 from qtool.runtime.server.openai import body_schema, parsed_body
 from qtool.runtime.server.parsing import Body, Int
 from qtool.runtime.server.prompts import completion_prompts
@@ -100,7 +101,7 @@ async def embed(service: Service, body: EmbeddingBody, request: Request) -> Embe
         return [await service.client.embed(prompt.token_ids, pooling) for prompt in prompts]
 
     try:
-        with service.admission.enter(1):
+        with service.admission.enter(1, client_of(request.scope)):
             vectors = await unless_client_goes(request.receive, all_of_them())
     except QtoolError as error:
         raise unavailable(error.message, code="engine_unavailable", retry_after_seconds=5) from None

@@ -84,11 +84,22 @@ def context_length_exceeded(
 
 
 def unavailable(message: str, *, code: str, retry_after_seconds: int) -> ApiError:
-    """503 with the time after which trying again is worth it."""
+    """503 with the time after which trying again is worth it: the server cannot serve now."""
     return ApiError(
         503,
         message,
         type="overloaded_error",
+        code=code,
+        headers={"Retry-After": str(retry_after_seconds)},
+    )
+
+
+def too_many(message: str, *, code: str, retry_after_seconds: int) -> ApiError:
+    """429 with the time after which there may be room: clients ask for more than is served."""
+    return ApiError(
+        429,
+        message,
+        type="rate_limit_error",
         code=code,
         headers={"Retry-After": str(retry_after_seconds)},
     )

@@ -26,6 +26,7 @@ from qtool.runtime.server.answers import AnswerWriter, Head, Timing, Usage
 from qtool.runtime.server.asgi import ClientGone, EventStream, unless_client_goes
 from qtool.runtime.server.errors import ApiError, internal
 from qtool.runtime.server.generation import Answer, Job
+from qtool.runtime.server.limits import client_of
 from qtool.runtime.server.protocol import GenerationBody, TokenIds
 from qtool.runtime.server.service import Service, logger
 
@@ -70,8 +71,8 @@ class Exchange(ABC):
         jobs, writer = await self.prepare()
         self.service.metrics.asked(len(jobs), jobs[0].request.sampling.max_tokens or 0)
         if self.body.stream:
-            # Places are taken before the headers are sent, so that a full queue is still a 503.
-            events = self._admitted_events(jobs, writer)
+            # Places are taken before the headers are sent, so that a full queue is still a 429.
+            events = self._admitted_events(jobs, writer, client_of(request.scope))
             await anext(events)
             return EventStream(
                 events,
@@ -79,7 +80,7 @@ class Exchange(ABC):
                 keep_alive_seconds=self.service.config.sse_keep_alive_seconds,
                 write_seconds=self.service.config.write_timeout,
             )
-        with self.service.admission.enter(len(jobs)):
+        with self.service.admission.enter(len(jobs), client_of(request.scope)):
             answers = await unless_client_goes(request.receive, self.service.engine.answers(jobs))
         usage = Usage(self.num_prompt_tokens)
         for answer in answers:
@@ -118,9 +119,9 @@ class Exchange(ABC):
         return jobs
 
     async def _admitted_events(
-        self, jobs: Sequence[Job], writer: AnswerWriter
+        self, jobs: Sequence[Job], writer: AnswerWriter, client: str
     ) -> AsyncGenerator[bytes, None]:
-        with self.service.admission.enter(len(jobs)):
+        with self.service.admission.enter(len(jobs), client):
             yield b""  # admitted; taken by response() before the headers
             async with aclosing(self._events(jobs, writer)) as events:
                 async for event in events:

@@ -23,6 +23,7 @@ from qtool.runtime.server.errors import (
     context_length_exceeded,
     deadline_passed,
     from_qtool_error,
+    too_many,
     unavailable,
 )
 from qtool.runtime.server.limits import Admission
@@ -258,7 +259,7 @@ def _as_api_error(error: QtoolError) -> ApiError:
     if isinstance(error, UsageError):
         return from_qtool_error(error)
     if isinstance(error, QueueFull):
-        return unavailable(error.message, code="queue_full", retry_after_seconds=1)
+        return too_many(error.message, code="queue_full", retry_after_seconds=1)
     # The engine has stopped or cannot go on; the request itself is not at fault.
     return unavailable(error.message, code="engine_unavailable", retry_after_seconds=5)
 

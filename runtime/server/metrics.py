@@ -155,7 +155,7 @@ class Metrics:
         )
         self.rejections = {
             reason: self._rejections.labels(**labels, reason=reason)
-            for reason in ("queue_full", "shutting_down")
+            for reason in ("queue_full", "client_limit", "shutting_down")
         }
         self.http_requests = Counter(
             "http_requests",

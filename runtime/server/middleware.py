@@ -100,7 +100,11 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         guarded = scope["type"] == "http" and not self._is_open(scope)
-        if not guarded or scope["method"] == "OPTIONS" or self._allows(scope["headers"]):
+        if not guarded or scope["method"] == "OPTIONS":
+            await self.app(scope, receive, send)
+            return
+        if (matched := self._matched(scope["headers"])) is not None:
+            scope["api_key"] = f"key {matched}"
             await self.app(scope, receive, send)
             return
         refusal = ApiError(
@@ -118,10 +122,12 @@ class ApiKeyMiddleware:
         is_page = path == "/" and scope["method"] in ("GET", "HEAD")
         return is_page or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
-    def _allows(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    def _matched(self, headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+        """The place in the list of the key that was sent."""
         scheme, _, key = (header(headers, b"authorization") or b"").partition(b" ")
         if scheme.lower() != b"bearer":
             key = header(headers, b"x-api-key") or b""
         given = hashlib.sha256(key.strip()).digest()
         # Every key is compared, so that the time does not tell which one matched.
-        return any([hmac.compare_digest(given, digest) for digest in self._digests])
+        equal = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return equal.index(True) if any(equal) else None

@@ -34,7 +34,11 @@ class Service:
     @classmethod
     def build(cls, client: EngineClient, tokenizer: Tokenizer, config: ServerConfig) -> Service:
         metrics = Metrics(client.info, config.served_model_names[0], client.stats)
-        admission = Admission(max_running=config.max_running, max_queued=config.max_queued)
+        admission = Admission(
+            max_running=config.max_running,
+            max_queued=config.max_queued,
+            max_per_client=config.max_per_client,
+        )
         engine = TextEngine(client, tokenizer, metrics, admission)
         return cls(config, client, tokenizer, metrics, admission, engine, TokenTexts(tokenizer))
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from qtool.runtime.server.errors import ApiError
-from qtool.runtime.server.limits import Admission
+from qtool.runtime.server.limits import Admission, client_of
 
 
 def refused(admission: Admission, count: int = 1) -> ApiError:
@@ -20,7 +20,7 @@ def refused(admission: Admission, count: int = 1) -> ApiError:
 def test_places_are_counted_and_given_back() -> None:
     admission = Admission(max_running=2, max_queued=1)
     with admission.enter(2), admission.enter(1):
-        assert refused(admission).status == 503
+        assert refused(admission).status == 429
     assert admission.num_inside == 0
     with admission.enter(3):
         assert admission.num_inside == 3
@@ -48,8 +48,34 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
 
 def test_more_prompts_than_there_are_places_is_the_clients_mistake() -> None:
-    # A 503 would be retried for ever.
+    # A 429 would be retried for ever.
     assert refused(Admission(max_running=2, max_queued=1), count=4).status == 400
+
+
+def test_one_client_leaves_room_for_others() -> None:
+    admission = Admission(max_running=4, max_queued=4, max_per_client=3)
+    with admission.enter(2, "a"), admission.enter(1, "a"):
+        with pytest.raises(ApiError) as caught, admission.enter(1, "a"):
+            raise AssertionError("it was let in")
+        assert (caught.value.status, caught.value.code) == (429, "client_limit")
+        assert int(caught.value.headers["Retry-After"]) >= 1
+        with admission.enter(3, "b"):
+            pass
+    with admission.enter(3, "a"):
+        pass
+    assert refused(admission, count=4).status == 400, "such a request could never be let in"
+
+
+@pytest.mark.parametrize(
+    ("scope", "client"),
+    [
+        ({"client": ("10.0.0.7", 4711)}, "10.0.0.7"),
+        ({"client": ("10.0.0.7", 4711), "api_key": "key 1"}, "key 1"),
+        ({"client": None}, "unix"),
+    ],
+)
+def test_a_client_is_a_key_or_an_address(scope: dict[str, object], client: str) -> None:
+    assert client_of(scope) == client
 
 
 def test_a_closed_door_refuses_with_retry_after_and_waits_for_those_inside() -> None:

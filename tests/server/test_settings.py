@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -50,17 +51,33 @@ def test_a_model_can_have_several_names(serve: Callable[..., Any]) -> None:
         assert server.post("/v1/completions", {"prompt": "a", "model": "x"}).status_code == 404
 
 
-def test_a_full_queue_is_a_503_that_says_when_to_return(serve: Callable[..., Any]) -> None:
+def test_each_key_has_its_own_share(serve: Callable[..., Any]) -> None:
+    keys = [{"Authorization": f"Bearer {key}"} for key in ("first", "second")]
+    body = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with serve(api_keys=("first", "second"), max_per_client=1) as server:
+        url = f"{server.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, headers=keys[0], timeout=60) as running:
+            next(running.iter_lines())
+            refused = server.post("/v1/completions", {"prompt": "a"}, headers=keys[0])
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "client_limit"
+            assert int(refused.headers["retry-after"]) >= 1
+            other = server.post("/v1/completions", {"prompt": "a"}, headers=keys[1])
+            assert other.status_code == 200
+        assert server.metric("vllm:admission_rejections_total", "{") == 1
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_return(serve: Callable[..., Any]) -> None:
     with serve(max_running=1, max_queued=0) as server:
         with server.stream({"prompt": "Once", "max_tokens": 500, "ignore_eos": True}) as running:
             next(running)
             refused = server.post("/v1/completions", {"prompt": "a"})
-            assert refused.status_code == 503
+            assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "queue_full"
             # The status of a stream is decided before its headers go out.
             assert (
-                server.post("/v1/completions", {"prompt": "a", "stream": True}).status_code == 503
+                server.post("/v1/completions", {"prompt": "a", "stream": True}).status_code == 429
             )
         server.wait_for_metric("vllm:num_requests_running", lambda value: value == 0)
         assert server.complete("Once", max_tokens=1)
