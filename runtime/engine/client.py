@@ -46,7 +46,9 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One instant of the engine, and its counters since the start."""
+    """One instant of the engine, and its counters since the start; for operations and bytes see
+    `runtime.engine.work`.
+    """
 
     num_requests_running: int = 0
     num_requests_waiting: int = 0
@@ -56,6 +58,10 @@ class EngineStats:
     prefix_cache_hits_total: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
+    operations_total: float = 0.0
+    bytes_read_total: float = 0.0
+    bytes_written_total: float = 0.0
+    step_seconds_total: float = 0.0
     spec_decode_num_drafts: int = 0
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0

@@ -40,6 +40,7 @@ from qtool.runtime.engine.sequence import (
 )
 from qtool.runtime.engine.speculation import SpeculationCounts
 from qtool.runtime.engine.speculators import make_speculation
+from qtool.runtime.engine.work import WorkMeter
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import MemoryBudget, plan_pool
 
@@ -116,6 +117,11 @@ class Engine:
             None if backend is None else backend.to_str, decoder.vocab_size, loaded.eos_token_ids
         )
         self._speculation = make_speculation(config, loaded, self.info)
+        self._work = WorkMeter(
+            loaded.decoder,
+            weight_bytes=loaded.nbytes,
+            cache_bytes_per_token=self.info.kv_cache_bytes / (num_blocks * config.block_size),
+        )
         # Starts its thread with the first grammar.
         self._mask_worker = ThreadPoolExecutor(1, "qtool-grammar")
         self._prompt_tokens = 0
@@ -136,6 +142,10 @@ class Engine:
             prefix_cache_hits_total=self._scheduler.num_prefix_hits,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
+            operations_total=self._work.counts.operations,
+            bytes_read_total=self._work.counts.bytes_read,
+            bytes_written_total=self._work.counts.bytes_written,
+            step_seconds_total=self._work.counts.seconds,
             spec_decode_num_drafts=guessed.num_drafts,
             spec_decode_num_draft_tokens=guessed.num_draft_tokens,
             spec_decode_num_accepted_tokens=guessed.num_accepted_tokens,
@@ -242,7 +252,9 @@ class Engine:
         return outputs
 
     def _observe(self, scheduled: Series[Scheduled], seconds: float) -> None:
-        """Learn from a step what prompt tokens cost, and guesses."""
+        """Learn from a step what prompt tokens cost, and guesses; count what it was by arithmetic.
+        """
+        self._work.observe(scheduled, seconds)
         if self._speculation is not None:
             self._speculation.observe(scheduled, seconds)
         num_decoding = sum(work.is_decoding for work in scheduled)

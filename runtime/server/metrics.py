@@ -333,7 +333,7 @@ class _EngineCollector:
                 stats.spec_decode_num_accepted_tokens,
             ),
         )
-        for name, text, value in counters:
+        for name, text, value in (*counters, *self._work(stats)):
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
@@ -355,3 +355,35 @@ class _EngineCollector:
             [self._model_name, str(info.block_size), str(info.num_kv_blocks), info.dtype], 1
         )
         yield config
+        model = GaugeMetricFamily(
+            "qtool:model_info",
+            "What is served.",
+            labels=["model_name", "format", "dtype", "device", "max_model_len", "weight_bytes"],
+        )
+        size = (str(info.max_model_len), str(info.weight_bytes))
+        model.add_metric([self._model_name, info.format, info.dtype, info.device, *size], 1)
+        yield model
+
+    @staticmethod
+    def _work(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
+        """Of the arithmetic and the bandwidth that the machine has, what is used: the rates of
+        these over the rate of the seconds.
+        """
+        return (
+            (
+                "vllm:estimated_flops_per_gpu",
+                "Operations of linears and attention, by arithmetic.",
+                stats.operations_total,
+            ),
+            (
+                "vllm:estimated_read_bytes_per_gpu",
+                "Bytes of weights and KV cache that steps had to read.",
+                stats.bytes_read_total,
+            ),
+            (
+                "vllm:estimated_write_bytes_per_gpu",
+                "Bytes of KV cache that steps wrote.",
+                stats.bytes_written_total,
+            ),
+            ("qtool:step_seconds", "Seconds that steps took.", stats.step_seconds_total),
+        )

@@ -23,6 +23,10 @@ COUNTERS = (
     "vllm:spec_decode_num_drafts_total",
     "vllm:spec_decode_num_draft_tokens_total",
     "vllm:spec_decode_num_accepted_tokens_total",
+    "vllm:estimated_flops_per_gpu_total",
+    "vllm:estimated_read_bytes_per_gpu_total",
+    "vllm:estimated_write_bytes_per_gpu_total",
+    "qtool:step_seconds_total",
 )
 HISTOGRAMS = (
     "vllm:time_to_first_token_seconds",
@@ -81,6 +85,11 @@ def test_one_request_moves_the_counts_by_what_it_used(server: Any) -> None:
     assert moved("vllm:e2e_request_latency_seconds_count") == 1
     assert moved("vllm:request_prompt_tokens_sum") == usage["prompt_tokens"]
     assert moved("vllm:request_generation_tokens_sum") == 9
+    # Nine steps each read all weights once, but for rows of the embedding.
+    info = server.service.client.info
+    assert moved("vllm:estimated_read_bytes_per_gpu_total") > 8 * info.weight_bytes
+    assert moved("vllm:estimated_flops_per_gpu_total") > 0
+    assert moved("qtool:step_seconds_total") > 0
     assert moved("vllm:e2e_request_latency_seconds_sum") > moved(
         "vllm:time_to_first_token_seconds_sum"
     )
