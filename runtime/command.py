@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 import click
 
@@ -35,6 +35,8 @@ from qtool.settings import Activations, settings
 
 if TYPE_CHECKING:
     from qtool.runtime.server.chat_backends import ChatBackend
+    from qtool.runtime.server.config import ServerConfig
+    from qtool.runtime.server.launch_options import LaunchOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -191,23 +193,7 @@ def engine_options(command: F) -> F:
 @server_options
 # Read from the files: accepted so that other servers' command lines work.
 @click.option("--quantization", "-q", hidden=True)
-def serve(
-    model: str | None,
-    list_models: bool,
-    as_json: bool,
-    host: str,
-    port: int,
-    uds: str | None,
-    max_num_queued_reqs: int | None,
-    chat_template: str | None,
-    generation_config: str,
-    override_generation_config: str | None,
-    max_new_tokens: int | None,
-    log_format: str,
-    threads: int | None,
-    quantization: str | None,
-    **flags: Any,
-) -> None:
+def serve(model: str | None, list_models: bool, as_json: bool, **flags: Any) -> None:
     """Serve MODEL with an OpenAI-compatible API.
 
     MODEL is a folder, a .gguf file, a Hub id, or builtin:books-7m.
@@ -225,6 +211,37 @@ def serve(
         return
     if model is None:
         raise click.MissingParameter(param_hint="'MODEL'", param_type="argument")
+    asked = what_to_serve(model, **flags)
+    from qtool.runtime.server.launch import launch
+
+    launch(asked.engine, asked.server, asked.options)
+
+
+class Asked(NamedTuple):
+    """The command line of `qtool serve` as values."""
+
+    engine: EngineConfig
+    server: ServerConfig
+    options: LaunchOptions
+
+
+def what_to_serve(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    uds: str | None,
+    max_num_queued_reqs: int | None,
+    chat_template: str | None,
+    generation_config: str,
+    override_generation_config: str | None,
+    max_new_tokens: int | None,
+    log_format: str,
+    threads: int | None,
+    quantization: str | None,
+    **flags: Any,
+) -> Asked:
+    """What the flags of `qtool serve MODEL` mean; nothing of the model is read."""
     made = store().find(model)
     if made is not None:
         chat_template = chat_template or made.template
@@ -245,23 +262,20 @@ def serve(
         max_queued=engine.num_waiting_limit,
         **server_flags,
     )
-    from qtool.runtime.server.launch import LaunchOptions, launch
+    from qtool.runtime.server.launch_options import LaunchOptions
 
-    launch(
-        engine,
-        server,
-        LaunchOptions(
-            host=host,
-            port=port,
-            uds=uds,
-            use_generation_config=generation_config == "auto",
-            generation_overrides=overrides,
-            chat_template=chat_template,
-            quantization=quantization,
-            threads=threads,
-            log_as_json=log_format == "json",
-        ),
+    options = LaunchOptions(
+        host=host,
+        port=port,
+        uds=uds,
+        use_generation_config=generation_config == "auto",
+        generation_overrides=overrides,
+        chat_template=chat_template,
+        quantization=quantization,
+        threads=threads,
+        log_as_json=log_format == "json",
     )
+    return Asked(engine, server, options)
 
 
 @click.command()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qtool.runtime.loading import LoadedModel, load_for
 from qtool.runtime.server.app import create_app
 from qtool.runtime.server.chat_templates import find_chat_template
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
+from qtool.runtime.server.launch_options import LaunchOptions
 from qtool.runtime.server.pool import Hosted, ModelPool
 from qtool.runtime.server.serve import ServerRun, bind, bind_unix, stop_signals, url_of
 from qtool.runtime.server.service import Service
@@ -32,27 +33,6 @@ from qtool.runtime.store import store
 from qtool.source import Source
 
 LOG_FORMAT = "%(asctime)s %(message)s"
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchOptions:
-    """How a server starts, beside what it and its engine are.
-
-    uds                    a Unix socket to listen on in place of host and port
-    generation_overrides   sampling defaults of the operator's, above the model's own
-    chat_template          a file, a template or a built-in name; None: the model's
-    quantization           what the command line says of the model's format
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    uds: str | None = None
-    use_generation_config: bool = True
-    generation_overrides: Mapping[str, Any] = field(default_factory=dict)
-    chat_template: str | None = None
-    quantization: str | None = None
-    threads: int | None = None
-    log_as_json: bool = False
 
 
 def launch(
