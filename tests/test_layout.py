@@ -60,6 +60,7 @@ LAYER_OF_PREFIX = {
     "qtool.runtime.memory": "engine",
     "qtool.runtime.random_model": "engine",
     "qtool.runtime.models": "engine",
+    "qtool.runtime.parallel": "engine",
     "qtool.runtime.tokenizer": "engine",
     "qtool.runtime.tokenizer_cache": "engine",
     "qtool.runtime.tokenizer_files": "engine",

@@ -4,6 +4,10 @@ Roles decide the wiring: a row with norms after a layer gets them there, one wit
 experts, one with kv_a latent attention. One block at a time is read, packed by the kernel that
 `kernels.dispatch` chooses, and let go, so the peak is the packed model and one block. What was
 chosen for which layer, and why, is counted.
+
+One rank of several builds a decoder of its own from its part of every weight
+(`runtime.parallel.shard`): fewer heads, channels, experts and tokens, and sums where the parts of
+one product come together.
 """
 
 from collections import Counter
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from qtool.arch import Architecture, Role
 from qtool.convert.formats import WeightReader
+from qtool.convert.partial import read_part
 from qtool.decoder_config import DecoderConfig, ExpertsConfig, LatentConfig
 from qtool.kernels.cpu import native_linear
 from qtool.kernels.dispatch import describe
@@ -42,6 +47,8 @@ from qtool.runtime.models.parts import (
     Rotation,
     WideRmsNorm,
 )
+from qtool.runtime.parallel.layers import Ranks
+from qtool.weight_parts import WHOLE, Part, take_runs
 from qtool.weights import DenseWeight, Weight
 
 
@@ -72,9 +79,10 @@ def build_decoder(
     dtype: torch.dtype,
     device: torch.device,
     rules: PackingRules = DEFAULT_RULES,
+    ranks: Ranks | None = None,
 ) -> Built:
-    """Of weights that `tensors.check_tensors` has accepted."""
-    return _Builder(reader, architecture, config, dtype, device, rules).build()
+    """Of weights that `tensors.check_tensors` has accepted; with `ranks`, this rank's part."""
+    return _Builder(reader, architecture, config, dtype, device, rules, ranks).build()
 
 
 class _Builder:
@@ -86,10 +94,12 @@ class _Builder:
         dtype: torch.dtype,
         device: torch.device,
         rules: PackingRules,
+        ranks: Ranks | None,
     ) -> None:
         self._reader = reader
         self._architecture = architecture
-        self._config = config
+        self._ranks = ranks
+        self._config = config if ranks is None else ranks.plan.local_config
         self._dtype = dtype
         self._device = device
         self._rules = rules
@@ -120,13 +130,15 @@ class _Builder:
             ),
             blocks=tuple(blocks),
             norm=norm,
-            head=head,
+            head=head if self._ranks is None else self._ranks.gathered(head),
+            ranks=self._ranks,
         )
         uses = tuple(KernelUse(*key, count) for key, count in self._uses.items())
         return Built(decoder, uses, self._nbytes)
 
     def _embedding(self) -> Tensor:
-        weight = self._reader.weight(self._architecture.hf_name("embed", None))
+        module = self._architecture.hf_name("embed", None)
+        weight = read_part(self._reader, module, self._part("embed"))
         values = weight.dequantize(self._dtype).to(self._device).contiguous()
         self._nbytes += values.nbytes
         return values
@@ -136,14 +148,14 @@ class _Builder:
         tied = self._config.tie_word_embeddings
         role: Role = "embed" if tied else "head"
         module = self._architecture.hf_name(role, None)
-        weight = self._stored(module)
+        weight = self._stored(role, module)
         stored = describe(weight)
         if tied:
             stored = f"the embedding, {stored}"
             if isinstance(weight, DenseWeight):
                 weight = DenseWeight(embedding)
         native = any(kernel == "native_w4a8" for _, _, kernel, _ in self._uses)
-        bias = self._bias(self._architecture.hf_name("head", None))
+        bias = self._bias("head", self._architecture.hf_name("head", None))
         layer, choice = pack_head(
             weight, bias, self._dtype, self._device, self._rules, beside_native=native
         )
@@ -174,7 +186,7 @@ class _Builder:
             qkv=self._linear(self._present(("qkv",), ("q", "k", "v")), index),
             qk_norm=self._qk_norm(index),
             turn=None if rope is None else self._ropes.index(rope),
-            o=self._linear(("o",), index),
+            o=self._reduced(self._linear(("o",), index)),
         )
 
     def _qk_norm(self, index: int) -> Norm | None:
@@ -182,6 +194,8 @@ class _Builder:
         if kind is None:
             return None
         q, k = self._gain("q_norm", index), self._gain("k_norm", index)
+        if kind == "all" and self._ranks is not None:
+            return self._ranks.heads_norm(q, k, config.norm_eps)
         if kind == "all":
             return AllHeadsNorm(q, k, config.norm_eps)
         gains = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
@@ -197,7 +211,7 @@ class _Builder:
         orders = {queries: _query_rows(heads, latent), "kv_a": _latent_rows(latent)}
         if not latent.interleaved:
             orders = {}
-        up = self._reader.weight(self._architecture.hf_name("kv_b", index))
+        up = read_part(self._reader, self._architecture.hf_name("kv_b", index), self._part("kv_b"))
         heads_up = up.dequantize(self._dtype).to(self._device).view(heads, -1, latent.rank)
         key_up, value_up = heads_up.tensor_split((latent.nope,), dim=1)
         self._nbytes += heads_up.nbytes
@@ -215,7 +229,7 @@ class _Builder:
             key_up=key_up.contiguous(),
             value_up=value_up.transpose(1, 2).contiguous(),
             turn=self._ropes.index(rope),
-            o=self._linear(("o",), index),
+            o=self._reduced(self._linear(("o",), index)),
         )
 
     def _mlp(self, index: int) -> Mlp | SparseMlp:
@@ -227,20 +241,27 @@ class _Builder:
             return Mlp(
                 self._linear(("up",), index),
                 ACTIVATIONS[activation],
-                self._linear(("down",), index),
+                self._reduced(self._linear(("down",), index)),
             )
         gate_up = self._present(("gate_up",), ("gate", "up"))
-        return Mlp(self._linear(gate_up, index), GATED[activation], self._linear(("down",), index))
+        return Mlp(
+            self._linear(gate_up, index),
+            GATED[activation],
+            self._reduced(self._linear(("down",), index)),
+        )
 
     def _sparse(self, index: int, experts: ExpertsConfig) -> SparseMlp:
         gated = GATED[self._config.activation]
         tensors = self._architecture.tensors
+        own = range(experts.count) if self._ranks is None else self._ranks.plan.experts
         each = tuple(
             Mlp(
                 self._linear(("experts_gate", "experts_up"), index, expert),
                 gated,
                 self._linear(("experts_down",), index, expert),
             )
+            if expert in own
+            else None
             for expert in range(experts.count)
         )
         shared = None
@@ -258,6 +279,7 @@ class _Builder:
             shared_gate=self._tensor("shared_router", index)
             if shared is not None and "shared_router" in tensors
             else None,
+            reduce=None if self._ranks is None else self._ranks.collective.all_reduce,
         )
 
     def _present(self, *choices: tuple[Role, ...]) -> tuple[Role, ...]:
@@ -285,7 +307,11 @@ class _Builder:
     def _tensor(self, role: Role, index: int | None, dtype: torch.dtype | None = None) -> Tensor:
         name = self._architecture.hf_name(role, index)
         name = name if role == "router_bias" else f"{name}.weight"
-        tensor = self._reader.tensor(name).to(self._device, dtype or self._dtype).contiguous()
+        tensor = self._reader.tensor(name)
+        if self._ranks is not None:
+            runs = self._ranks.plan.vector(role, self._architecture.qk_norm)
+            tensor = tensor if runs is None else take_runs(tensor, runs)
+        tensor = tensor.to(self._device, dtype or self._dtype).contiguous()
         self._nbytes += tensor.nbytes
         return tensor
 
@@ -299,8 +325,8 @@ class _Builder:
     ) -> Linear | Linears:
         """One packed layer of the roles' weights side by side, their rows in `orders`."""
         modules = [self._architecture.hf_name(role, index, expert) for role in roles]
-        weights = [self._stored(module) for module in modules]
-        biases = [self._bias(module) for module in modules]
+        weights = [self._stored(*each) for each in zip(roles, modules, strict=True)]
+        biases = [self._bias(*each) for each in zip(roles, modules, strict=True)]
         for place, role in enumerate(roles):
             order = (orders or {}).get(role)
             if order is not None:
@@ -313,24 +339,31 @@ class _Builder:
             self._count(role, describe(weight), choice.kernel.name, choice.reason)
         return fused.layer
 
-    def _stored(self, module: str) -> Weight:
+    def _reduced(self, base: Linear | Linears) -> Linear | Linears:
+        """A linear whose inputs the ranks share, as its whole product."""
+        return base if self._ranks is None else self._ranks.reduced(base)
+
+    def _part(self, role: Role) -> Part:
+        return WHOLE if self._ranks is None else self._ranks.plan.part(role)
+
+    def _stored(self, role: Role, module: str) -> Weight:
         """A weight in the form that is packed with the least work: GGUF's Q4_0 as its blocks for
         the kernel that takes them, and as codes for the others.
         """
-        blocks = getattr(self._reader, "stored", None)
-        if blocks is None or native_linear.refuses_any(
-            self._dtype, self._device, self._rules.activations
-        ):
-            return self._reader.weight(module)
-        weight: Weight = blocks(module)
-        return weight
+        rounds = native_linear.refuses_any(self._dtype, self._device, self._rules.activations)
+        return read_part(self._reader, module, self._part(role), stored=rounds is None)
 
     def _count(self, role: Role, stored: str, kernel: str, reason: str) -> None:
         self._uses[role, stored, kernel, reason] += 1
 
-    def _bias(self, module: str) -> Tensor | None:
+    def _bias(self, role: Role, module: str) -> Tensor | None:
         name = f"{module}.bias"
-        return self._reader.tensor(name) if self._reader.has(name) else None
+        if not self._reader.has(name) or not (
+            self._ranks is None or self._ranks.plan.holds_bias(role)
+        ):
+            return None
+        bias, rows = self._reader.tensor(name), self._part(role).rows
+        return bias if rows is None else take_runs(bias, rows)
 
 
 def _halves(channels: int) -> list[int]:

@@ -24,6 +24,7 @@ from qtool.runtime.models.attention_spec import AttentionSpec
 from qtool.runtime.models.mlp import Mlp, SparseMlp
 from qtool.runtime.models.model import Attend
 from qtool.runtime.models.parts import Norm, Rotation, Turn
+from qtool.runtime.parallel.layers import Ranks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +53,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoder:
-    """embedding [vocab, hidden]; rotations are those that the blocks' attention numbers."""
+    """embedding [vocab, hidden]; rotations are those that the blocks' attention numbers.
+
+    ranks  the others that compute this model, where it is shared out: embedding and head have this
+           rank's tokens, attention its heads
+    """
 
     config: DecoderConfig
     attention: tuple[AttentionSpec, ...]
@@ -61,6 +66,7 @@ class Decoder:
     blocks: tuple[Block, ...]
     norm: Norm
     head: Linear | Linears
+    ranks: Ranks | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +98,10 @@ class Decoder:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [rows] int64 -> the first block's input [rows, hidden]."""
-        x = self.embedding.index_select(0, token_ids)
+        if self.ranks is None:
+            x = self.embedding.index_select(0, token_ids)
+        else:
+            x = self.ranks.look_up(self.embedding, token_ids)
         if self.config.embedding_scale != 1.0:
             # Rounded to the model's type, as it was when the model was trained.
             x = x.mul_(torch.tensor(self.config.embedding_scale, dtype=self.dtype))

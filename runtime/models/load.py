@@ -19,6 +19,8 @@ from qtool.runtime.models.build import KernelUse, build_decoder
 from qtool.runtime.models.model import Model
 from qtool.runtime.models.tensors import check_tensors
 from qtool.runtime.models.text_part import text_part
+from qtool.runtime.parallel.layers import Ranks
+from qtool.runtime.parallel.shard import Shard, ShardPlan, plan_shard
 
 Code = Literal["native", "transformers"]
 
@@ -42,10 +44,21 @@ class NativePlan:
     architecture: Architecture
     config: DecoderConfig
 
+    def shard(self, shard: Shard) -> ShardPlan:
+        """What one of several ranks has of it; UsageError where it cannot be shared out so."""
+        return plan_shard(self.reader, self.architecture, self.config, shard)
+
     def load(
-        self, dtype: torch.dtype, device: torch.device, rules: PackingRules = DEFAULT_RULES
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        rules: PackingRules = DEFAULT_RULES,
+        ranks: Ranks | None = None,
     ) -> LoadedDecoder:
-        built = build_decoder(self.reader, self.architecture, self.config, dtype, device, rules)
+        """With `ranks`, the part of one of them."""
+        built = build_decoder(
+            self.reader, self.architecture, self.config, dtype, device, rules, ranks
+        )
         return LoadedDecoder(
             model=built.decoder,
             code="native",
@@ -64,6 +77,15 @@ class FallbackPlan:
     reader: WeightReader
     config: Any
     reason: str
+
+    def shard(self, shard: Shard) -> ShardPlan:
+        family = self.config.model_type
+        raise UnsupportedModel(
+            f"{family} cannot be shared by {shard.size} ranks: transformers' code runs it "
+            f"({self.reason})",
+            "use --tensor-parallel-size 1, or a family of the native decoder "
+            "(qtool serve --list-models)",
+        )
 
     def load(
         self, dtype: torch.dtype, device: torch.device, rules: PackingRules = DEFAULT_RULES

@@ -32,15 +32,18 @@ class SparseMlp:
 
     router        [experts, hidden] float32
     router_bias   [experts] float32, added to scores for the choice alone
+    experts       None: another rank has it, and adds what it computes
     shared_gate   [1, hidden]: the shared expert's output is weighted by sigmoid of it
+    reduce        adds up what the ranks computed; None: all of it is computed here
     """
 
     config: ExpertsConfig
     router: Tensor
     router_bias: Tensor | None
-    experts: tuple[Mlp, ...]
+    experts: tuple[Mlp | None, ...]
     shared: Mlp | None
     shared_gate: Tensor | None
+    reduce: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = F.linear(x.float(), self.router)
@@ -51,18 +54,19 @@ class SparseMlp:
         outputs, start = [], 0
         for expert, count in zip(self.experts, counts, strict=True):
             if count:  # of 128 experts, a token goes to 8
-                outputs.append(expert(tokens[start : start + count]))
+                own = tokens[start : start + count]
+                outputs.append(torch.zeros_like(own) if expert is None else expert(own))
                 start += count
         by_choice = torch.empty_like(tokens)
         by_choice[order] = torch.cat(outputs)
         weighted = by_choice.view(*chosen.shape, -1).mul_(weights.to(x.dtype)[..., None])
         output = weighted.sum(1)
-        if self.shared is None:
-            return output
-        shared = self.shared(x)
-        if self.shared_gate is not None:
-            shared = shared * F.linear(x, self.shared_gate).sigmoid()
-        return output.add_(shared)
+        if self.shared is not None:
+            shared = self.shared(x)
+            if self.shared_gate is not None:
+                shared = shared * F.linear(x, self.shared_gate).sigmoid()
+            output = output.add_(shared)
+        return output if self.reduce is None else self.reduce(output)
 
 
 def route(logits: Tensor, config: ExpertsConfig, bias: Tensor | None) -> tuple[Tensor, Tensor]:

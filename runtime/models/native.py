@@ -66,6 +66,8 @@ def why_not(decoder: Decoder) -> str | None:
     if decoder.dtype not in (torch.float32, torch.bfloat16):
         name = str(decoder.dtype).removeprefix("torch.")
         return f"the library computes in bfloat16 or float32, not {name}"
+    if decoder.ranks is not None:
+        return "ranks add up their products within a block"
     native = load()
     if isinstance(native, Missing):
         return f"the library {native.reason}"
