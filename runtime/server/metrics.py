@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
 from qtool.runtime.engine.client import EngineStats, ModelInfo
 from qtool.runtime.engine.sequence import TokenOutput
+from qtool.runtime.server.engine_metrics import EngineCollector
 
 FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
@@ -56,7 +57,8 @@ class Exposition(NamedTuple):
 class Metrics:
     def __init__(self, info: ModelInfo, model_name: str, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
-        labels = {"model_name": model_name}
+        # One engine a model; vLLM numbers those of data-parallel servers.
+        labels = {"model_name": model_name, "engine": "0"}
 
         def histogram(name: str, text: str, buckets: tuple[float, ...] | list[int]) -> Histogram:
             family = Histogram(name, text, list(labels), registry=None, buckets=buckets)
@@ -176,7 +178,7 @@ class Metrics:
             list(labels),
             registry=self.registry,
         ).labels(**labels)
-        self.registry.register(_EngineCollector(info, model_name, stats))
+        self.registry.register(EngineCollector(info, labels, stats))
 
     def asked(self, num_answers: int, max_tokens: int) -> None:
         self.request_params_n.observe(num_answers)
@@ -281,109 +283,3 @@ class _UnderTwoNames:
                 name = sample.name.replace(family.name, self._alias, 1)
                 twin.add_sample(name, sample.labels, sample.value)
             yield twin
-
-
-class _EngineCollector:
-    """Gauges and counters that the engine keeps, read when they are asked for."""
-
-    def __init__(self, info: ModelInfo, model_name: str, stats: Callable[[], EngineStats]) -> None:
-        self._info = info
-        self._model_name = model_name
-        self._stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        gauges = (
-            ("vllm:num_requests_running", "Sequences computed now.", stats.num_requests_running),
-            ("vllm:num_requests_waiting", "Sequences in the queue.", stats.num_requests_waiting),
-            ("vllm:kv_cache_usage_perc", "KV blocks in use, 0 to 1.", stats.kv_cache_usage),
-            ("vllm:gpu_cache_usage_perc", "Older name of the same.", stats.kv_cache_usage),
-        )
-        for name, text, value in gauges:
-            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
-            gauge.add_metric([self._model_name], value)
-            yield gauge
-        counters = (
-            ("vllm:num_preemptions", "Times KV blocks ran out.", stats.num_preemptions),
-            (
-                "vllm:prefix_cache_queries",
-                "Prompt tokens that the KV cache was searched for.",
-                stats.prefix_cache_queries_total,
-            ),
-            (
-                "vllm:prefix_cache_hits",
-                "Prompt tokens that were found there.",
-                stats.prefix_cache_hits_total,
-            ),
-            ("vllm:prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total),
-            ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens_total),
-            (
-                "vllm:spec_decode_num_drafts",
-                "Times tokens were guessed for a sequence.",
-                stats.spec_decode_num_drafts,
-            ),
-            (
-                "vllm:spec_decode_num_draft_tokens",
-                "Tokens guessed.",
-                stats.spec_decode_num_draft_tokens,
-            ),
-            (
-                "vllm:spec_decode_num_accepted_tokens",
-                "Guessed tokens that were right.",
-                stats.spec_decode_num_accepted_tokens,
-            ),
-        )
-        for name, text, value in (*counters, *self._work(stats)):
-            counter = CounterMetricFamily(name, text, labels=["model_name"])
-            counter.add_metric([self._model_name], value)
-            yield counter
-        positions = CounterMetricFamily(
-            "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Guessed tokens that were right, by how far ahead.",
-            labels=["model_name", "position"],
-        )
-        for position, count in enumerate(stats.spec_decode_num_accepted_tokens_per_pos):
-            positions.add_metric([self._model_name, str(position)], count)
-        yield positions
-        config = GaugeMetricFamily(
-            "vllm:cache_config_info",
-            "How the KV cache is laid out.",
-            labels=["model_name", "block_size", "num_gpu_blocks", "cache_dtype"],
-        )
-        info = self._info
-        config.add_metric(
-            [self._model_name, str(info.block_size), str(info.num_kv_blocks), info.dtype], 1
-        )
-        yield config
-        model = GaugeMetricFamily(
-            "qtool:model_info",
-            "What is served.",
-            labels=["model_name", "format", "dtype", "device", "max_model_len", "weight_bytes"],
-        )
-        size = (str(info.max_model_len), str(info.weight_bytes))
-        model.add_metric([self._model_name, info.format, info.dtype, info.device, *size], 1)
-        yield model
-
-    @staticmethod
-    def _work(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
-        """Of the arithmetic and the bandwidth that the machine has, what is used: the rates of
-        these over the rate of the seconds.
-        """
-        return (
-            (
-                "vllm:estimated_flops_per_gpu",
-                "Operations of linears and attention, by arithmetic.",
-                stats.operations_total,
-            ),
-            (
-                "vllm:estimated_read_bytes_per_gpu",
-                "Bytes of weights and KV cache that steps had to read.",
-                stats.bytes_read_total,
-            ),
-            (
-                "vllm:estimated_write_bytes_per_gpu",
-                "Bytes of KV cache that steps wrote.",
-                stats.bytes_written_total,
-            ),
-            ("qtool:step_seconds", "Seconds that steps took.", stats.step_seconds_total),
-        )

@@ -54,7 +54,7 @@ def test_leaving_several_prompts_frees_all(server: Any) -> None:
 
 def test_an_abort_is_counted_once(server: Any) -> None:
     aborted = "vllm:request_success_total"
-    labels = '{finished_reason="abort",model_name="builtin:books-7m"}'
+    labels = '{engine="0",finished_reason="abort",model_name="builtin:books-7m"}'
     before = server.metric(aborted, labels)
     with server.stream(LONG) as lines:
         next(lines)

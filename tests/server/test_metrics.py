@@ -6,12 +6,17 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-MODEL = {"model_name": "builtin:books-7m"}
+MODEL = {"model_name": "builtin:books-7m", "engine": "0"}
 GAUGES = (
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
     "vllm:gpu_cache_usage_perc",
+    "vllm:cpu_cache_usage_perc",
+    "vllm:num_requests_waiting_by_reason",
+    "vllm:engine_sleep_state",
+    "vllm:cache_config_info",
+    "qtool:model_info",
 )
 COUNTERS = (
     "vllm:prompt_tokens_total",

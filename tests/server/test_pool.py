@@ -116,7 +116,7 @@ def test_models_come_and_go_as_they_are_asked_for(
 
     metrics = http.get("/metrics").text
     for name in (FIRST, poet):
-        assert f'vllm:num_requests_running{{model_name="{name}"}} 0.0' in metrics
+        assert f'vllm:num_requests_running{{engine="0",model_name="{name}"}} 0.0' in metrics
     assert metrics.count("# TYPE http_requests_total ") == 1
 
     # As Ollama's clients unload a model.
