@@ -15,7 +15,7 @@ from qtool.convert.formats import open_weights
 from qtool.errors import UnknownName, UsageError
 from qtool.kernels.cpu.native import measure_bandwidth
 from qtool.runtime.config import Device, Dtype, EngineConfig
-from qtool.runtime.layers import DEFAULT_RULES, Linear, PackingRules
+from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.memory import MemoryBudget, least_weight_bytes
 from qtool.runtime.models.build import KernelUse
 from qtool.runtime.models.decoder import Decoder
@@ -73,14 +73,8 @@ class LoadedModel:
 
     def expected_speed(self) -> str:
         """What a token reads, and how often this machine's memory gives that in a second."""
-        embedding = getattr(self.decoder, "embedding", None)
-        head = getattr(self.decoder, "head", None)
-        read = self.nbytes
-        # A row of the embedding is read, not all; unless it is the head as well.
-        if isinstance(embedding, Tensor) and not (
-            isinstance(head, Linear) and head.shares(embedding)
-        ):
-            read -= embedding.nbytes
+        looked_up = self.decoder.looked_up_bytes if isinstance(self.decoder, Decoder) else 0
+        read = self.nbytes - looked_up
         bandwidth = measure_bandwidth() if self.device.type == "cpu" else None
         if bandwidth is None:
             return f"a token reads {read / 1e6:,.0f} MB"

@@ -17,12 +17,11 @@ from collections import Counter
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from qtool.arch import find_family
 from qtool.runtime.engine.scheduler import Scheduled
 from qtool.runtime.models.decoder import Decoder
-from qtool.runtime.models.fallback import TransformersModel
 from qtool.runtime.models.model import Model
 from qtool.runtime.models.packed_modules import PackedLinear
 from qtool.runtime.models.tensors import EXPERTS, has, role_shapes
@@ -63,7 +62,8 @@ class WorkMeter:
     def __init__(self, model: Model, *, weight_bytes: int, cache_bytes_per_token: float) -> None:
         self.counts = WorkCounts()
         self._sizes = sizes_of(model)
-        self._weight_bytes = weight_bytes - _bytes_looked_up(model)
+        looked_up = model.looked_up_bytes if isinstance(model, Decoder) else 0
+        self._weight_bytes = weight_bytes - looked_up
         # Layers of one window see the same tokens, and few models have more than two windows.
         operations: Counter[int | None] = Counter()
         channels: Counter[int | None] = Counter()
@@ -113,9 +113,13 @@ def tokens_seen(start: int, stop: int, window: int | None) -> int:
 
 
 def sizes_of(model: Model) -> LinearSizes:
-    if isinstance(model, TransformersModel):
-        return _sizes_of_modules(model.base, model.head)
-    assert isinstance(model, Decoder)
+    """The decoder's by its config, transformers' code's by its modules; no other model has any."""
+    if not isinstance(model, Decoder):
+        # By what it has: its class is in a module that loads transformers, which takes seconds.
+        base, head = getattr(model, "base", None), getattr(model, "head", None)
+        if isinstance(base, nn.Module) and isinstance(head, nn.Module):
+            return _sizes_of_modules(base, head)
+        return LinearSizes(block=0)
     config = model.config
     family = find_family({"model_type": config.model_type})
     shapes = role_shapes(family, config)
@@ -145,13 +149,3 @@ def _sizes_of_modules(base: nn.Module, head: nn.Module) -> LinearSizes:
     block = weights(base)
     rest = {key: size for key, size in weights(head).items() if key not in block}
     return LinearSizes(block=sum(block.values()), head=sum(rest.values()))
-
-
-def _bytes_looked_up(model: Model) -> int:
-    """Of an embedding of which rows are taken, not all of it; a tied one is read as the head."""
-    embedding = getattr(model, "embedding", None)
-    head = getattr(model, "head", None)
-    if not isinstance(embedding, Tensor) or not hasattr(head, "shares"):
-        return 0
-    assert head is not None
-    return 0 if head.shares(embedding) else embedding.nbytes

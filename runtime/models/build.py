@@ -35,6 +35,7 @@ from qtool.runtime.layers import (
 )
 from qtool.runtime.models.attention import LatentAttention, SelfAttention
 from qtool.runtime.models.decoder import Block, Decoder, attention_specs
+from qtool.runtime.models.embedding import Embedding
 from qtool.runtime.models.mlp import Mlp, SparseMlp
 from qtool.runtime.models.parts import (
     ACTIVATIONS,
@@ -116,8 +117,6 @@ class _Builder:
                 blocks.append(self._block(index))
                 progress.advance()
         head = self._head(embedding)
-        if isinstance(head, Linear) and head.shares(embedding):
-            self._nbytes -= embedding.nbytes
         norm = self._norm("norm", None)
         assert norm is not None
         decoder = Decoder(
@@ -133,17 +132,19 @@ class _Builder:
             head=head if self._ranks is None else self._ranks.gathered(head),
             ranks=self._ranks,
         )
+        if decoder.head_is_embedding:
+            self._nbytes -= embedding.nbytes
         uses = tuple(KernelUse(*key, count) for key, count in self._uses.items())
         return Built(decoder, uses, self._nbytes)
 
-    def _embedding(self) -> Tensor:
+    def _embedding(self) -> Embedding:
         module = self._architecture.hf_name("embed", None)
-        weight = read_part(self._reader, module, self._part("embed"))
-        values = weight.dequantize(self._dtype).to(self._device).contiguous()
-        self._nbytes += values.nbytes
-        return values
+        weight = read_part(self._reader, module, self._part("embed"), stored=True)
+        embedding = Embedding.of(weight, self._dtype, self._device)
+        self._nbytes += embedding.nbytes
+        return embedding
 
-    def _head(self, embedding: Tensor) -> Linear:
+    def _head(self, embedding: Embedding) -> Linear:
         """Its own weight or the embedding's, as that is stored where it is packed."""
         tied = self._config.tie_word_embeddings
         role: Role = "embed" if tied else "head"
@@ -152,8 +153,8 @@ class _Builder:
         stored = describe(weight)
         if tied:
             stored = f"the embedding, {stored}"
-            if isinstance(weight, DenseWeight):
-                weight = DenseWeight(embedding)
+            if isinstance(weight, DenseWeight) and embedding.values is not None:
+                weight = DenseWeight(embedding.values)
         native = any(kernel == "native_w4a8" for _, _, kernel, _ in self._uses)
         bias = self._bias("head", self._architecture.hf_name("head", None))
         layer, choice = pack_head(

@@ -21,6 +21,7 @@ from qtool.decoder_config import DecoderConfig
 from qtool.runtime.layers import Linear, Linears
 from qtool.runtime.models.attention import LatentAttention, SelfAttention
 from qtool.runtime.models.attention_spec import AttentionSpec
+from qtool.runtime.models.embedding import Embedding
 from qtool.runtime.models.mlp import Mlp, SparseMlp
 from qtool.runtime.models.model import Attend
 from qtool.runtime.models.parts import Norm, Rotation, Turn
@@ -61,7 +62,7 @@ class Decoder:
 
     config: DecoderConfig
     attention: tuple[AttentionSpec, ...]
-    embedding: Tensor
+    embedding: Embedding
     rotations: tuple[Rotation, ...]
     blocks: tuple[Block, ...]
     norm: Norm
@@ -79,6 +80,17 @@ class Decoder:
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Whether the head multiplies by the very tensor that tokens are looked up in."""
+        values = self.embedding.values
+        return values is not None and isinstance(self.head, Linear) and self.head.shares(values)
+
+    @property
+    def looked_up_bytes(self) -> int:
+        """Bytes of which a step reads the rows of its tokens only."""
+        return 0 if self.head_is_embedding else self.embedding.nbytes
 
     def for_context(self, num_tokens: int) -> "Decoder":
         """The same weights, turned as sequences of up to `num_tokens` need it."""
@@ -99,7 +111,7 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [rows] int64 -> the first block's input [rows, hidden]."""
         if self.ranks is None:
-            x = self.embedding.index_select(0, token_ids)
+            x = self.embedding(token_ids)
         else:
             x = self.ranks.look_up(self.embedding, token_ids)
         if self.config.embedding_scale != 1.0:

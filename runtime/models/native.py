@@ -141,7 +141,7 @@ class NativeDecoder:
         assert activation is not None
         self._blocks = bind(
             [self._bound(block, pool) for block in decoder.blocks],
-            hidden=decoder.embedding.shape[1],
+            hidden=decoder.embedding.hidden_size,
             eps=decoder.config.norm_eps,
             dtype=decoder.dtype,
             activation=activation,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qtool.kernels.dispatch import LinearKernel
 from qtool.runtime.layers import Linear, Linears
+from qtool.runtime.models.embedding import Embedding
 from qtool.runtime.parallel.collective import Collective
 from qtool.runtime.parallel.shard import Shard, ShardPlan
 
@@ -88,12 +89,12 @@ class Ranks:
         widths = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         return ShardedHeadsNorm(query, key, eps, widths, self.plan.kv_copies, self.collective)
 
-    def look_up(self, embedding: Tensor, token_ids: Tensor) -> Tensor:
+    def look_up(self, embedding: Embedding, token_ids: Tensor) -> Tensor:
         """embedding [own tokens, hidden], token_ids [rows] -> [rows, hidden]."""
         own = self.plan.vocabulary
         places = token_ids - own.start
         foreign = (places < 0) | (places >= len(own))
-        rows = embedding.index_select(0, places.clamp(0, len(own) - 1))
+        rows = embedding(places.clamp(0, len(own) - 1))
         return self.collective.all_reduce(rows.masked_fill_(foreign[:, None], 0))
 
 
