@@ -65,7 +65,7 @@ SUPER = 256
 CODE_BITS = (2, 3, 4, 5, 6, 8)
 
 
-class _Record(ctypes.Structure):
+class LinearRecord(ctypes.Structure):
     """QtoolLinear of csrc/interface.h."""
 
     _fields_ = (
@@ -145,7 +145,7 @@ class NativePacked(NamedTuple):
     zeros: Tensor | None
     fields: Tensor | None
     table: Tensor | None
-    record: _Record
+    record: LinearRecord
     out_features: int
     in_features: int
     native: Native
@@ -315,7 +315,9 @@ def _packed(
     addresses = [None if part is None else part.data_ptr() for part in parts]
     span = max(step, STRIP)
     scale_type = ELEMENT_TYPES[scales.dtype]
-    record = _Record(*addresses, *shape, group, step, span, bits, scale_type, midpoint, scale_kind)
+    record = LinearRecord(
+        *addresses, *shape, group, step, span, bits, scale_type, midpoint, scale_kind
+    )
     return NativePacked(codes, scales, offsets, zeros, fields, table, record, *shape, native)
 
 
