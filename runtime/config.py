@@ -67,6 +67,8 @@ class EngineConfig:
                              num_speculative_tokens; None: do not. A draft model and its cache
                              come on top of the memory above
     enable_lora              whether requests may name LoRA adapters
+    tensor_parallel_size     ranks that the model is shared out among, a process each: with a GPU
+                             each, or with a part of the CPU's threads
     lora_modules             adapters to load at the start: a mapping from names to peft's folders,
                              or "name=folder" each
     seed                     what requests without a seed of their own are sampled from
@@ -92,6 +94,7 @@ class EngineConfig:
     speculative_config: SpeculativeConfig | None = None
     enable_lora: bool = False
     lora_modules: tuple[tuple[str, str], ...] = ()
+    tensor_parallel_size: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -120,13 +123,22 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UsageError(f"{name} is {value}, must be at least 0")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in (
+            *("max_num_seqs", "max_num_batched_tokens", "block_size"),
+            "tensor_parallel_size",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, must be at least 1")
         for name in ("max_model_len", "kv_cache_memory_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, must be at least 1")
+        if self.tensor_parallel_size > 1 and self.uses_lora:
+            raise UsageError(
+                f"adapters cannot be shared by {self.tensor_parallel_size} ranks",
+                "merge the adapter into the weights (peft: merge_and_unload), or use "
+                "--tensor-parallel-size 1",
+            )
 
     @property
     def uses_lora(self) -> bool:

@@ -30,7 +30,6 @@ HARMLESS: Mapping[str, tuple[object, ...] | None] = {
     "tokenizer": (None,),
     "tokenizer_mode": ("auto",),
     "trust_remote_code": (False,),
-    "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
     "load_format": ("auto",),

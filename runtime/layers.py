@@ -62,8 +62,11 @@ class Linear:
         return sum(tensor.nbytes for tensor in tensors)
 
     def shares(self, tensor: Tensor) -> bool:
-        """Whether the weight is that very tensor, as a tied head's can be."""
-        return any(part is tensor for part in self.packed)
+        """Whether the weight is that very tensor, as a tied head's can be, also a wrapped one's."""
+        return any(
+            part is tensor or (isinstance(part, Linear) and part.shares(tensor))
+            for part in self.packed
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

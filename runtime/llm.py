@@ -71,6 +71,7 @@ class LLM:
 
     def close(self) -> None:
         """Let go of the model's memory; the object is of no use afterwards."""
+        self.engine.close()
         del self.engine, self.loaded
 
     def generate(

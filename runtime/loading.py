@@ -5,13 +5,16 @@ the presence and shape of every tensor. What was chosen for which layer, and why
 `LoadedModel.kernels` and printed by whoever starts a server; nothing falls back silently.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from qtool.convert.formats import open_weights
+from qtool.convert.formats import WeightReader, open_weights
 from qtool.errors import UnknownName, UsageError
 from qtool.kernels.cpu.native import measure_bandwidth
 from qtool.runtime.config import Device, Dtype, EngineConfig
@@ -19,11 +22,21 @@ from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.memory import MemoryBudget, least_weight_bytes
 from qtool.runtime.models.build import KernelUse
 from qtool.runtime.models.decoder import Decoder
-from qtool.runtime.models.load import Code, model_dtype, plan_decoder
+from qtool.runtime.models.load import (
+    Code,
+    FallbackPlan,
+    LoadedDecoder,
+    NativePlan,
+    model_dtype,
+    plan_decoder,
+)
 from qtool.runtime.models.model import Model, causal_logits
 from qtool.runtime.models.native import why_not
 from qtool.runtime.tokenizer import Tokenizer
 from qtool.source import Source, resolve
+
+if TYPE_CHECKING:
+    from qtool.runtime.parallel.team import Team
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -34,7 +47,11 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model in memory. `tokenizer` is None where the source has none."""
+    """A model in memory. `tokenizer` is None where the source has none.
+
+    nbytes  of all ranks' weights together
+    team    the ranks that it is shared out among; None: it is here as a whole
+    """
 
     source: Source
     decoder: Model
@@ -49,10 +66,23 @@ class LoadedModel:
     format: str
     kernels: tuple[KernelUse, ...]
     nbytes: int
+    team: Team | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 if self.team is None else self.team.size
+
+    def close(self) -> None:
+        """End the other ranks, if there are any."""
+        if self.team is not None:
+            self.team.stop()
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Independent sequences [batch, tokens] int64 -> float32 [batch, tokens, vocab]."""
-        return causal_logits(self.decoder, tokens)
+        if self.team is None:
+            return causal_logits(self.decoder, tokens)
+        with self.team.full_pass(tokens, logits=True):
+            return causal_logits(self.decoder, tokens)
 
     def kernel_table(self) -> Table:
         """The start-up table: which kernel runs which layers, and why."""
@@ -74,7 +104,7 @@ class LoadedModel:
     def expected_speed(self) -> str:
         """What a token reads, and how often this machine's memory gives that in a second."""
         looked_up = self.decoder.looked_up_bytes if isinstance(self.decoder, Decoder) else 0
-        read = self.nbytes - looked_up
+        read = self.nbytes - looked_up * self.num_ranks
         bandwidth = measure_bandwidth() if self.device.type == "cpu" else None
         if bandwidth is None:
             return f"a token reads {read / 1e6:,.0f} MB"
@@ -85,14 +115,20 @@ class LoadedModel:
 
     def _title(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
+        ranks = "" if self.team is None else f" in {self.num_ranks} ranks"
         return (
             f"{self.source.short_name}: {self.model_type}, {self.format}, "
-            f"{self.nbytes / 1e6:,.1f} MB, {name} on {self.device.type} ({self.dtype_reason})"
+            f"{self.nbytes / 1e6:,.1f} MB{ranks}, {name} on {self.device.type} "
+            f"({self.dtype_reason})"
         )
 
 
 def load_for(config: EngineConfig) -> LoadedModel:
     """Load the model that an engine is to run, if it fits into the memory that it may have."""
+    if config.tensor_parallel_size > 1:
+        from qtool.runtime.parallel.loading import load_together
+
+        return load_together(config)
     return load_model(
         config.model,
         dtype=config.dtype,
@@ -117,6 +153,46 @@ def load_model(
     rules   how quantized layers and the head are packed
     budget  what the weights have to fit into; None: that is the caller's affair
     """
+    found = find_model(model, dtype=dtype, device=device, revision=revision, budget=budget)
+    with torch.inference_mode():
+        return found.loaded(found.plan.load(found.dtype, found.device, rules))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FoundModel:
+    """What is known of a model before its weights are read; see `LoadedModel`."""
+
+    source: Source
+    reader: WeightReader
+    plan: NativePlan | FallbackPlan
+    dtype: torch.dtype
+    dtype_reason: str
+    device: torch.device
+
+    def loaded(self, built: LoadedDecoder) -> LoadedModel:
+        tokenizer = Tokenizer.load(self.source, self.reader)
+        eos = () if tokenizer is None else tokenizer.eos_token_ids
+        return LoadedModel(
+            source=self.source,
+            decoder=built.model,
+            code=built.code,
+            model_type=str(self.reader.config["model_type"]),
+            max_position_embeddings=built.max_position_embeddings,
+            tokenizer=tokenizer,
+            eos_token_ids=tuple(dict.fromkeys((*built.eos_token_ids, *eos))),
+            dtype=self.dtype,
+            dtype_reason=self.dtype_reason,
+            device=self.device,
+            format=self.reader.format,
+            kernels=built.kernels,
+            nbytes=built.nbytes,
+        )
+
+
+def find_model(
+    model: str, *, dtype: Dtype, device: Device, revision: str | None, budget: MemoryBudget | None
+) -> FoundModel:
+    """Everything that can be wrong is found here, by the headers of the files."""
     source = resolve(model, revision)
     reader = open_weights(source)
     plan = plan_decoder(reader)
@@ -124,25 +200,7 @@ def load_model(
     chosen, reason = choose_dtype(dtype, model_dtype(reader.config), where)
     if budget is not None:
         budget.check_weights(source.name, least_weight_bytes(reader, chosen))
-    with torch.inference_mode():
-        built = plan.load(chosen, where, rules)
-    tokenizer = Tokenizer.load(source, reader)
-    eos = () if tokenizer is None else tokenizer.eos_token_ids
-    return LoadedModel(
-        source=source,
-        decoder=built.model,
-        code=built.code,
-        model_type=str(reader.config["model_type"]),
-        max_position_embeddings=built.max_position_embeddings,
-        tokenizer=tokenizer,
-        eos_token_ids=tuple(dict.fromkeys((*built.eos_token_ids, *eos))),
-        dtype=chosen,
-        dtype_reason=reason,
-        device=where,
-        format=reader.format,
-        kernels=built.kernels,
-        nbytes=built.nbytes,
-    )
+    return FoundModel(source, reader, plan, chosen, reason, where)
 
 
 def choose_device(device: Device) -> torch.device:

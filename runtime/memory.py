@@ -49,6 +49,8 @@ class MemoryBudget:
     device          "cpu" or "cuda"
     utilization     share of total_bytes for everything together; None: nobody said
     kv_cache_bytes  for the cache alone, exactly; None: what is left
+    num_ranks       that share the model out: on a CPU they take of this same memory, on GPUs each
+                    has its own, and this is one of them
     """
 
     total_bytes: int
@@ -56,6 +58,12 @@ class MemoryBudget:
     device: str
     utilization: float | None = None
     kv_cache_bytes: int | None = None
+    num_ranks: int = 1
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks whose weights and cache are in this memory."""
+        return self.num_ranks if self.device == "cpu" else 1
 
     @classmethod
     def measure(
@@ -68,7 +76,12 @@ class MemoryBudget:
         else:
             total, used = free_ram() + weight_bytes, weight_bytes
         return cls(
-            total, used, device.type, config.gpu_memory_utilization, config.kv_cache_memory_bytes
+            total,
+            used,
+            device.type,
+            config.gpu_memory_utilization,
+            config.kv_cache_memory_bytes,
+            config.tensor_parallel_size,
         )
 
     @property
@@ -77,7 +90,10 @@ class MemoryBudget:
         return int(self.total_bytes * (1.0 if self.utilization is None else self.utilization))
 
     def check_weights(self, name: str, weight_bytes: int) -> None:
-        """Raise NotEnoughMemory unless weights of this size leave room for the cache asked for."""
+        """Raise NotEnoughMemory unless weights of this size, all ranks' together, leave room for
+        the cache asked for.
+        """
+        weight_bytes = weight_bytes * self.ranks_here // self.num_ranks
         cache = self.kv_cache_bytes or 0
         if self.used_bytes + weight_bytes + cache <= self.usable_bytes:
             return
@@ -136,7 +152,8 @@ def plan_pool(
     config: EngineConfig, model: Model, max_position_embeddings: int, budget: MemoryBudget
 ) -> PoolPlan:
     """Within memory and, unless its size was asked for, within what can ever be used."""
-    each = block_bytes(model, config.block_size, config.kv_cache_dtype)
+    own = block_bytes(model, config.block_size, config.kv_cache_dtype)
+    each = own * budget.ranks_here
     logits_bytes = LOGITS_COPIES * config.max_num_seqs * model.vocab_size * 4
     affordable = budget.pool_bytes(logits_bytes) // each
     if affordable < 1:

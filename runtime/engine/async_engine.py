@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.config import EngineConfig
-from qtool.runtime.engine.client import EngineStats, ModelInfo, QueueFull
+from qtool.runtime.engine.client import EngineLost, EngineStats, ModelInfo, QueueFull
 from qtool.runtime.engine.embedding import Pooling
 from qtool.runtime.engine.engine import Engine, validate
 from qtool.runtime.engine.grammar import GrammarCompiler
@@ -51,11 +51,24 @@ class _Stop:
     """End every request and the thread."""
 
 
-_Message = _Add | _Abort | _Embed | _Stop
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """What the engine runs on is gone."""
+
+    error: EngineLost
+
+
+_Message = _Add | _Abort | _Embed | _Stop | _Lost
 
 
 class EngineStopped(QtoolError):
     """The engine takes no more requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    request: GenerationRequest
+    queue: asyncio.Queue[TokenOutput]
 
 
 class AsyncEngine:
@@ -63,13 +76,15 @@ class AsyncEngine:
 
     `start` loads the model in the engine thread, unless it was given loaded; all methods but
     `stats` and `healthy` belong to the event loop that called `start`.
+
+    failure  what the engine ended with, if it has ended by itself
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._load: Callable[[], LoadedModel] = lambda: load_for(config)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
-        self._outputs: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._outputs: dict[str, _Stream] = {}
         self._num_inside = 0
         self._max_inside = config.max_num_seqs + config.num_waiting_limit
         self._thread: threading.Thread | None = None
@@ -80,6 +95,8 @@ class AsyncEngine:
         self._info: ModelInfo | None = None
         self._grammars: GrammarCompiler | None = None
         self._stats = EngineStats()
+        self._ended = asyncio.Event()
+        self.failure: QtoolError | None = None
 
     @classmethod
     def from_loaded(cls, loaded: LoadedModel, config: EngineConfig) -> "AsyncEngine":
@@ -98,6 +115,12 @@ class AsyncEngine:
 
     def healthy(self) -> bool:
         return self._info is not None and self._thread is not None and self._thread.is_alive()
+
+    async def wait_until_failed(self) -> QtoolError:
+        """The failure, once there is one; stopping is none."""
+        await self._ended.wait()
+        assert self.failure is not None
+        return self.failure
 
     async def start(self) -> None:
         """Load the model and wait until it can run; raises what loading raises."""
@@ -129,13 +152,17 @@ class AsyncEngine:
         """See `EngineClient.generate`; a request that can never run is refused by this call."""
         if not self._accepting:
             raise EngineStopped("the engine is not taking requests")
-        if not self.healthy():
-            raise EngineStopped("the engine has ended after an error", hint="see the log")
+        self._check_alive()
         validate(request, self.info)
         if request.request_id in self._outputs:
             raise UsageError(f"request {request.request_id} is already running")
         self._check_room(request)
         return self._stream(request)
+
+    def _check_alive(self) -> None:
+        if self.failure is not None or not self.healthy():
+            reason = "" if self.failure is None else f": {self.failure.message}"
+            raise EngineStopped(f"the engine has ended after an error{reason}", hint="see the log")
 
     def _check_room(self, request: GenerationRequest) -> None:
         # An empty engine takes whatever one request asks for.
@@ -147,9 +174,11 @@ class AsyncEngine:
         if wanted is not None and self._grammars is not None:
             # Not in the engine's thread, where everybody would wait for it.
             await asyncio.to_thread(self._grammars.check, wanted)
-        self._check_room(request)  # others may have come since the call
+        # Since the call others may have come, and the engine may have ended.
+        self._check_room(request)
+        self._check_alive()
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        self._outputs[request.request_id] = queue
+        self._outputs[request.request_id] = _Stream(request, queue)
         self._num_inside += _num_sequences(request)
         self._nothing_running.clear()
         self._inbox.put(_Add(request))
@@ -168,8 +197,9 @@ class AsyncEngine:
 
     async def embed(self, token_ids: tuple[int, ...], pooling: Pooling) -> list[float]:
         """A vector for a text, computed between two steps."""
-        if not self._accepting or not self.healthy():
+        if not self._accepting:
             raise EngineStopped("the engine is not taking requests")
+        self._check_alive()
         vector: Future[list[float]] = Future()
         self._inbox.put(_Embed(token_ids, pooling, vector))
         return await asyncio.wrap_future(vector)
@@ -185,27 +215,51 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
-            queue = self._outputs.get(output.request_id)
-            if queue is not None:
-                queue.put_nowait(output)
+            stream = self._outputs.get(output.request_id)
+            if stream is not None:
+                stream.queue.put_nowait(output)
+
+    def _end_all(self, error: QtoolError) -> None:
+        """The engine thread reads no more messages: answer those, and who else waits."""
+        self._ended.set()
+        for stream in self._outputs.values():
+            for output in _failed(stream.request, error):
+                stream.queue.put_nowait(output)
+        for message in self._messages(wait=False):
+            if isinstance(message, _Embed) and message.vector.set_running_or_notify_cancel():
+                message.vector.set_exception(error)
 
     # What follows runs in the engine thread.
 
     def _run(self, ready: Future[ModelInfo]) -> None:
         try:
-            engine = Engine(self._load(), self._config)
+            loaded = self._load()
+            engine = Engine(loaded, self._config)
         except BaseException as error:
             ready.set_exception(error)
             return
         self._grammars = engine.grammars
         ready.set_result(engine.info)
+        if loaded.team is not None:
+            loaded.team.on_lost(lambda error: self._inbox.put(_Lost(error)))
         try:
             while self._turn(engine):
                 pass
+        except EngineLost as error:
+            logger.error("%s", error.message)
+            self._fail(engine, error)
         except BaseException:
             # Not a request's failure but the engine's own: nobody may wait for it forever.
             logger.exception("the engine has failed and ends")
-            self._hand_over(engine, engine.abort_all("the engine has failed; see its log"))
+            self._fail(engine, QtoolError("the engine has failed; see its log"))
+        finally:
+            engine.close()
+
+    def _fail(self, engine: Engine, error: QtoolError) -> None:
+        self.failure = error
+        self._hand_over(engine, engine.abort_all(error.message))
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end_all, error)
 
     def _turn(self, engine: Engine) -> bool:
         """Take the messages, run one step, hand over what came of both; False when told to stop."""
@@ -218,6 +272,8 @@ class AsyncEngine:
                 outputs.extend(engine.abort(message.request_id, message.index))
             elif isinstance(message, _Embed):
                 self._embed(engine, message)
+            elif isinstance(message, _Lost):
+                raise message.error
             else:
                 going_on = False
         outputs.extend(engine.step() if going_on else engine.abort_all())
@@ -228,15 +284,7 @@ class AsyncEngine:
         try:
             engine.add(request)
         except QtoolError as error:
-            failed = TokenOutput(
-                request.request_id,
-                (),
-                "error",
-                len(request.prompt_token_ids),
-                0,
-                error=error.message,
-            )
-            return [replace(failed, index=i) for i in range(request.sampling.num_sequences)]
+            return _failed(request, error)
         return []
 
     @staticmethod
@@ -263,6 +311,13 @@ class AsyncEngine:
         if not outputs or self._loop is None or self._loop.is_closed():
             return
         self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+
+def _failed(request: GenerationRequest, error: QtoolError) -> list[TokenOutput]:
+    """The last outputs of a request that the engine does not have."""
+    num_prompt_tokens = len(request.prompt_token_ids)
+    failed = TokenOutput(request.request_id, (), "error", num_prompt_tokens, 0, error=error.message)
+    return [replace(failed, index=index) for index in range(_num_sequences(request))]
 
 
 def _num_sequences(request: GenerationRequest) -> int:

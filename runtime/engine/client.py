@@ -24,9 +24,16 @@ class QueueFull(QtoolError):
         )
 
 
+class EngineLost(QtoolError):
+    """What the engine runs on is gone, and it cannot go on."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What was loaded and how much it can hold; fixed once the engine has started."""
+    """What was loaded and how much it can hold; fixed once the engine has started.
+
+    weight_bytes, kv_cache_bytes  of all ranks together
+    """
 
     name: str
     max_model_len: int
@@ -42,6 +49,7 @@ class ModelInfo:
     kv_cache_bytes: int
     lora_enabled: bool = False
     lora_names: tuple[str, ...] = ()
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)

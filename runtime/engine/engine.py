@@ -14,21 +14,24 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Series
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.adapters import Adapters
 from qtool.runtime.engine.batch import make_batch
 from qtool.runtime.engine.blocks import BlockManager
-from qtool.runtime.engine.client import EngineStats, ModelInfo
+from qtool.runtime.engine.client import EngineLost, EngineStats, ModelInfo
 from qtool.runtime.engine.draw import Drawn, draw
 from qtool.runtime.engine.embedding import Pooling, embed
 from qtool.runtime.engine.grammar import GrammarCompiler
 from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.pace import Pace
-from qtool.runtime.engine.runner import ModelRunner
+from qtool.runtime.engine.runner import ModelRunner, Runner
 from qtool.runtime.engine.sampler import Sampled
 from qtool.runtime.engine.scheduler import Scheduled, Scheduler
 from qtool.runtime.engine.sequence import (
@@ -42,7 +45,8 @@ from qtool.runtime.engine.speculation import SpeculationCounts
 from qtool.runtime.engine.speculators import make_speculation
 from qtool.runtime.engine.work import WorkMeter
 from qtool.runtime.loading import LoadedModel
-from qtool.runtime.memory import MemoryBudget, plan_pool
+from qtool.runtime.memory import MemoryBudget, PoolPlan, plan_pool
+from qtool.runtime.models.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +87,9 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             weight_bytes=loaded.nbytes,
             kv_cache_bytes=num_blocks
-            * block_bytes(decoder, config.block_size, config.kv_cache_dtype),
+            * block_bytes(decoder, config.block_size, config.kv_cache_dtype)
+            * loaded.num_ranks,
+            num_ranks=loaded.num_ranks,
         )
         self.blocks = BlockManager(
             num_blocks,
@@ -92,12 +98,8 @@ class Engine:
             window=widest_window(spec.window for spec in decoder.attention),
         )
         self._model = decoder
-        self._runner = ModelRunner(
-            decoder,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            kv_cache_dtype=config.kv_cache_dtype,
-        )
+        self._loaded = loaded
+        self._runner = _runner(loaded, decoder, config, pool)
         self._scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,
@@ -201,7 +203,14 @@ class Engine:
         """A vector for a text, now; see `runtime.engine.embedding`."""
         if self._adapters is not None:
             self._adapters.select(())
-        return embed(self._model, token_ids, pooling)
+        team = self._loaded.team
+        tokens = torch.tensor([token_ids])
+        with nullcontext() if team is None else team.full_pass(tokens, logits=False):
+            return embed(self._model, token_ids, pooling)
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; the engine is of no use afterwards."""
+        self._loaded.close()
 
     def abort(self, request_id: str, index: int | None = None) -> list[TokenOutput]:
         """End a request, or one of its answers, and free its blocks now; nothing if it is not here
@@ -243,6 +252,8 @@ class Engine:
         self._runner.copy(self.blocks.take_copies())
         try:
             results = self._compute(scheduled)
+        except EngineLost:
+            raise
         except Exception:
             logger.exception("a step of %d sequences failed; trying each alone", len(scheduled))
             results = [self._compute_alone(work) for work in scheduled]
@@ -252,8 +263,7 @@ class Engine:
         return outputs
 
     def _observe(self, scheduled: Series[Scheduled], seconds: float) -> None:
-        """Learn from a step what prompt tokens cost, and guesses; count what it was by arithmetic.
-        """
+        """Learn from a step what prompt tokens cost, and guesses; count its work by arithmetic."""
         self._work.observe(scheduled, seconds)
         if self._speculation is not None:
             self._speculation.observe(scheduled, seconds)
@@ -279,6 +289,8 @@ class Engine:
     def _compute_alone(self, work: Scheduled) -> Drawn | Exception:
         try:
             return self._compute([work])[0]
+        except EngineLost:
+            raise
         except Exception as error:
             logger.exception("request %s failed", work.sequence.id)
             return error
@@ -374,6 +386,26 @@ class Engine:
         return sequence.output(new_token_ids, reason, error, logprobs)
 
 
+def _runner(loaded: LoadedModel, model: Model, config: EngineConfig, pool: PoolPlan) -> Runner:
+    if loaded.team is None:
+        return ModelRunner(
+            model,
+            num_blocks=pool.num_blocks,
+            block_size=config.block_size,
+            kv_cache_dtype=config.kv_cache_dtype,
+        )
+    from qtool.runtime.parallel.runner import TeamRunner
+
+    return TeamRunner(
+        loaded.team,
+        model,
+        num_blocks=pool.num_blocks,
+        block_size=config.block_size,
+        kv_cache_dtype=config.kv_cache_dtype,
+        context=pool.max_model_len,
+    )
+
+
 def _text_of(error: Exception) -> str:
     return str(error) or type(error).__name__
 
@@ -398,5 +430,6 @@ def validate(request: GenerationRequest, info: ModelInfo) -> None:
     if request.lora is not None and not info.lora_enabled:
         raise UsageError(
             f"the engine was started without adapters, and {request.lora.lora_name} is one",
-            hint="start it with --lora-modules NAME=FOLDER, or enable_lora=True in Python",
+            hint="start it with --lora-modules NAME=FOLDER or --enable-lora (enable_lora=True in "
+            "Python)",
         )

@@ -10,6 +10,7 @@ torch             the model's own operations, with attention from PyTorch's; lay
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,22 @@ from qtool.runtime.engine.kv_pool import KVPool
 from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.model import Attend, Model, sinks_of
 from qtool.runtime.models.native import NativeDecoder, find_slots, why_not
+
+
+class Runner(Protocol):
+    """What the engine asks of whatever runs its batches."""
+
+    def run(self, batch: Batch) -> Tensor:
+        """Logits of the sampled rows, [sampled, vocab] float32; the cache holds all rows after."""
+        ...
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Carry out copies between blocks, one after the other."""
+        ...
+
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Zero blocks."""
+        ...
 
 
 class ModelRunner:

@@ -33,7 +33,7 @@ def _draft(
     config: EngineConfig, wanted: SpeculativeConfig, loaded: LoadedModel, info: ModelInfo
 ) -> DraftProposer:
     assert wanted.model is not None
-    draft = load_for(replace(config, model=wanted.model, revision=None))
+    draft = load_for(replace(config, model=wanted.model, revision=None, tensor_parallel_size=1))
     _check_vocabulary(draft, loaded)
     return DraftProposer(
         draft,

@@ -7,6 +7,8 @@ that only this user can read, and no port is chosen that somebody else could hav
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -25,19 +27,26 @@ Backend = Literal["gloo", "nccl"]
 TIMEOUT = timedelta(minutes=5)
 
 
+class CutOff(RuntimeError):
+    """What the others were to add did not come: one of them has ended, or waits itself."""
+
+
 class ProcessGroup:
-    """A `Collective` over processes."""
+    """A `Collective` over processes; a sum that cannot be had raises CutOff."""
 
     def __init__(self, rank: int, size: int, meeting: Path, backend: Backend) -> None:
         """Waits until all ranks have come to the file `meeting`."""
         self.rank, self.size = rank, size
-        store = c10d.FileStore(str(meeting), size)
-        store.set_timeout(TIMEOUT)
-        self._group: Any = (_nccl if backend == "nccl" else _gloo)(store, rank, size)
+        make = _nccl if backend == "nccl" else _gloo
+        with _cut_off():
+            store = c10d.FileStore(str(meeting), size)
+            store.set_timeout(TIMEOUT)
+            self._group: Any = make(store, rank, size)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
-        self._group.allreduce([tensor]).wait()
+        with _cut_off():
+            self._group.allreduce([tensor]).wait()
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -45,12 +54,21 @@ class ProcessGroup:
         options.rootRank = 0
         tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else []
-        self._group.gather([parts] if parts else [], [tensor], options).wait()
+        with _cut_off():
+            self._group.gather([parts] if parts else [], [tensor], options).wait()
         return parts
 
     def abort(self) -> None:
         """End what waits for a rank that is gone, with an error."""
         self._group.abort()
+
+
+@contextmanager
+def _cut_off() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CutOff(str(error)) from error
 
 
 def _gloo(store: c10d.Store, rank: int, size: int) -> Any:

@@ -114,8 +114,8 @@ def test_arguments_are_checked_by_name() -> None:
     with pytest.raises(UnknownName, match="max_model_length") as raised:
         AsyncEngineArgs("m", max_model_length=5)
     assert "max_model_len" in str(raised.value.hint)
-    with pytest.raises(UsageError, match="tensor_parallel_size is 2"):
-        AsyncEngineArgs("m", tensor_parallel_size=2)
+    with pytest.raises(UsageError, match="pipeline_parallel_size is 2"):
+        AsyncEngineArgs("m", pipeline_parallel_size=2)
 
 
 def test_the_package_offers_all_of_it_by_name() -> None:

@@ -1,0 +1,137 @@
+"""Waits for what the other ranks say, and for their end.
+
+A rank says "arrived" when it is about to join the others, "loaded" with its bytes of weights, and
+"failed" with the reason before it ends by itself. One that ends without that was killed. One that
+says "cut off" missed a sum: whoever ended first is the reason, and is given a moment to be found.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from qtool.runtime.parallel.members import Member
+from qtool.runtime.parallel.message import Stop, Text, encode
+
+# A rank that has closed its socket is about to end.
+LAST_SECONDS = 10.0
+# One that was told to stop ends when the step under way is done.
+STOP_SECONDS = 30.0
+# How long after it a rank's end is known, by which others were cut off.
+REASON_SECONDS = 1.0
+
+Said = Literal["arrived", "loaded"]
+
+
+class Watch:
+    """lost: what ended the group, in words; None while all ranks are there."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = tuple(members)
+        self._changed = threading.Condition()
+        self._said: dict[str, dict[int, int]] = {"arrived": {}, "loaded": {}}
+        self._listeners: list[Callable[[str], None]] = []
+        self._ending = False
+        self.lost: str | None = None
+        if members:
+            threading.Thread(target=self._run, name="qtool-ranks", daemon=True).start()
+
+    def wait_for(self, said: Said) -> dict[int, int]:
+        """Until all ranks have said it, or one is lost: rank -> the number that was said."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.lost is not None or len(self._said[said]) == len(self._members)
+            )
+            return dict(self._said[said])
+
+    def wait_until_lost(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.lost is not None, seconds)
+
+    def on_lost(self, listener: Callable[[str], None]) -> None:
+        with self._changed:
+            if self.lost is None:
+                self._listeners.append(listener)
+                return
+        listener(self.lost)
+
+    def lose(self, text: str) -> None:
+        """Give the group up, for the first reason that is given; the other ranks are ended."""
+        with self._changed:
+            if self._ending or self.lost is not None:
+                return
+            self.lost = text
+            listeners, self._listeners = self._listeners, []
+            self._changed.notify_all()
+        for member in self._members:
+            member.process.kill()
+        for listener in listeners:
+            listener(text)
+
+    def end(self) -> None:
+        """Let the ranks end, and wait until they have."""
+        with self._changed:
+            self._ending = True
+            self._listeners = []
+        for member in self._members:
+            try:
+                member.channel.send(encode(Stop()))
+                member.channel.socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended before
+        for member in self._members:
+            try:
+                member.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                member.process.kill()
+                member.process.wait()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for member in self._members:
+                selector.register(member.channel.socket, selectors.EVENT_READ, member)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    if not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+                        key.data.channel.close()
+
+    def _hear(self, member: Member) -> bool:
+        """Take what a rank says; False when it says no more."""
+        message = member.channel.receive()
+        if message is None:
+            if not self._ending:
+                self.lose(self._ended(member))
+            return False
+        assert isinstance(message, Text), message
+        said = json.loads(message.text)
+        who = f"rank {member.rank} of {1 + len(self._members)}"
+        if "failed" in said:
+            self.lose(f"{who} failed: {said['failed']}")
+            return False
+        if "cut off" in said:
+            reason = f"{who} waited for the others in vain: {said['cut off']}"
+            threading.Timer(REASON_SECONDS, self.lose, (reason,)).start()
+            return False
+        with self._changed:
+            for word, number in said.items():
+                self._said[word][member.rank] = number
+            self._changed.notify_all()
+        return True
+
+    def _ended(self, member: Member) -> str:
+        process = member.process
+        who = f"rank {member.rank} of {1 + len(self._members)} (process {process.pid})"
+        try:
+            status = process.wait(LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"{who} does not answer any more"
+        if status < 0:
+            return f"{who} was killed by {signal.Signals(-status).name}"
+        return f"{who} ended with exit code {status}"
