@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qtool.errors import UnsupportedModel
 from qtool.kernels.cpu import native_linear, torch_ops
+from qtool.kernels.cuda import marlin_linear
 from qtool.settings import Activations
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
@@ -29,6 +30,7 @@ class LinearKernel:
                   activations) -> why it cannot, or None
     pack          the weight in the kernel's own layout; called once, at load
     matmul        (x, packed, bias [out] or None) -> [tokens, out]
+    device        the only type of device that it is for; None: any
     """
 
     name: str
@@ -38,6 +40,7 @@ class LinearKernel:
     refuses: Callable[[Any, torch.dtype, torch.device, Activations | None], str | None]
     pack: Callable[[Any, torch.dtype, torch.device], Any]
     matmul: Callable[[Tensor, Any, Tensor | None], Tensor]
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,16 @@ def _takes_all(
 # Best first.
 KERNELS: tuple[LinearKernel, ...] = (
     LinearKernel(
+        "marlin",
+        "codes of 2 to 8 bits, activations in 16",
+        marlin_linear.takes,
+        True,
+        marlin_linear.refuses,
+        marlin_linear.pack,
+        marlin_linear.matmul,
+        device="cuda",
+    ),
+    LinearKernel(
         "native_w4a8",
         "codes of 2 to 8 bits and GGUF blocks, activations in 8",
         native_linear.takes,
@@ -82,6 +95,7 @@ KERNELS: tuple[LinearKernel, ...] = (
         native_linear.refuses,
         native_linear.pack,
         native_linear.matmul,
+        device="cpu",
     ),
     LinearKernel(
         "int4pack",
@@ -91,6 +105,7 @@ KERNELS: tuple[LinearKernel, ...] = (
         torch_ops.int4_refuses,
         torch_ops.int4_pack,
         torch_ops.int4_matmul,
+        device="cpu",
     ),
     LinearKernel(
         "int8pack",
@@ -100,6 +115,7 @@ KERNELS: tuple[LinearKernel, ...] = (
         torch_ops.int8_refuses,
         torch_ops.int8_pack,
         torch_ops.int8_matmul,
+        device="cpu",
     ),
     LinearKernel(
         "onednn",
@@ -109,6 +125,7 @@ KERNELS: tuple[LinearKernel, ...] = (
         torch_ops.onednn_refuses,
         torch_ops.onednn_pack,
         torch_ops.onednn_matmul,
+        device="cpu",
     ),
     LinearKernel(
         "dense",
@@ -147,7 +164,7 @@ def choose(
     """
     refusals: list[str] = []
     for kernel in kernels:
-        if not kernel.is_for(weight):
+        if not kernel.is_for(weight) or kernel.device not in (None, device.type):
             continue
         refusal = kernel.refuses(weight, dtype, device, activations)
         if refusal is None:
@@ -157,6 +174,11 @@ def choose(
         refusals.append(f"{kernel.name} {refusal}")
     others = [
         f"{kernel.name} is for {kernel.takes}" for kernel in kernels if not kernel.is_for(weight)
+    ]
+    others += [
+        f"{kernel.name} runs on {kernel.device}"
+        for kernel in kernels
+        if kernel.is_for(weight) and kernel.device not in (None, device.type)
     ]
     raise NoKernel(
         f"no kernel multiplies by {describe(weight)} on {device.type}",

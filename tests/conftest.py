@@ -8,6 +8,7 @@ run the real thing on it; nothing is mocked.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -22,6 +23,10 @@ from qtool.native_build import InstructionSet, Unavailable, find_compiler, find_
 from qtool.settings import child_environment
 
 PROJECT = Path(__file__).parent.parent
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported whether kernels are compiled or interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TINY: dict[str, Any] = {
     "vocab_size": 4096,

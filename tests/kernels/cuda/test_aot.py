@@ -1,0 +1,91 @@
+"""Kernels compiled for GPUs that are not here cost no more than `budgets.py` allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from qtool.kernels.aot import Compiled, hot_loop, read_listing
+from qtool.kernels.cuda.budgets import CASES, Case, excess
+
+LISTING = """
+.L_x_1:
+        /*0000*/                   LDS.128 R4, [R2] ;
+        /*0010*/              @!P0 HGMMA.64x16x16.F32.BF16 R24, R4 ;
+.L_x_2:
+        /*0020*/                   SHFL.IDX PT, R3, R3, R1, 0x1f ;
+        /*0030*/               @P1 BRA `(.L_x_2) ;
+        /*0040*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0050*/              @!P0 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_the_hot_loop_is_the_one_with_matrix_instructions() -> None:
+    listing = read_listing(LISTING)
+    assert len(listing.instructions) == 7
+    assert listing.labels == {".L_x_1": 0, ".L_x_2": 2}
+    assert hot_loop(listing) == {
+        "LDS.128": 1,
+        "HGMMA.64x16x16.F32.BF16": 1,
+        "SHFL.IDX": 1,
+        "BRA": 2,
+        "IADD3": 1,
+    }
+    assert hot_loop(read_listing("")) == {}
+
+
+def test_whatever_is_over_its_budget_is_named() -> None:
+    case = Case(
+        "k", "linear:k", {}, "sm_90", units=2.0, registers=128, per_unit=20, matrix="HGMMA",
+        no_shuffle=True,
+    )  # fmt: skip
+    good = Compiled("sm_90", 128, 0, 1000, {"HGMMA.64": 4}, {"FFMA": 40}, ())
+    assert excess(case, good) == []
+    bad = Compiled("sm_90", 200, 8, 1000, {"HMMA.16": 4}, {"FFMA": 40, "SHFL.IDX": 2}, ("C7515",))
+    assert excess(case, bad) == [
+        "spills 8 bytes",
+        "200 registers, may have 128",
+        "C7515",
+        "no HGMMA, has ['HMMA.16']",
+        "21.0 instructions a unit, may have 20",
+        "2 exchanges in the loop",
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], Any]:
+    """By another process: this one may interpret kernels, and cannot do both."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "qtool.kernels.aot", "--json"],
+        env={**environment, "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {(row["name"], row["arch"]): row for row in json.loads(done.stdout)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.arch}")
+def test_no_kernel_is_over_its_budget(
+    case: Case, compiled: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    found = dict(compiled[case.name, case.arch])
+    assert found.pop("excess") == []
+    del found["name"]
+    assert {field.name for field in dataclasses.fields(Compiled)} == set(found)
+
+
+def test_cases_are_told_apart_by_name_and_architecture() -> None:
+    names = [(case.name, case.arch) for case in CASES]
+    assert len(set(names)) == len(names)
