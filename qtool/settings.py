@@ -11,6 +11,7 @@ QTOOL_ACTIVATIONS  int8: quantized linears on CPUs round their inputs to 8 bits 
 GOMP_SPINCOUNT     read by torch's OpenMP; made small where neither it nor OMP_WAIT_POLICY is set
 XDG_DATA_HOME      folder whose qtool/ keeps the names of models made with `qtool create`
                    (~/.local/share)
+XDG_STATE_HOME     folder whose qtool/ keeps what was typed at `qtool chat` (~/.local/state)
 XDG_CACHE_HOME     folder whose qtool/ keeps compiled C++ code and tokenizers (~/.cache)
 NO_COLOR           any value: plain output
 """
@@ -41,6 +42,7 @@ class Settings:
     activations: Activations | None = None
     cache_dir: Path = Path(os.path.expanduser("~/.cache/qtool"))
     data_dir: Path = Path(os.path.expanduser("~/.local/share/qtool"))
+    state_dir: Path = Path(os.path.expanduser("~/.local/state/qtool"))
     no_color: bool = False
 
 
@@ -71,6 +73,7 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
         )
     cache = env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     data = env.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    state = env.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Settings(
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in _TRUE,
         has_hub_token=bool(env.get("HF_TOKEN")),
@@ -80,6 +83,7 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
         activations=_activations(env.get("QTOOL_ACTIVATIONS") or None),
         cache_dir=Path(cache) / "qtool",
         data_dir=Path(data) / "qtool",
+        state_dir=Path(state) / "qtool",
         no_color="NO_COLOR" in env,
     )
 

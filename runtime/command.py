@@ -132,6 +132,20 @@ ENGINE_OPTIONS = (
         metavar="NAME=FOLDER",
         help="A LoRA adapter, which clients call by its name as a model; repeat for several.",
     ),
+    click.option(
+        "--enable-lora",
+        is_flag=True,
+        help="Take adapters later, too, as names made with one bring it.",
+    ),
+    click.option(
+        "--tensor-parallel-size",
+        "-tp",
+        type=click.IntRange(min=1),
+        default=default_of("tensor_parallel_size"),
+        show_default=True,
+        metavar="N",
+        help="Share the model out among N GPUs of this machine, or N processes on a CPU.",
+    ),
     click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
 )
 
@@ -202,6 +216,7 @@ def serve(model: str | None, list_models: bool, as_json: bool, **flags: Any) -> 
     Examples:
       qtool serve builtin:books-7m
       qtool serve ./Qwen3-0.6B-int4 --host 0.0.0.0 --port 8080
+      qtool serve ./Llama-3.1-70B-int4 --tensor-parallel-size 4
       curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "Call me"}'
     """
     if list_models:
@@ -252,9 +267,12 @@ def what_to_serve(
     }
     if max_new_tokens is not None and max_new_tokens > 0:
         overrides["max_new_tokens"] = max_new_tokens
+    from qtool.runtime.server.launch_options import LaunchOptions
+    from qtool.runtime.server.made_models import with_adapter
+
     server_flags = {name: flags.pop(name) for name in SERVER_FLAGS if name in flags}
     base = made.base if made else model
-    engine = engine_config(base, max_num_waiting=max_num_queued_reqs, **flags)
+    engine = with_adapter(engine_config(base, max_num_waiting=max_num_queued_reqs, **flags), made)
     server = server_config(
         model,
         made,
@@ -262,8 +280,6 @@ def what_to_serve(
         max_queued=engine.num_waiting_limit,
         **server_flags,
     )
-    from qtool.runtime.server.launch_options import LaunchOptions
-
     options = LaunchOptions(
         host=host,
         port=port,
@@ -337,8 +353,9 @@ def chat(
         base = made.base if made else model_or_url
         config = engine_config(base, max_num_seqs=1, **engine_flags)
         from qtool.runtime.server.chat_local import LocalChat
+        from qtool.runtime.server.made_models import with_adapter
 
-        backend = LocalChat(config, made)
+        backend = LocalChat(with_adapter(config, made), made)
     from qtool.runtime.server.chat import Terminal
 
     with closing(backend):

@@ -51,6 +51,7 @@ ALIASES: Mapping[str, str] = {
     "-n": "--max-new-tokens",
     "--spec-model": "--speculative-model",
     "--spec-tokens": "--num-speculative-tokens",
+    "--num-shard": "--tensor-parallel-size",
     "--model-draft": "--speculative-model",
     "-md": "--speculative-model",
     "--draft-max": "--num-speculative-tokens",
@@ -78,7 +79,8 @@ def _always(what: str) -> Known:
 _AUTO = "decided here by itself"
 _ONE_DEVICE = ("1",)
 _REFUSED_PARALLEL = (
-    "this server runs on one device; for several use the same model folder with vLLM or Ray"
+    "this server shares a model out among the devices of one machine by --tensor-parallel-size; "
+    "for more use the same model folder with vLLM or Ray (qtool deploy)"
 )
 _LORA = "adapters are named by --lora-modules NAME=FOLDER, and loaded at the start"
 
@@ -105,7 +107,7 @@ KNOWN: Mapping[str, Known] = {
     "--tokenizer-mode": Known(True, f"how the tokenizer is read is {_AUTO}"),
     "--load-format": Known(True, "not needed: the format is read from the files"),
     "--config-format": Known(True, "not needed: the format is read from the files"),
-    "--distributed-executor-backend": Known(True, "not needed on one device"),
+    "--distributed-executor-backend": Known(True, "ranks are processes of this machine"),
     "--compilation-config": Known(True, "nothing is compiled at the start"),
     "-O": Known(True, "nothing is compiled at the start"),
     "--max-logprobs": Known(True, "20 likeliest tokens are told at most"),
@@ -123,13 +125,10 @@ KNOWN: Mapping[str, Known] = {
     "--attention-backend": Known(True, _AUTO),
     "--limit-mm-per-prompt": Known(True, "only text is taken"),
     # vLLM: what cannot be honoured.
-    "--tensor-parallel-size": Known(True, _REFUSED_PARALLEL, _ONE_DEVICE),
-    "-tp": Known(True, _REFUSED_PARALLEL, _ONE_DEVICE),
     "--pipeline-parallel-size": Known(True, _REFUSED_PARALLEL, _ONE_DEVICE),
     "-pp": Known(True, _REFUSED_PARALLEL, _ONE_DEVICE),
     "--data-parallel-size": Known(True, _REFUSED_PARALLEL, _ONE_DEVICE),
     "-dp": Known(True, _REFUSED_PARALLEL, _ONE_DEVICE),
-    "--num-shard": Known(True, _REFUSED_PARALLEL, _ONE_DEVICE),
     "--tensor-split": Known(True, _REFUSED_PARALLEL, ()),
     "--tokenizer": Known(True, "the tokenizer is the model's; put its files beside it", ()),
     "--cpu-offload-gb": Known(True, "weights stay on one device; use fewer bits", ("0", "0.0")),
@@ -138,7 +137,6 @@ KNOWN: Mapping[str, Known] = {
     "--hf-overrides": Known(True, "change the model's config.json", ("{}",)),
     "--middleware": Known(True, "put a proxy before the server", ()),
     "--download-dir": Known(True, "set HF_HOME, which all tools read", ()),
-    "--enable-lora": Known(False, _LORA),
     "--max-loras": Known(True, _LORA),
     "--max-lora-rank": Known(True, _LORA),
     "--lora": Known(True, f"{_LORA}, from folders as peft saves them", ()),

@@ -5,6 +5,7 @@ models, over Hugging Face's cache and a small store of names.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -147,13 +148,21 @@ def create(name: str, path: str) -> None:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "name it with -f FILE") from None
     made = parse_modelfile(text, path)
-    base = Path(made.base).expanduser()
-    beside = Path(path).parent / base
-    if not base.is_absolute() and beside.exists():
-        # Relative to the Modelfile, as it was written, and not to where it will be used.
-        made = Modelfile.from_dict({**made.as_dict(), "base": str(beside.resolve())})
+    # Relative to the Modelfile, as it was written, and not to where it will be used.
+    folder = Path(path).parent
+    made = replace(made, base=_beside(folder, made.base))
+    if made.adapter is not None:
+        made = replace(made, adapter=_beside(folder, made.adapter))
+        if not Path(made.adapter or "").is_dir():
+            raise UsageError(f"{path}: ADAPTER {made.adapter} is no folder as peft writes it")
     store().keep(name, made)
     click.echo(f"{name}: made from {made.base}; try: qtool run {name}")
+
+
+def _beside(folder: Path, written: str) -> str:
+    path = Path(written).expanduser()
+    beside = folder / path
+    return str(beside.resolve()) if not path.is_absolute() and beside.exists() else written
 
 
 @click.command()
@@ -222,12 +231,14 @@ def run(
     from qtool.runtime.config import EngineConfig
     from qtool.runtime.server.chat_backends import AnswerEnd
     from qtool.runtime.server.chat_local import LocalChat
+    from qtool.runtime.server.made_models import with_adapter
 
     sampling = {
         name: value for name, value in options.items() if name != "system" and value is not None
     }
     made = store().find(model)
-    backend = LocalChat(EngineConfig(made.base if made else model, max_num_seqs=1), made)
+    config = EngineConfig(made.base if made else model, max_num_seqs=1)
+    backend = LocalChat(with_adapter(config, made), made)
     try:
         system = [{"role": "system", "content": options["system"]}] if options["system"] else []
         messages = [*system, {"role": "user", "content": question}]

@@ -1,6 +1,7 @@
 """Ollama's Modelfile: a model with a system prompt, sampling values and a template of its own.
 
     FROM ./Qwen3-0.6B-int4
+    ADAPTER ./pirate-lora
     SYSTEM You answer in one sentence.
     PARAMETER temperature 0.3
     PARAMETER num_ctx 4096
@@ -15,7 +16,7 @@ Source: github.com/ollama/ollama, docs/modelfile.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ PARAMETERS: dict[str, tuple[type, str]] = {
     "repeat_penalty": (float, "repetition_penalty"),
     "num_predict": (int, "max_new_tokens"),
     "num_ctx": (int, ""),
-    "seed": (int, ""),
+    "seed": (int, "seed"),
     "stop": (str, ""),
 }
 # Ollama's parameters that shape its process, which has another one here.
@@ -45,9 +46,10 @@ PASSED_OVER = (
 
 @dataclass(frozen=True, slots=True)
 class Modelfile:
-    """base: what FROM names; parameters: by Ollama's names."""
+    """base: what FROM names; parameters: by Ollama's names; adapter: a folder of LoRA weights."""
 
     base: str
+    adapter: str | None = None
     system: str | None = None
     template: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +64,21 @@ class Modelfile:
             if PARAMETERS[name][1]
         }
 
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return tuple(self.parameters.get("stop", ()))
+
+    def over(self, parent: Modelfile) -> Modelfile:
+        """This one where its FROM is another name: what it does not say is the parent's."""
+        return Modelfile(
+            base=parent.base,
+            adapter=self.adapter or parent.adapter,
+            system=parent.system if self.system is None else self.system,
+            template=self.template or parent.template,
+            parameters={**parent.parameters, **self.parameters},
+            messages=self.messages or parent.messages,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -69,19 +86,26 @@ class Modelfile:
     def from_dict(cls, values: dict[str, Any]) -> Modelfile:
         return cls(
             base=values["base"],
+            adapter=values.get("adapter"),
             system=values.get("system"),
             template=values.get("template"),
             parameters=dict(values.get("parameters") or {}),
             messages=tuple(values.get("messages") or ()),
         )
 
+    def parameter_lines(self) -> list[str]:
+        return [
+            f"{name} {one}"
+            for name, value in self.parameters.items()
+            for one in (value if isinstance(value, list) else [value])
+        ]
+
     def text(self) -> str:
         lines = [f"FROM {self.base}"]
+        lines += [f"ADAPTER {self.adapter}"] if self.adapter else []
         lines += [f"SYSTEM {_quoted(self.system)}"] if self.system else []
         lines += [f"TEMPLATE {_quoted(self.template)}"] if self.template else []
-        for name, value in self.parameters.items():
-            values = value if isinstance(value, list) else [value]
-            lines += [f"PARAMETER {name} {one}" for one in values]
+        lines += [f"PARAMETER {line}" for line in self.parameter_lines()]
         lines += [f"MESSAGE {m['role']} {_quoted(m['content'])}" for m in self.messages]
         return "\n".join(lines) + "\n"
 
@@ -109,19 +133,11 @@ def parse_modelfile(text: str, name: str = "Modelfile") -> Modelfile:
             case "SYSTEM":
                 values["system"] = value
             case "TEMPLATE":
-                if re.search(r"\{\{-?\s*(\.|if |range |end|else|\$)", value):
-                    raise UsageError(
-                        f"{where}: the TEMPLATE is in Go's syntax, templates here are Jinja",
-                        "leave it out to use the model's own, or name a built-in one (chatml, ...)",
-                    )
-                values["template"] = value
+                values["template"] = jinja_template(value, where)
             case "PARAMETER":
                 _add_parameter(parameters, value, where)
             case "ADAPTER":
-                raise UsageError(
-                    f"{where}: a name cannot hold an ADAPTER",
-                    "serve the base with --lora-modules NAME=FOLDER, or merge the adapter",
-                )
+                values["adapter"] = value
             case "MESSAGE":
                 role, _, content = value.partition(" ")
                 if role not in ROLES:
@@ -132,6 +148,24 @@ def parse_modelfile(text: str, name: str = "Modelfile") -> Modelfile:
     if base is None:
         raise UsageError(f"{name} has no FROM", "begin with: FROM a folder, a .gguf file or Hub id")
     return Modelfile(base, **values, parameters=parameters, messages=tuple(messages))
+
+
+def jinja_template(text: str, where: str) -> str:
+    if re.search(r"\{\{-?\s*(\.|if |range |end|else|\$)", text):
+        raise UsageError(
+            f"{where}: the TEMPLATE is in Go's syntax, templates here are Jinja",
+            "leave it out to use the model's own, or name a built-in one (chatml, ...)",
+        )
+    return text
+
+
+def read_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """PARAMETERs as Ollama's API writes them: {"temperature": 0.3, "stop": ["END"]}."""
+    parameters: dict[str, Any] = {}
+    for key, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            _add_parameter(parameters, f"{key} {one}", "parameters")
+    return parameters
 
 
 def _add_parameter(parameters: dict[str, Any], value: str, where: str) -> None:

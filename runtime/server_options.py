@@ -54,6 +54,13 @@ SERVER_OPTIONS = (
         help="Models loaded at once; the one unused longest makes room.",
     ),
     click.option(
+        "--max-loaded-bytes",
+        type=click.IntRange(min=1),
+        metavar="BYTES",
+        help="Weights and KV caches of all loaded models; those unused longest make room.  "
+        "[default: what the machine has]",
+    ),
+    click.option(
         "--keep-alive",
         type=click.FloatRange(min=0),
         default=300.0,
@@ -171,6 +178,7 @@ SERVER_FLAGS = (
     "trust_request_chat_template", "tool_call_parser", "reasoning_parser", "request_timeout",
     "shutdown_timeout", "sse_keep_alive_interval", "disable_log_requests", "root_path",
     "also_serve", "max_loaded_models", "keep_alive", "max_client_reqs",
+    "max_loaded_bytes",
     "ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs",
 )  # fmt: skip
 
@@ -207,6 +215,7 @@ def server_config(
     max_loaded_models: int = 3,
     keep_alive: float = 300.0,
     max_client_reqs: int | None = None,
+    max_loaded_bytes: int | None = None,
     **tls: Any,
 ) -> ServerConfig:
     from qtool.runtime.server.config import ServerConfig
@@ -220,7 +229,7 @@ def server_config(
     names = tuple(name for text in served_model_name for name in text.split(",") if name)
     return ServerConfig(
         served_model_names=names or (model.rstrip("/") or model,),
-        model_root=model,
+        model_root=made.base if made else model,
         api_keys=_keys(api_key, api_key_file),
         allowed_origins=tuple(
             origin for text in allowed_origins for origin in json_list(text, "--allowed-origins")
@@ -240,11 +249,13 @@ def server_config(
         trust_request_template=trust_request_chat_template,
         system=made.system if made else None,
         examples=made.messages if made else (),
-        stop=tuple(made.parameters.get("stop", ())) if made else (),
+        stop=made.stop if made else (),
+        adapter=made.adapter if made else None,
         log_requests=not disable_log_requests,
         root_path=root_path,
         also_served=also_serve,
         max_loaded_models=max_loaded_models,
+        max_loaded_bytes=max_loaded_bytes,
         keep_alive=keep_alive,
         tls=_tls(**tls),
     )

@@ -7,6 +7,7 @@ wherever a model can be named: `qtool run NAME`, `qtool serve NAME`.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,12 +51,18 @@ class Store:
 
     def keep(self, name: str, modelfile: Modelfile) -> None:
         path = self._path(name.removesuffix(":latest"))
-        if path is None:
+        if path is None or name.startswith("builtin:"):
             raise UsageError(
                 f"{name!r} cannot be a name", "use letters, digits and . _ -, as in my-model:small"
             )
+        # A name made from a name is made from that one's model: the other may go.
+        parent = self.find(modelfile.base)
+        modelfile = modelfile if parent is None else modelfile.over(parent)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(modelfile.as_dict(), indent=2))
+        # Whole or not at all: a server may be looking.
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(modelfile.as_dict(), indent=2))
+        partial.replace(path)
 
     def remove(self, name: str) -> bool:
         path = self._path(name.removesuffix(":latest"))

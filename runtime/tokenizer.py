@@ -10,6 +10,7 @@ may turn out to belong to a stop string.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer as Backend
@@ -83,6 +84,13 @@ class Tokenizer:
         self._chat_template = template
         self.chat_template_origin = "given"
         self.chat_stop = ()
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The same vocabulary, and conversations rendered with this template."""
+        other = copy(self)
+        other._renderer = None
+        other.use_chat_template(template)
+        return other
 
     def chat_template_for(self, *, tools: bool = False) -> str | None:
         """The Jinja source that conversations are rendered with; None: the plain lines."""

@@ -198,8 +198,9 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/messages/count_tokens", openapi_extra=body_schema(MessagesBody))
     async def count_tokens(request: Request) -> Response:
         body = await parsed_body(service, MessagesBody, request)
-        service.model_name(body.model)
-        chat = await prepare_chat(body.as_chat(), service)
+        view = service.named(body.model)
+        view.model_name(body.model)
+        chat = await prepare_chat(body.as_chat(), view)
         return json_response({"input_tokens": len(chat.token_ids)})
 
     return router

@@ -6,7 +6,6 @@ the answer alone. From a pipe each line is one message, and the commands work as
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -21,6 +20,8 @@ import orjson
 
 from qtool.errors import QtoolError, closest
 from qtool.runtime.server.chat_backends import AnswerEnd, ChatBackend, Message
+from qtool.runtime.server.chat_history import PromptHistory
+from qtool.settings import settings
 
 PROMPT = "> "
 CONTINUED = "... "
@@ -44,6 +45,7 @@ HELP = "\n".join(
         *(f"  {name:<16} {text}" for name, text in COMMANDS.items()),
         f"  {MULTILINE:<16} begins and ends a message of several lines",
         f"  {'Ctrl-C':<16} stops the answer, not the program",
+        f"  {'Up, Ctrl-R':<16} what was typed before, in earlier sessions too",
     ]
 )
 
@@ -76,13 +78,12 @@ class Terminal:
         self._conversation = Conversation(system)
         self.is_interactive = sys.stdin.isatty()
         self.failed = False
+        self._history: PromptHistory | None = None
 
     def run(self) -> None:
         """Until /exit or the end of the input."""
         if self.is_interactive:
-            # Importing it is enough: input() then has a history and can be edited.
-            if importlib.util.find_spec("readline"):
-                importlib.import_module("readline")
+            self._history = PromptHistory(settings().state_dir / "chat_history")
             say(f"Chatting with {self._backend.name}. /help lists the commands, /exit leaves.")
         for message in self._messages():
             if not message.startswith("/"):
@@ -115,12 +116,16 @@ class Terminal:
             return line.rstrip("\r\n") if line else None
         while True:
             try:
-                return input(prompt)
+                line = input(prompt)
             except EOFError:
                 say("")
                 return None
             except KeyboardInterrupt:
                 say("\n(Ctrl-C stops an answer; /exit or Ctrl-D leaves)")
+            else:
+                if self._history is not None:
+                    self._history.remember()
+                return line
 
     def _turn(self, question: str) -> None:
         answer = ""

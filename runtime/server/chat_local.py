@@ -33,6 +33,7 @@ from qtool.runtime.server.launch import (
     load,
     sampling_defaults,
 )
+from qtool.runtime.server.made_models import as_made
 from qtool.runtime.server.message_parser import Content, Reasoning
 from qtool.runtime.server.parsing import parse
 from qtool.runtime.server.service import Service
@@ -66,15 +67,9 @@ class LocalChat:
         await client.start()
         assert loaded.tokenizer is not None  # load() refuses models without one
         made = self._modelfile
-        defaults = sampling_defaults({**generation_config(loaded.source), **made.sampling})
-        server = ServerConfig(
-            (config.model,),
-            sampling=defaults,
-            system=made.system,
-            examples=made.messages,
-            stop=tuple(made.parameters.get("stop", ())),
-            log_requests=False,
-        )
+        defaults = sampling_defaults(generation_config(loaded.source))
+        plain = ServerConfig((config.model,), sampling=defaults, log_requests=False)
+        server = as_made(plain, config.model, made)
         return Service.build(client, loaded.tokenizer, server)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:

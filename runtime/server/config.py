@@ -26,6 +26,7 @@ class SamplingDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class ServerConfig:
     also_served: tuple[str, ...] = ()
     """Further models, loaded on their first use (pool.py)."""
     max_loaded_models: int = 3
+    max_loaded_bytes: int | None = None
+    """For weights and KV caches of all loaded models; None: what the machine has."""
     keep_alive: float = 300.0
     """Seconds that one of those stays loaded unused; 0: for ever."""
     model_root: str = ""
@@ -91,6 +94,8 @@ class ServerConfig:
     """Messages that stand before every conversation."""
     stop: tuple[str, ...] = ()
     """Strings that end every chat answer."""
+    adapter: str | None = None
+    """Folder of the LoRA adapter that writes every answer; the engine must take adapters."""
     trust_request_template: bool = False
     """Requests may bring a chat template of their own, which can run for ever."""
     log_requests: bool = True

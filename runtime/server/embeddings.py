@@ -59,7 +59,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/embeddings", openapi_extra=body_schema(EmbeddingBody))
     async def embeddings(request: Request) -> Response:
         body = await parsed_body(service, EmbeddingBody, request)
-        model = service.model_name(body.model)
+        model = service.named(body.model).model_name(body.model)
         found = await embed(service, body, request)
         as_text = body.encoding_format == "base64"
         return json_response(
@@ -83,7 +83,7 @@ def routes(service: Service) -> APIRouter:
 
 async def embed(service: Service, body: EmbeddingBody, request: Request) -> Embedded:
     begun = time.monotonic()
-    service.model_name(body.model)
+    service.named(body.model).model_name(body.model)
     info = service.client.info
     texts = CompletionBody.model_construct(prompt=body.input)
     prompts = await completion_prompts(texts, service.tokenizer, info, param="input")

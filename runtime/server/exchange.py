@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ class Exchange(ABC):
     id_prefix: str
 
     def __init__(self, service: Service, body: GenerationBody) -> None:
-        self.service = service
+        self.service = service = service.named(body.model)
         self.body = body
         self.arrival = time.monotonic()
         model = service.model_name(body.model)
@@ -199,7 +199,7 @@ def _cached(jobs: Sequence[Job], cached: Sequence[int]) -> int:
     return sum(seen.values())
 
 
-def json_response(document: dict[str, object]) -> Response:
+def json_response(document: Mapping[str, object]) -> Response:
     return Response(orjson.dumps(document), media_type="application/json")
 
 

@@ -15,22 +15,24 @@ import click
 import orjson
 import torch
 
+from qtool.convert.formats import open_weights
 from qtool.errors import UnsupportedModel
 from qtool.json_files import read_json
 from qtool.progress import bar, console
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine
 from qtool.runtime.engine.client import ModelInfo
-from qtool.runtime.loading import LoadedModel, load_for
+from qtool.runtime.loading import DTYPES, LoadedModel, load_for
+from qtool.runtime.memory import NotEnoughMemory, least_weight_bytes
 from qtool.runtime.server.app import create_app
 from qtool.runtime.server.chat_templates import find_chat_template
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
 from qtool.runtime.server.launch_options import LaunchOptions
-from qtool.runtime.server.pool import Hosted, ModelPool
+from qtool.runtime.server.pool import Hosted, ModelPool, PoolLimits
 from qtool.runtime.server.serve import ServerRun, bind, bind_unix, stop_signals, url_of
 from qtool.runtime.server.service import Service
 from qtool.runtime.store import store
-from qtool.source import Source
+from qtool.source import Source, resolve
 
 LOG_FORMAT = "%(asctime)s %(message)s"
 
@@ -97,54 +99,96 @@ async def _serve(
         if server_config.also_served:
             pool = model_pool(service, engine_config, server_config)
         run = ServerRun(service, bound, pool)
+        ending = asyncio.create_task(_end_with_engine(client, run))
         with stop_signals(asyncio.get_running_loop(), run.request_stop):
             await run.serve(lambda: print_ready(url_of(bound, server_config.tls), server_config))
+        ending.cancel()
     finally:
         await client.stop()
+    if client.failure is not None:
+        raise client.failure
+
+
+async def _end_with_engine(client: AsyncEngine, run: ServerRun) -> None:
+    """A server whose engine has failed ends, so that whoever started it starts it again."""
+    await client.wait_until_failed()
+    run.request_stop()
 
 
 def model_pool(
     service: Service, engine_config: EngineConfig, server_config: ServerConfig
 ) -> ModelPool:
     """The further models of a server, each with the flags of the first."""
-    keep_seconds = server_config.keep_alive or None
+    limits = PoolLimits(
+        server_config.max_loaded_models,
+        server_config.max_loaded_bytes,
+        server_config.keep_alive or None,
+    )
+    names = store()
+    made_of = {name: names.find(name) for name in server_config.also_served}
+    bases = {name: made.base if made else name for name, made in made_of.items()}
 
-    async def hosted(name: str) -> Hosted:
-        made = store().find(name)
+    def model_for(name: str) -> str | None:
+        """The further model behind a name, also behind one that was made since the start."""
+        base = bases.get(name)
+        if base is None and (made := names.find(name)) is not None:
+            base = made.base if made.base in bases.values() else None
+        return None if base == engine_config.model else base
+
+    async def hosted(name: str, room: int | None) -> Hosted:
+        adapters = [made.adapter for made in made_of.values() if made and made.base == name]
         config = replace(
             engine_config,
-            model=made.base if made else name,
-            max_model_len=made.parameters.get("num_ctx") if made else None,
+            model=name,
+            max_model_len=None,
             revision=None,
-            lora_modules=(),
+            lora_modules=tuple((folder, folder) for folder in adapters if folder),
         )
+        if room is not None:
+            await asyncio.to_thread(check_room, config, room)
         loaded = await asyncio.to_thread(load, config)
         assert loaded.tokenizer is not None
-        if made and made.template:
-            loaded.tokenizer.use_chat_template(find_chat_template(made.template))
+        if room is not None:
+            config = within_bytes(config, loaded.nbytes, room)
         client = AsyncEngine.from_loaded(loaded, within_context(config, loaded))
         await client.start()
-        given = {**generation_config(loaded.source), **(made.sampling if made else {})}
         own = replace(
             server_config,
             served_model_names=(name,),
             also_served=(),
             model_root=config.model,
-            sampling=sampling_defaults(given),
-            system=made.system if made else None,
-            examples=made.messages if made else (),
-            stop=tuple(made.parameters.get("stop", ())) if made else (),
+            sampling=sampling_defaults(generation_config(loaded.source)),
+            system=None,
+            examples=(),
+            stop=(),
+            adapter=None,
         )
-        other = Service.build(client, loaded.tokenizer, own)
-        return Hosted(other, create_app(other), keep_seconds)
+        other = Service.build(client, loaded.tokenizer, own, names)
+        return Hosted(other, create_app(other), limits.keep_seconds)
 
-    return ModelPool(
-        Hosted(service, create_app(service), None),
-        server_config.also_served,
-        hosted,
-        max_loaded=server_config.max_loaded_models,
-        keep_seconds=keep_seconds,
-    )
+    return ModelPool(Hosted(service, create_app(service), None), model_for, hosted, limits)
+
+
+def check_room(config: EngineConfig, room: int) -> None:
+    """Raise NotEnoughMemory for a model of which the headers say that it cannot fit."""
+    reader = open_weights(resolve(config.model, config.revision))
+    dtype = DTYPES.get(config.dtype, torch.bfloat16)
+    within_bytes(config, least_weight_bytes(reader, dtype), room)
+
+
+def within_bytes(config: EngineConfig, weight_bytes: int, room: int) -> EngineConfig:
+    """The same with a KV cache that fits beside the weights into so many bytes: half of what is
+    left, so that another model finds room, or what the operator said.
+    """
+    left = room - weight_bytes
+    cache = config.kv_cache_memory_bytes or left // 2
+    if left <= 0 or cache > left:
+        raise NotEnoughMemory(
+            f"{config.model} does not fit: its weights take {_size(weight_bytes)}, and of "
+            f"--max-loaded-bytes {_size(max(room, 0))} are left",
+            "raise --max-loaded-bytes, or serve a smaller model",
+        )
+    return replace(config, kv_cache_memory_bytes=cache)
 
 
 def load(engine_config: EngineConfig) -> LoadedModel:
@@ -167,21 +211,25 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingDefaults:
     """What the model's makers recommend; values of a wrong type are passed over."""
     fallback = SamplingDefaults()
 
-    def number(name: str, default: float) -> float:
+    def number(name: str, default: float, *, zero: bool = False) -> float:
         value = generation_config.get(name)
-        return float(value) if isinstance(value, (int, float)) and value > 0 else default
+        if not isinstance(value, int | float) or value < 0 or (value == 0 and not zero):
+            return default
+        return float(value)
 
     def count(name: str) -> int | None:
         value = generation_config.get(name)
         return value if isinstance(value, int) and value > 0 else None
 
+    seed = generation_config.get("seed")
     return SamplingDefaults(
-        temperature=number("temperature", fallback.temperature),
+        temperature=number("temperature", fallback.temperature, zero=True),
         top_p=min(number("top_p", fallback.top_p), 1.0),
         top_k=count("top_k") or fallback.top_k,
         min_p=min(number("min_p", fallback.min_p), 1.0),
         repetition_penalty=number("repetition_penalty", fallback.repetition_penalty),
         max_new_tokens=count("max_new_tokens"),
+        seed=seed if isinstance(seed, int) else None,
     )
 
 
@@ -194,6 +242,7 @@ def print_plan(loaded: LoadedModel, info: ModelInfo) -> None:
         "KV cache": f"{info.num_kv_blocks} blocks of {info.block_size} = {num_tokens} tokens, "
         f"{_size(info.kv_cache_bytes)}",
         "speed": loaded.expected_speed(),
+        **_ranks(loaded, info),
         "batch": f"{info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens a step",
         "chat template": loaded.tokenizer.chat_template_origin,
     }
@@ -201,6 +250,17 @@ def print_plan(loaded: LoadedModel, info: ModelInfo) -> None:
     console.print(loaded.kernel_table())
     for name, value in facts.items():
         console.print(f"{name + ':':<15}{value}", highlight=False, soft_wrap=True)
+
+
+def _ranks(loaded: LoadedModel, info: ModelInfo) -> dict[str, str]:
+    team = loaded.team
+    if team is None:
+        return {}
+    weights = " + ".join(_size(num_bytes) for num_bytes in team.weight_bytes)
+    return {
+        "ranks": f"{team.size} processes, weights {weights}, KV cache "
+        f"{_size(info.kv_cache_bytes // team.size)} each"
+    }
 
 
 def announce_template(loaded: LoadedModel) -> None:

@@ -16,18 +16,23 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from qtool import __version__
+from qtool.runtime.modelfile import Modelfile
 from qtool.runtime.server.chat_exchange import ChatExchange
 from qtool.runtime.server.chat_protocol import ChatBody
 from qtool.runtime.server.completions import CompletionExchange
 from qtool.runtime.server.embeddings import EmbeddingBody, embed
-from qtool.runtime.server.errors import ApiError, invalid
+from qtool.runtime.server.errors import invalid
 from qtool.runtime.server.exchange import json_response
 from qtool.runtime.server.ollama_answers import (
     OllamaChat,
     OllamaGenerate,
     OllamaRaw,
     assistant_message,
+    details,
+    entry,
+    running_models,
     timestamp,
+    without_tag,
 )
 from qtool.runtime.server.openai import body_schema, parsed_body
 from qtool.runtime.server.parsing import Body, validated
@@ -48,7 +53,6 @@ OPTIONS = {
     "frequency_penalty": "frequency_penalty",
 }
 ENDLESS = (-1, -2)  # num_predict: no limit; until the context is full
-LATEST = ":latest"
 
 
 class OllamaBody(Body):
@@ -80,10 +84,6 @@ class OllamaBody(Body):
         elif self.think is not None:
             fields["reasoning"] = self.think
         return {**fields, "model": without_tag(self.model), "stream": self.stream is not False}
-
-
-def without_tag(model: str | None) -> str | None:
-    return model.removesuffix(LATEST) if model else None
 
 
 class OllamaChatBody(OllamaBody):
@@ -152,19 +152,13 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/tags")
     async def tags() -> Response:
-        names = (*_names(service), *service.config.also_served)
-        return json_response({"models": [_entry(service, name) for name in names]})
+        made = (name for name, _ in service.made.all())
+        names = dict.fromkeys((*_names(service), *service.config.also_served, *made))
+        return json_response({"models": [entry(service, name) for name in names]})
 
     @router.get("/ps")
     async def ps() -> Response:
-        info = service.client.info
-        size = info.weight_bytes + info.kv_cache_bytes
-        on_gpu = size if info.device.startswith("cuda") else 0
-        running = {"size": size, "size_vram": on_gpu, "context_length": info.max_model_len}
-        never = {"expires_at": "9999-12-31T23:59:59Z"}
-        return json_response(
-            {"models": [{**_entry(service, name), **running, **never} for name in _names(service)]}
-        )
+        return json_response(running_models([(service, None)]))
 
     @router.get("/version")
     async def version() -> Response:
@@ -173,25 +167,15 @@ def routes(service: Service) -> APIRouter:
     @router.post("/show", openapi_extra=body_schema(OllamaModelBody))
     async def show(request: Request) -> Response:
         body = await parsed_body(service, OllamaModelBody, request)
-        return json_response(_shown(service, service.model_name(body.asked)))
+        view = service.named(body.asked)
+        return json_response(_shown(view, view.model_name(body.asked)))
 
     @router.post("/pull", openapi_extra=body_schema(OllamaModelBody))
     async def pull(request: Request) -> Response:
         # The model that is served is here; another one is fetched beside a running server.
         body = await parsed_body(service, OllamaModelBody, request)
-        service.model_name(body.asked)
+        service.named(body.asked).model_name(body.asked)
         return json_response({"status": "success"})
-
-    @router.post("/create", include_in_schema=False)
-    @router.post("/copy", include_in_schema=False)
-    @router.delete("/delete", include_in_schema=False)
-    async def not_here(request: Request) -> Response:
-        command = {"copy": "cp", "delete": "rm"}.get(request.url.path.rsplit("/", 1)[1], "create")
-        raise ApiError(
-            501,
-            f"Models are made and removed on the command line: qtool {command}",
-            code="not_offered",
-        )
 
     @router.post("/embed", openapi_extra=body_schema(OllamaEmbedBody))
     @router.post("/embeddings", include_in_schema=False)
@@ -245,46 +229,26 @@ def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _loaded(service: Service, body: OllamaBody, empty: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request without a prompt, with which clients load and unload models."""
-    model = service.model_name(without_tag(body.model))
+    asked = without_tag(body.model)
+    model = service.named(asked).model_name(asked)
     reason = "unload" if body.keep_alive in (0, "0", "0s") else "load"
     return {
         "model": model, "created_at": timestamp(), **empty, "done": True, "done_reason": reason
     }  # fmt: skip
 
 
-def _details(service: Service) -> dict[str, Any]:
-    info = service.client.info
-    return {
-        "parent_model": "",
-        "format": "gguf" if info.format.startswith("gguf") else "safetensors",
-        "family": info.format,
-        "families": [info.format],
-        "parameter_size": "",
-        "quantization_level": info.format,
-    }
-
-
-def _entry(service: Service, name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "model": name,
-        "modified_at": timestamp(service.created),
-        "size": service.client.info.weight_bytes,
-        "digest": "",
-        "details": _details(service),
-    }
-
-
 def _shown(service: Service, name: str) -> dict[str, Any]:
     info, template = service.client.info, service.tokenizer.chat_template_for() or ""
+    made = service.made.find(name) or Modelfile(name)
     capabilities = ["completion", "tools", "embedding"]
     if "</think>" in template:
         capabilities.append("thinking")
     return {
-        "modelfile": f"FROM {name}\n",
-        "parameters": "",
+        "modelfile": made.text(),
+        "parameters": "\n".join(made.parameter_lines()),
+        "system": made.system or "",
         "template": template,
-        "details": _details(service),
+        "details": details(service),
         "model_info": {
             "general.architecture": info.format,
             "general.name": name,

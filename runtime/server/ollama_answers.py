@@ -7,7 +7,7 @@ OllamaRaw       the same, of a prompt that went to the model as it was
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,12 +21,60 @@ from qtool.runtime.server.generation import Answer, Piece
 from qtool.runtime.server.message_parser import Call, Content, Part, Reasoning
 from qtool.runtime.server.prompts import Prompt
 from qtool.runtime.server.protocol import CompletionBody
+from qtool.runtime.server.service import Service
 from qtool.runtime.server.token_texts import TokenTexts
+
+LATEST = ":latest"
+NEVER = "9999-12-31T23:59:59Z"
 
 
 def timestamp(seconds: float | None = None) -> str:
     moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
     return moment.isoformat().replace("+00:00", "Z")
+
+
+def without_tag(model: str | None) -> str | None:
+    return model.removesuffix(LATEST) if model else None
+
+
+def details(service: Service) -> dict[str, Any]:
+    info = service.client.info
+    return {
+        "parent_model": "",
+        "format": "gguf" if info.format.startswith("gguf") else "safetensors",
+        "family": info.format,
+        "families": [info.format],
+        "parameter_size": "",
+        "quantization_level": info.format,
+    }
+
+
+def entry(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": timestamp(service.created),
+        "size": service.client.info.weight_bytes,
+        "digest": "",
+        "details": details(service),
+    }
+
+
+def running_models(services: Iterable[tuple[Service, float | None]]) -> dict[str, Any]:
+    """`/api/ps`: each loaded model, and when it goes if nobody uses it any more."""
+    models = []
+    for service, expires in services:
+        info = service.client.info
+        size = info.weight_bytes + info.kv_cache_bytes
+        running = {
+            "size": size,
+            "size_vram": size if info.device.startswith("cuda") else 0,
+            "context_length": info.max_model_len,
+            "expires_at": NEVER if expires is None else timestamp(expires),
+        }
+        names = service.config.served_model_names
+        models += [{**entry(service, name), **running} for name in names]
+    return {"models": models}
 
 
 def assistant_message(text: str) -> dict[str, Any]:

@@ -26,8 +26,9 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models")
     @router.get("/models", include_in_schema=False)
     async def models() -> Response:
-        names = (*service.config.served_model_names, *service.client.info.lora_names)
+        names = (*service.config.served_model_names, *service.adapter_names)
         listed = [_model_card(service, name) for name in names]
+        listed += [_model_card(service.named(name), name) for name, _ in service.made.all()]
         listed += [_unloaded_card(service, name) for name in service.config.also_served]
         return json_response({"object": "list", "data": listed})
 
@@ -35,7 +36,8 @@ def routes(service: Service) -> APIRouter:
     async def model(name: str) -> Response:
         if name in service.config.also_served:
             return json_response(_unloaded_card(service, name))
-        return json_response(_model_card(service, service.model_name(name)))
+        view = service.named(name)
+        return json_response(_model_card(view, view.model_name(name)))
 
     @router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
     async def completions(request: Request) -> Response:
@@ -82,7 +84,7 @@ def _model_card(service: Service, name: str) -> dict[str, object]:
         "created": service.created,
         "owned_by": "qtool",
         "root": service.config.model_root,
-        "parent": service.config.served_model_names[0] if service.adapter(name) else None,
+        "parent": service.parent_of(name),
         "max_model_len": info.max_model_len,
         "permission": [],
         "qtool": {

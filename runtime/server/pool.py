@@ -1,13 +1,15 @@
 """Several models behind one address: loaded on their first use, unloaded when they are idle.
 
-    POST with "model": "b"  ->  is b loaded?  no: unload the one unused longest, load b
+    POST with "model": "b"  ->  is b loaded?  no: unload those unused longest until it fits, load b
                             ->  b's own application answers
 
-Each model is a whole server of its own inside (engine, queue, metrics), so nothing of one can
-disturb another; this file only decides which are here. The first model stays: it is what requests
-without a model mean. A model in use is never unloaded. `keep_alive` in a request, as Ollama's
-clients send it, says how long its model stays after it: seconds, "5m", 0 for not at all, -1 for
-ever.
+What fits is a number of models, and a number of bytes for their weights and caches together where
+one is given; where none is, the memory that is free. Each model is a whole server of its own inside
+(engine, queue, metrics), so nothing of one can disturb another; this file only decides which are
+here. The first model stays: it is what requests without a model mean. A model in use is never
+unloaded. `keep_alive` in a request, as Ollama's clients send it, says how long its model stays
+after it: seconds, "5m", 0 for not at all, -1 for ever. Names made from a model (`made_models.py`)
+are answered by it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +25,13 @@ import orjson
 from fastapi.responses import Response
 
 from qtool.errors import QtoolError
+from qtool.runtime.memory import NotEnoughMemory
 from qtool.runtime.server.asgi import App, Message, Receive, Scope, Send
 from qtool.runtime.server.errors import ApiError, from_qtool_error, unavailable
+from qtool.runtime.server.exchange import json_response
 from qtool.runtime.server.metrics import expose_together
 from qtool.runtime.server.middleware import header
+from qtool.runtime.server.ollama_answers import running_models
 from qtool.runtime.server.service import Service, logger
 
 LOOK_SECONDS = 1.0
@@ -45,9 +50,33 @@ class Hosted:
     last_used: float = field(default_factory=time.monotonic)
     num_users: int = 0
 
+    def expires_at(self) -> float | None:
+        """Seconds since 1970; None: never, as it stands."""
+        if self.keep_seconds is None:
+            return None
+        return time.time() + self.keep_seconds - (time.monotonic() - self.last_used)
+
     def expires(self, now: float) -> bool:
         idle = self.num_users == 0 and self.keep_seconds is not None
         return idle and now - self.last_used >= (self.keep_seconds or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """
+    models        at once, the first among them
+    total_bytes   of weights and KV caches of all of them; None: what the machine has
+    keep_seconds  how long a model stays unused, where a request says nothing; None: for ever
+    """
+
+    models: int = 3
+    total_bytes: int | None = None
+    keep_seconds: float | None = 300.0
+
+
+def bytes_of(hosted: Hosted) -> int:
+    info = hosted.service.client.info
+    return info.weight_bytes + info.kv_cache_bytes
 
 
 def keep_alive_seconds(value: object, default: float | None) -> float | None:
@@ -61,33 +90,37 @@ def keep_alive_seconds(value: object, default: float | None) -> float | None:
 
 class ModelPool:
     """
-    first         the model that stays
-    others        names that are loaded when they are asked for
-    load          makes a running service of a name
-    max_loaded    models at once, the first among them
-    keep_seconds  how long a model stays unused, where a request says nothing
+    first   the model that stays
+    others  what requests call a model -> the model that is loaded for it
+    load    makes a running service of a model, within so many bytes if a number is given; raises
+            NotEnoughMemory where it does not fit
     """
 
     def __init__(
         self,
         first: Hosted,
-        others: Sequence[str],
-        load: Callable[[str], Awaitable[Hosted]],
-        *,
-        max_loaded: int,
-        keep_seconds: float | None,
+        others: Callable[[str], str | None],
+        load: Callable[[str, int | None], Awaitable[Hosted]],
+        limits: PoolLimits,
     ) -> None:
         self.first = first
-        self.others = tuple(others)
+        self._others = others
         self._load = load
-        self._max_loaded = max(max_loaded, 2)
-        self.keep_seconds = keep_seconds
+        self._limits = limits
         self._loaded: dict[str, Hosted] = {}
         self._loading = asyncio.Lock()
 
     @property
+    def keep_seconds(self) -> float | None:
+        return self._limits.keep_seconds
+
+    @property
+    def hosted(self) -> list[Hosted]:
+        return [self.first, *self._loaded.values()]
+
+    @property
     def services(self) -> list[Service]:
-        return [self.first.service, *(hosted.service for hosted in self._loaded.values())]
+        return [hosted.service for hosted in self.hosted]
 
     @property
     def loaded_names(self) -> list[str]:
@@ -95,8 +128,7 @@ class ModelPool:
 
     def knows(self, name: object) -> str | None:
         """The model that a request's word for it means, if it is not the first."""
-        asked = str(name).removesuffix(":latest") if isinstance(name, str) else None
-        return asked if asked in self.others else None
+        return self._others(name.removesuffix(":latest")) if isinstance(name, str) else None
 
     async def take(self, name: str | None) -> Hosted:
         """A loaded model, in use until it is given back."""
@@ -106,9 +138,8 @@ class ModelPool:
             return self._used(self._loaded[name])
         async with self._loading:
             if name not in self._loaded:
-                await self._make_room()
                 begun = time.monotonic()
-                self._loaded[name] = await self._load(name)
+                self._loaded[name] = await self._load_into_room(name)
                 logger.info("%s is loaded, %.1f s", name, time.monotonic() - begun)
             return self._used(self._loaded[name])
 
@@ -122,15 +153,27 @@ class ModelPool:
         hosted.num_users -= 1
         hosted.last_used = time.monotonic()
 
-    async def _make_room(self) -> None:
+    async def _load_into_room(self, name: str) -> Hosted:
+        while len(self._loaded) + 1 >= max(self._limits.models, 2):
+            await self._unload_one()
+        while True:
+            total = self._limits.total_bytes
+            room = None if total is None else total - sum(map(bytes_of, self.hosted))
+            try:
+                return await self._load(name, room)
+            except NotEnoughMemory:
+                if not self._loaded:
+                    raise  # nothing can make room for it
+            await self._unload_one()
+
+    async def _unload_one(self) -> None:
+        """The one unused longest, as soon as there is one that nobody uses."""
         for _ in range(BUSY_TRIES):
-            if len(self._loaded) + 1 < self._max_loaded:
-                return
             idle = [name for name, hosted in self._loaded.items() if hosted.num_users == 0]
             if idle:
                 await self._unload(min(idle, key=lambda name: self._loaded[name].last_used))
-            else:
-                await asyncio.sleep(0.1)
+                return
+            await asyncio.sleep(0.1)
         raise unavailable(
             "All places for models are taken by models in use",
             code="no_room_for_model",
@@ -173,6 +216,11 @@ class PoolApp:
             exposition = expose_together(metrics, accept.decode("latin-1"))
             headers = {"Content-Type": exposition.content_type}
             await Response(exposition.body, headers=headers)(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"] == "/api/ps":
+            loaded = self._pool.hosted
+            answer = running_models((each.service, each.expires_at()) for each in loaded)
+            await json_response(answer)(scope, receive, send)
             return
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._pool.first.app(scope, receive, send)

@@ -146,7 +146,7 @@ def sampling_params(
             skip_special_tokens=body.skip_special_tokens is not False,
             logprobs=num_top_logprobs,
             prompt_logprobs=num_top_prompt_logprobs,
-            seed=body.seed,
+            seed=defaults.seed if body.seed is None else body.seed,
             structured_outputs=structured,
         )
     except QtoolError as error:

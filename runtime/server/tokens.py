@@ -61,7 +61,8 @@ def routes(service: Service) -> APIRouter:
     @router.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         body = await parsed_body(service, TokenizeBody, request)
-        service.model_name(body.model)
+        view = service.named(body.model)
+        view.model_name(body.model)
         if body.prompt is not None:
             special = body.add_special_tokens is not False
             ids = await encode(service.tokenizer, body.prompt, add_special_tokens=special)
@@ -69,7 +70,7 @@ def routes(service: Service) -> APIRouter:
             fields = {name: getattr(body, name) for name in ("messages", *CHAT_FIELDS)}
             special = bool(body.add_special_tokens)
             chat = validated(ChatBody, {**fields, "add_special_tokens": special})
-            ids = (await prepare_chat(chat, service)).token_ids
+            ids = (await prepare_chat(chat, view)).token_ids
         texts = [service.texts.text_of(token_id) for token_id in ids]
         return json_response(
             {
@@ -83,7 +84,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         body = await parsed_body(service, DetokenizeBody, request)
-        service.model_name(body.model)
+        service.named(body.model).model_name(body.model)
         size = service.client.info.vocab_size
         for position, token_id in enumerate(body.tokens):
             if not 0 <= token_id < size:

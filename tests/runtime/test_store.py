@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ from click.testing import CliRunner
 from qtool.cli import qtool
 from qtool.errors import FormatError, UsageError
 from qtool.runtime.batch_command import read_requests
+from qtool.runtime.config import EngineConfig
 from qtool.runtime.modelfile import Modelfile, parse_modelfile
-from qtool.runtime.store import Store
+from qtool.runtime.server.made_models import with_adapter
+from qtool.runtime.store import Store, store
 
 MODELFILE = '''
 # A comment
 FROM builtin:books-7m
+ADAPTER ./rhymes
 SYSTEM """You are
 a poet."""
 PARAMETER temperature 0.3
@@ -31,6 +35,7 @@ TEMPLATE chatml
 '''
 MADE = Modelfile(
     "builtin:books-7m",
+    adapter="./rhymes",
     system="You are\na poet.",
     template="chatml",
     parameters={"temperature": 0.3, "top_p": 0.9, "num_ctx": 256, "stop": ["END", "STOP"]},
@@ -61,7 +66,6 @@ def test_a_modelfile_is_written_as_it_is_read() -> None:
         ("FROM a\nMESSAGE robot Hi", "robot"),
         ('FROM a\nSYSTEM """never', "never closed"),
         ("FROM a\nTEMPLATE {{ .Prompt }}", "Go"),
-        ("FROM a\nADAPTER ./lora", "ADAPTER"),
     ],
 )
 def test_a_modelfile_with_a_mistake_is_refused_by_line(text: str, words: str) -> None:
@@ -71,20 +75,20 @@ def test_a_modelfile_with_a_mistake_is_refused_by_line(text: str, words: str) ->
 
 
 def test_names_are_kept_found_and_removed(tmp_path: Path) -> None:
-    store = Store(tmp_path / "models")
-    assert store.find("poet") is None
-    store.keep("poet:small", MADE)
-    assert store.find("poet:small") == MADE
-    store.keep("plain:latest", Modelfile("x"))
-    assert store.find("plain") == Modelfile("x")
-    assert [entry.name for entry in store.listed()] == ["plain", "poet:small"]
-    assert store.remove("poet:small")
-    assert not store.remove("poet:small")
+    names = Store(tmp_path / "models")
+    assert names.find("poet") is None
+    names.keep("poet:small", MADE)
+    assert names.find("poet:small") == MADE
+    names.keep("plain:latest", Modelfile("x"))
+    assert names.find("plain") == Modelfile("x")
+    assert [entry.name for entry in names.listed()] == ["plain", "poet:small"]
+    assert names.remove("poet:small")
+    assert not names.remove("poet:small")
     with pytest.raises(UsageError):
-        store.keep("../escape", MADE)
+        names.keep("../escape", MADE)
     (tmp_path / "models" / "bad.json").write_text("{")
     with pytest.raises(FormatError, match="damaged"):
-        store.find("bad")
+        names.find("bad")
 
 
 def test_a_model_is_made_listed_shown_copied_and_removed(
@@ -93,7 +97,7 @@ def test_a_model_is_made_listed_shown_copied_and_removed(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     path = tmp_path / "Modelfile"
-    path.write_text(MODELFILE)
+    path.write_text(MODELFILE.replace("ADAPTER ./rhymes", ""))
 
     def qtool_says(*words: str) -> str:
         result = CliRunner().invoke(qtool, words, catch_exceptions=False)
@@ -104,12 +108,38 @@ def test_a_model_is_made_listed_shown_copied_and_removed(
     assert "poet" in qtool_says("cp", "poet", "bard")
     names = {entry["name"] for entry in json.loads(qtool_says("list", "--json"))}
     assert {"poet", "bard"} <= names
-    assert parse_modelfile(qtool_says("show", "poet", "--modelfile")) == MADE
+    assert parse_modelfile(qtool_says("show", "poet", "--modelfile")) == replace(MADE, adapter=None)
     assert qtool_says("pull", "poet").strip().endswith("books-7m")
     qtool_says("rm", "bard")
     assert "bard" not in qtool_says("list")
     words = qtool_says("run", "poet", "-n", "5", "--seed", "1", "Tell me a story.")
     assert words.strip()
+
+
+def test_an_adapter_is_found_beside_its_modelfile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    path = tmp_path / "Modelfile"
+    path.write_text(MODELFILE)
+    words = ["create", "poet", "-f", str(path)]
+    with pytest.raises(UsageError, match=r"ADAPTER \./rhymes"):
+        CliRunner().invoke(qtool, words, catch_exceptions=False)
+    (tmp_path / "rhymes").mkdir()
+    assert CliRunner().invoke(qtool, words, catch_exceptions=False).exit_code == 0
+    made = store().find("poet")
+    assert made is not None
+    assert made.adapter == str(tmp_path / "rhymes")
+    config = with_adapter(EngineConfig(made.base), made)
+    assert config.lora_modules == ((made.adapter, made.adapter),)
+
+
+def test_a_name_made_from_a_name_says_what_it_does_not_say(tmp_path: Path) -> None:
+    names = Store(tmp_path)
+    names.keep("poet", MADE)
+    names.keep("bard", Modelfile("poet", system="A bard.", parameters={"temperature": 1.0}))
+    parameters = {**MADE.parameters, "temperature": 1.0}
+    assert names.find("bard") == replace(MADE, system="A bard.", parameters=parameters)
 
 
 def test_a_file_of_requests_is_answered(tmp_path: Path) -> None:

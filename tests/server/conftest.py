@@ -6,16 +6,20 @@ The model is loaded once for all; each server has an engine of its own on it.
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.async_engine import AsyncEngine
@@ -25,10 +29,12 @@ from qtool.runtime.server.config import ServerConfig
 from qtool.runtime.server.launch import load
 from qtool.runtime.server.serve import ServerRun, bind, url_of
 from qtool.runtime.server.service import Service
+from qtool.runtime.store import Store
 from qtool.runtime.tokenizer import Tokenizer
 
 MODEL = "builtin:books-7m"
 DEADLINE_SECONDS = 60
+ADAPTED = {"self_attn.q_proj": (256, 256), "mlp.up_proj": (768, 256)}
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,10 @@ class LiveServer:
 
 @contextmanager
 def live_server(
-    make_client: Callable[[], EngineClient], tokenizer: Tokenizer, config: ServerConfig
+    make_client: Callable[[], EngineClient],
+    tokenizer: Tokenizer,
+    config: ServerConfig,
+    names: Store,
 ) -> Iterator[LiveServer]:
     """`qtool serve` without its command line, in a thread."""
     bound = bind("127.0.0.1", 0)
@@ -88,7 +97,7 @@ def live_server(
     async def main() -> None:
         client = make_client()
         await client.start()
-        service = Service.build(client, tokenizer, config)
+        service = Service.build(client, tokenizer, config, names)
         run = ServerRun(service, bound)
         started.append((service, run, asyncio.get_running_loop()))
         await run.serve(ready.set)
@@ -127,9 +136,13 @@ def tokenizer(loaded_model: LoadedModel) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def serve(
-    loaded_model: LoadedModel, tokenizer: Tokenizer, server_config: ServerConfig
+    loaded_model: LoadedModel,
+    tokenizer: Tokenizer,
+    server_config: ServerConfig,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Any]:
-    """``with serve(max_queued=1) as server``: a server with some of its settings changed.
+    """``with serve(max_queued=1) as server``: a server with some of its settings changed, and names
+    of its own.
 
     ``engine``: changes of the engine's settings; ``client``: another engine altogether.
     """
@@ -143,7 +156,8 @@ def serve(
     ) -> Any:
         config = EngineConfig(MODEL, dtype="float32", **{**usual, **(engine or {})})
         make_client = client or partial(AsyncEngine.from_loaded, loaded_model, config)
-        return live_server(make_client, tokenizer, replace(server_config, **changes))
+        names = Store(tmp_path_factory.mktemp("names"))
+        return live_server(make_client, tokenizer, replace(server_config, **changes), names)
 
     return start
 
@@ -152,3 +166,22 @@ def serve(
 def server(serve: Callable[..., Any]) -> Iterator[LiveServer]:
     with serve() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter for the bundled model."""
+    path = tmp_path_factory.mktemp("adapter")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for index in range(8):
+        for module, (out, inner) in ADAPTED.items():
+            prefix = f"base_model.model.model.layers.{index}.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, inner, generator=generator)
+            up = torch.randn(out, 4, generator=generator)
+            tensors[f"{prefix}.lora_B.weight"] = 0.02 * up
+    save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    )
+    return path

@@ -1,41 +1,17 @@
 """Adapters over HTTP: they go by a name like models, and write what LLM writes with them."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from qtool import LLM, LoRARequest, SamplingParams
 
-WIDTHS = {"self_attn.q_proj": (256, 256), "mlp.up_proj": (768, 256)}
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter for the bundled model."""
-    path = tmp_path_factory.mktemp("adapter")
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for index in range(8):
-        for module, (out, inner) in WIDTHS.items():
-            prefix = f"base_model.model.model.layers.{index}.{module}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, inner, generator=generator)
-            up = torch.randn(out, 4, generator=generator)
-            tensors[f"{prefix}.lora_B.weight"] = 0.02 * up
-    save_file(tensors, path / "adapter_model.safetensors")
-    (path / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8})
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(serve: Callable[..., Any], folder: Path) -> Iterator[Any]:
-    with serve(engine={"lora_modules": {"sailor": str(folder)}}) as running:
+def server(serve: Callable[..., Any], lora_folder: Path) -> Iterator[Any]:
+    with serve(engine={"lora_modules": {"sailor": str(lora_folder)}}) as running:
         yield running
 
 
@@ -45,8 +21,8 @@ def test_an_adapter_is_listed_as_a_child_of_the_model(server: Any) -> None:
     assert server.get("/v1/models/sailor").json()["id"] == "sailor"
 
 
-def test_its_name_as_the_model_makes_it_write(server: Any, folder: Path) -> None:
-    llm = LLM("builtin:books-7m", dtype="float32", lora_modules={"sailor": str(folder)})
+def test_its_name_as_the_model_makes_it_write(server: Any, lora_folder: Path) -> None:
+    llm = LLM("builtin:books-7m", dtype="float32", lora_modules={"sailor": str(lora_folder)})
     greedy = SamplingParams(temperature=0, max_tokens=12)
     texts = {}
     for model, lora in (("sailor", LoRARequest("sailor")), ("builtin:books-7m", None)):

@@ -21,6 +21,7 @@ from qtool.errors import QtoolError, UsageError
 from qtool.runtime.command import chat
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.server.chat_backends import AnswerEnd
+from qtool.runtime.server.chat_history import PromptHistory
 from qtool.runtime.server.chat_local import LocalChat
 from qtool.runtime.server.chat_remote import RemoteChat
 from qtool.settings import child_environment
@@ -152,7 +153,7 @@ def _as_a_terminal_starts_it() -> None:
 
 
 @contextmanager
-def at_a_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def at_a_terminal(*arguments: str, state: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """`qtool chat` on a pseudo-terminal that plays the keyboard and the screen."""
     keyboard, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -160,7 +161,7 @@ def at_a_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], in
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=child_environment(TERM="dumb"),
+        env=child_environment(TERM="dumb", XDG_STATE_HOME=str(state)),
         start_new_session=True,
         preexec_fn=_as_a_terminal_starts_it,
     )
@@ -180,8 +181,37 @@ def read_until(screen: int, words: bytes) -> bytes:
     return seen
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(server: Any) -> None:
-    with at_a_terminal(server.url, "--temperature", "0") as (process, keyboard):
+def test_what_was_typed_is_there_the_next_time(server: Any, tmp_path: Path) -> None:
+    with at_a_terminal(server.url, state=tmp_path) as (process, keyboard):
+        for line in (b"/set max_tokens 3\n", b"\n", b"/exit\n"):
+            read_until(keyboard, b"> ")
+            os.write(keyboard, line)
+        assert process.wait(60) == 0
+    kept = tmp_path / "qtool" / "chat_history"
+    assert kept.read_text().splitlines() == ["/set max_tokens 3", "/exit"]
+    assert kept.stat().st_mode & 0o077 == 0
+    with at_a_terminal(server.url, state=tmp_path) as (process, keyboard):
+        read_until(keyboard, b"> ")
+        os.write(keyboard, b"\x10\x10\n")  # Ctrl-P: one line up
+        read_until(keyboard, b"> ")
+        os.write(keyboard, b"/set\n")
+        assert b"max_tokens 3" in read_until(keyboard, b"\nmax_tokens")
+        os.write(keyboard, b"/exit\n")
+        assert process.wait(60) == 0
+
+
+def test_a_history_that_cannot_be_kept_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    history = PromptHistory(tmp_path / "file" / "chat_history")
+    readline = pytest.importorskip("readline", reason="Python without readline")
+    readline.add_history("a line")
+    history.remember()
+    history.remember()
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(server: Any, tmp_path: Path) -> None:
+    with at_a_terminal(server.url, "--temperature", "0", state=tmp_path) as (process, keyboard):
         read_until(keyboard, b"> ")
         os.write(keyboard, b"Tell me a story.\n")
         server.wait_for_metric("vllm:num_requests_running", lambda value: value == 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from qtool.runtime.server.service import Service
 from qtool.runtime.store import store
 
 FIRST = "builtin:books-7m"
+CACHE_BYTES = 16 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -38,21 +40,34 @@ def test_keep_alive_is_read_as_ollama_writes_it(value: Any, seconds: float | Non
 
 
 @pytest.fixture
+def models(tmp_path: Path, books_7m: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two models beside the first, and a name made from each."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    made = []
+    for number in ("second", "third"):
+        (tmp_path / number).symlink_to(books_7m)
+        made.append(str(tmp_path / number))
+    store().keep("poet", Modelfile(made[1], system="A poet.", parameters={"num_predict": 3}))
+    store().keep("captain", Modelfile(made[0], parameters={"num_predict": 2}))
+    return made
+
+
+@pytest.fixture
 def several(
-    tmp_path: Path,
-    books_7m: Path,
-    loaded_model: LoadedModel,
-    server_config: ServerConfig,
-    monkeypatch: pytest.MonkeyPatch,
+    models: list[str], loaded_model: LoadedModel, server_config: ServerConfig
 ) -> Iterator[tuple[httpx.Client, ModelPool, list[str]]]:
     """A server of three models, of which two may be loaded at once."""
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    (tmp_path / "second").symlink_to(books_7m)
-    second = str(tmp_path / "second")
-    store().keep("poet", Modelfile(FIRST, system="A poet.", parameters={"num_predict": 3}))
-    others = [second, "poet"]
-    engine = EngineConfig(FIRST, dtype="float32", kv_cache_memory_bytes=16 * 2**20)
-    config = replace(server_config, also_served=tuple(others), max_loaded_models=2, keep_alive=0)
+    config = replace(server_config, max_loaded_models=2, keep_alive=0)
+    with pool_server([models[0], "poet"], loaded_model, config) as (http, pool):
+        yield http, pool, models
+
+
+@contextmanager
+def pool_server(
+    others: list[str], loaded_model: LoadedModel, config: ServerConfig
+) -> Iterator[tuple[httpx.Client, ModelPool]]:
+    engine = EngineConfig(FIRST, dtype="float32", kv_cache_memory_bytes=CACHE_BYTES)
+    config = replace(config, also_served=tuple(others))
     bound = bind("127.0.0.1", 0)
     ready = threading.Event()
     running: list[Any] = []
@@ -74,7 +89,7 @@ def several(
     pool, run, loop = running
     try:
         with httpx.Client(base_url=url_of(bound), timeout=60) as http:
-            yield http, pool, others
+            yield http, pool
     finally:
         loop.call_soon_threadsafe(run.request_stop)
         thread.join(60)
@@ -85,7 +100,8 @@ def several(
 def test_models_come_and_go_as_they_are_asked_for(
     several: tuple[httpx.Client, ModelPool, list[str]],
 ) -> None:
-    http, pool, (second, poet) = several
+    http, pool, (second, third) = several
+    poet = "poet"
 
     def complete(model: str | None) -> dict[str, Any]:
         body = {"model": model, "prompt": "Once", "max_tokens": 2, "temperature": 0}
@@ -106,21 +122,28 @@ def test_models_come_and_go_as_they_are_asked_for(
     assert other["choices"][0]["text"] == own["choices"][0]["text"]
     assert pool.loaded_names == [second]
 
-    # There is room for one beside the first: the poet takes it, with what its name was made of.
+    # There is room for one beside the first: the poet's model takes it, and its name says how.
     messages = [{"role": "user", "content": "Hello"}]
     chat = http.post("/v1/chat/completions", json={"model": poet, "messages": messages}).json()
     assert chat["usage"]["completion_tokens"] == 3
     plain = http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
     assert chat["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
-    assert pool.loaded_names == [poet]
+    assert pool.loaded_names == [third]
+    running = http.get("/api/ps").json()["models"]
+    assert [model["name"] for model in running] == [FIRST, third]
 
     metrics = http.get("/metrics").text
-    for name in (FIRST, poet):
+    for name in (FIRST, third):
         assert f'vllm:num_requests_running{{engine="0",model_name="{name}"}} 0.0' in metrics
     assert metrics.count("# TYPE http_requests_total ") == 1
 
+    # A name that was made since the start, from a model that is served.
+    store().keep("late", Modelfile("captain", system="Late."))
+    assert complete("late")["usage"]["completion_tokens"] == 2
+    assert pool.loaded_names == [second]
+
     # As Ollama's clients unload a model.
-    body = {"model": poet, "prompt": "", "keep_alive": 0}
+    body = {"model": "captain:latest", "prompt": "", "keep_alive": 0}
     assert http.post("/api/generate", json=body).json()["done_reason"] == "unload"
     deadline = threading.Event()
     for _ in range(200):
@@ -136,7 +159,7 @@ def test_models_come_and_go_as_they_are_asked_for(
 def test_a_model_in_use_is_not_unloaded(
     several: tuple[httpx.Client, ModelPool, list[str]],
 ) -> None:
-    http, pool, (second, poet) = several
+    http, pool, (second, third) = several
     body = {"model": second, "prompt": "Once", "max_tokens": 300, "ignore_eos": True}
     with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
         lines = response.iter_lines()
@@ -144,7 +167,7 @@ def test_a_model_in_use_is_not_unloaded(
         answered: list[int] = []
 
         def ask_for_the_other() -> None:
-            asked = {"model": poet, "prompt": "Once", "max_tokens": 1}
+            asked = {"model": "poet", "prompt": "Once", "max_tokens": 1}
             answered.append(
                 httpx.post(f"{http.base_url}/v1/completions", json=asked, timeout=120).status_code
             )
@@ -156,4 +179,31 @@ def test_a_model_in_use_is_not_unloaded(
         assert len(rest) == 300
     asking.join(120)
     assert answered == [200]
-    assert pool.loaded_names == [poet]
+    assert pool.loaded_names == [third]
+
+
+def test_models_make_room_for_each_other_by_bytes(
+    models: list[str], loaded_model: LoadedModel, server_config: ServerConfig
+) -> None:
+    second, third = models
+    each = loaded_model.nbytes + CACHE_BYTES
+    config = replace(server_config, max_loaded_models=5, max_loaded_bytes=2 * each + each // 2)
+    with pool_server(models, loaded_model, config) as (http, pool):
+        for model in (second, third, second):
+            asked = {"model": model, "prompt": "Once", "max_tokens": 1}
+            assert http.post("/v1/completions", json=asked).status_code == 200
+            assert pool.loaded_names == [model]
+
+
+def test_a_model_that_can_never_fit_is_refused_with_the_numbers(
+    models: list[str], loaded_model: LoadedModel, server_config: ServerConfig
+) -> None:
+    each = loaded_model.nbytes + CACHE_BYTES
+    config = replace(server_config, max_loaded_bytes=each + each // 2)
+    with pool_server(models, loaded_model, config) as (http, pool):
+        asked = {"model": models[0], "prompt": "Once", "max_tokens": 1}
+        refused = http.post("/v1/completions", json=asked)
+        assert refused.status_code == 400
+        assert "--max-loaded-bytes" in refused.json()["error"]["message"]
+        assert pool.loaded_names == []
+        assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
