@@ -25,6 +25,7 @@ from qtool.runtime.server.asgi import App
 from qtool.runtime.server.config import ServerConfig, Tls
 from qtool.runtime.server.pool import ModelPool, PoolApp
 from qtool.runtime.server.service import Service, logger
+from qtool.runtime.tokenizer import Tokenizer
 
 # After the drain every answer has ended; connections get this long to take their last bytes.
 LAST_BYTES_SECONDS = 2.0
@@ -128,6 +129,14 @@ class _Server(uvicorn.Server):
         yield
 
 
+def warm_up(tokenizer: Tokenizer) -> None:
+    """Render a conversation, so that the first client's does not wait for the code that does."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    except QtoolError:
+        pass  # a template that refuses it; clients are told what it says of theirs
+
+
 async def _all_empty(services: Sequence[Service]) -> None:
     for service in services:
         await service.admission.wait_until_empty()
@@ -151,7 +160,10 @@ class ServerRun:
 
     async def serve(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `request_stop`. The engine runs before this begins and is stopped by it."""
-        beside = [asyncio.create_task(self._announce(on_ready))]
+        # What a conversation needs of transformers takes a second to import: now, beside the first
+        # requests, and not when the first chat waits for it.
+        warming = asyncio.to_thread(warm_up, self._service.tokenizer)
+        beside = [asyncio.create_task(self._announce(on_ready)), asyncio.create_task(warming)]
         if self._pool is not None:
             beside.append(asyncio.create_task(self._pool.watch()))
         try:
