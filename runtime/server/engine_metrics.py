@@ -85,6 +85,7 @@ def settings(info: ModelInfo) -> tuple[Family, ...]:
         "device": info.device,
         "max_model_len": str(info.max_model_len),
         "weight_bytes": str(info.weight_bytes),
+        "tensor_parallel_size": str(info.num_ranks),
     }
     return (
         Family("vllm:cache_config_info", "How the KV cache is laid out.", ((cache, 1),)),

@@ -31,6 +31,7 @@ from qtool.runtime.server.launch_options import LaunchOptions
 from qtool.runtime.server.pool import Hosted, ModelPool, PoolLimits
 from qtool.runtime.server.serve import ServerRun, bind, bind_unix, stop_signals, url_of
 from qtool.runtime.server.service import Service
+from qtool.runtime.server.supervisor import Supervisor
 from qtool.runtime.store import store
 from qtool.source import Source, resolve
 
@@ -99,9 +100,17 @@ async def _serve(
         if server_config.also_served:
             pool = model_pool(service, engine_config, server_config)
         run = ServerRun(service, bound, pool)
+        supervisor = Supervisor.of_environment()
+
+        def ready() -> None:
+            print_ready(url_of(bound, server_config.tls), server_config)
+            supervisor.tell("READY=1")
+
+        watching = asyncio.create_task(supervisor.watch(client.healthy))
         ending = asyncio.create_task(_end_with_engine(client, run))
         with stop_signals(asyncio.get_running_loop(), run.request_stop):
-            await run.serve(lambda: print_ready(url_of(bound, server_config.tls), server_config))
+            await run.serve(ready)
+        watching.cancel()
         ending.cancel()
     finally:
         await client.stop()
