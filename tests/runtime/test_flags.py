@@ -51,6 +51,8 @@ VLLM = (
             {"model": "M", "max_model_len": 8192},
         ),
         ("M --tensor-parallel-size 1 --dtype half", {"model": "M", "dtype": "half"}),
+        ("M -tp 2", {"tensor_parallel_size": 2}),
+        ("M --num-shard 4", {"tensor_parallel_size": 4}),
         ("M --quantization awq --dtype half", {"quantization": "awq", "dtype": "half"}),
         ("M --enable-prefix-caching --enforce-eager", {"enable_prefix_caching": True}),
         ("M --no-enable-prefix-caching", {"enable_prefix_caching": False}),
@@ -97,8 +99,8 @@ def test_flags_that_change_nothing_are_told(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("line", "word"),
     [
-        ("M --tensor-parallel-size 2", "one device"),
-        ("M --pipeline-parallel-size 2", "one device"),
+        ("M --data-parallel-size 2", "--tensor-parallel-size"),
+        ("M --pipeline-parallel-size 2", "--tensor-parallel-size"),
         ("M --cpu-offload-gb 4", "fewer bits"),
         ("M --tokenizer other", "tokenizer"),
     ],
