@@ -14,6 +14,8 @@ XDG_DATA_HOME      folder whose qtool/ keeps the names of models made with `qtoo
 XDG_STATE_HOME     folder whose qtool/ keeps what was typed at `qtool chat` (~/.local/state)
 XDG_CACHE_HOME     folder whose qtool/ keeps compiled C++ code and tokenizers (~/.cache)
 NO_COLOR           any value: plain output
+NOTIFY_SOCKET      where systemd hears that `qtool serve` is ready and alive (sd_notify(3))
+WATCHDOG_USEC      microseconds within which systemd wants a sign of life
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class Settings:
     data_dir: Path = Path(os.path.expanduser("~/.local/share/qtool"))
     state_dir: Path = Path(os.path.expanduser("~/.local/state/qtool"))
     no_color: bool = False
+    notify_socket: str | None = None
+    watchdog_seconds: float | None = None
 
 
 # How often a waiting OpenMP thread of torch's looks again before it sleeps; libgomp's own default
@@ -73,6 +77,7 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
         )
     cache = env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     data = env.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    watchdog = env.get("WATCHDOG_USEC", "")
     state = env.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Settings(
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in _TRUE,
@@ -85,6 +90,8 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
         data_dir=Path(data) / "qtool",
         state_dir=Path(state) / "qtool",
         no_color="NO_COLOR" in env,
+        notify_socket=env.get("NOTIFY_SOCKET") or None,
+        watchdog_seconds=int(watchdog) / 1e6 if watchdog.isdigit() else None,
     )
 
 
