@@ -104,6 +104,12 @@ ENGINE_OPTIONS = (
         "their inputs to 8 bits.",
     ),
     click.option(
+        "--cache-packed",
+        is_flag=True,
+        help="Keep the form that the kernels read in a file beside the model, and map it at the "
+        "next start.",
+    ),
+    click.option(
         "--enable-prefix-caching/--no-enable-prefix-caching",
         default=default_of("enable_prefix_caching"),
         show_default=True,

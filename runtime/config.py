@@ -43,6 +43,8 @@ class EngineConfig:
                              int8 where inputs are in bfloat16 already (QTOOL_ACTIVATIONS)
     lm_head                  what a head that is stored in floating point is rounded to; auto: int8
                              beside layers that round their inputs to 8 bits, else it stays
+    cache_packed             keep the form that the kernels read in a file beside the model, and map
+                             it at the next start
     max_model_len            longest prompt plus answer; None: what the model was made for
     max_num_seqs             sequences in one step
     max_num_batched_tokens   tokens in one step, prompts and answers together
@@ -80,6 +82,7 @@ class EngineConfig:
     device: Device = "auto"
     activations: Activations | None = None
     lm_head: LmHead = "auto"
+    cache_packed: bool = False
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -133,6 +136,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, must be at least 1")
+        if self.tensor_parallel_size > 1 and self.cache_packed:
+            raise UsageError(
+                f"cache_packed is for a model in one piece, not in {self.tensor_parallel_size}",
+                "use one of --cache-packed and --tensor-parallel-size",
+            )
         if self.tensor_parallel_size > 1 and self.uses_lora:
             raise UsageError(
                 f"adapters cannot be shared by {self.tensor_parallel_size} ranks",

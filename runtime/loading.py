@@ -32,6 +32,7 @@ from qtool.runtime.models.load import (
 )
 from qtool.runtime.models.model import Model, causal_logits
 from qtool.runtime.models.native import why_not
+from qtool.runtime.packed_cache import packed_store, say
 from qtool.runtime.tokenizer import Tokenizer
 from qtool.source import Source, resolve
 
@@ -136,6 +137,7 @@ def load_for(config: EngineConfig) -> LoadedModel:
         revision=config.revision,
         rules=PackingRules(config.activations, config.lm_head),
         budget=MemoryBudget.measure(config, choose_device(config.device)),
+        cache_packed=config.cache_packed,
     )
 
 
@@ -147,15 +149,17 @@ def load_model(
     revision: str | None = None,
     rules: PackingRules = DEFAULT_RULES,
     budget: MemoryBudget | None = None,
+    cache_packed: bool = False,
 ) -> LoadedModel:
     """Load any model this tool writes or reads: a folder, a GGUF file, builtin:NAME or a Hub id.
 
-    rules   how quantized layers and the head are packed
-    budget  what the weights have to fit into; None: that is the caller's affair
+    rules         how quantized layers and the head are packed
+    budget        what the weights have to fit into; None: that is the caller's affair
+    cache_packed  keep the packed form in a file beside the model, and map what was kept
     """
     found = find_model(model, dtype=dtype, device=device, revision=revision, budget=budget)
     with torch.inference_mode():
-        return found.loaded(found.plan.load(found.dtype, found.device, rules))
+        return found.loaded(found.load(rules, cache_packed=cache_packed))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,6 +172,16 @@ class FoundModel:
     dtype: torch.dtype
     dtype_reason: str
     device: torch.device
+
+    def load(self, rules: PackingRules, *, cache_packed: bool) -> LoadedDecoder:
+        plan = self.plan
+        if not cache_packed:
+            return plan.load(self.dtype, self.device, rules)
+        if isinstance(plan, FallbackPlan):
+            say(f"no packed form is kept: transformers' code runs the model ({plan.reason})")
+            return plan.load(self.dtype, self.device, rules)
+        with packed_store(self.reader, self.dtype, self.device, rules) as store:
+            return plan.load(self.dtype, self.device, rules, store=store)
 
     def loaded(self, built: LoadedDecoder) -> LoadedModel:
         tokenizer = Tokenizer.load(self.source, self.reader)

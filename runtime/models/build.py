@@ -11,7 +11,7 @@ one product come together.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ from qtool.runtime.layers import (
 from qtool.runtime.models.attention import LatentAttention, SelfAttention
 from qtool.runtime.models.decoder import Block, Decoder, attention_specs
 from qtool.runtime.models.embedding import Embedding
+from qtool.runtime.models.layer_store import UNSTORED, LayerStore, PackedLayer, Use
 from qtool.runtime.models.mlp import Mlp, SparseMlp
 from qtool.runtime.models.parts import (
     ACTIVATIONS,
@@ -81,9 +82,14 @@ def build_decoder(
     device: torch.device,
     rules: PackingRules = DEFAULT_RULES,
     ranks: Ranks | None = None,
+    store: LayerStore = UNSTORED,
 ) -> Built:
-    """Of weights that `tensors.check_tensors` has accepted; with `ranks`, this rank's part."""
-    return _Builder(reader, architecture, config, dtype, device, rules, ranks).build()
+    """Of weights that `tensors.check_tensors` has accepted; with `ranks`, this rank's part.
+
+    store  where packed layers may lie already; it has whole layers, so not for ranks
+    """
+    assert ranks is None or store is UNSTORED
+    return _Builder(reader, architecture, config, dtype, device, rules, ranks, store).build()
 
 
 class _Builder:
@@ -96,8 +102,10 @@ class _Builder:
         device: torch.device,
         rules: PackingRules,
         ranks: Ranks | None,
+        store: LayerStore,
     ) -> None:
         self._reader = reader
+        self._store = store
         self._architecture = architecture
         self._ranks = ranks
         self._config = config if ranks is None else ranks.plan.local_config
@@ -105,7 +113,7 @@ class _Builder:
         self._device = device
         self._rules = rules
         self._ropes = list(dict.fromkeys(layer.rope for layer in config.layers if layer.rope))
-        self._uses: Counter[tuple[str, str, str, str]] = Counter()
+        self._uses: Counter[Use] = Counter()
         self._nbytes = 0
 
     def build(self) -> Built:
@@ -146,6 +154,12 @@ class _Builder:
 
     def _head(self, embedding: Embedding) -> Linear:
         """Its own weight or the embedding's, as that is stored where it is packed."""
+        native = any(use.kernel == "native_w4a8" for use in self._uses)
+        made = self._made("head", lambda: self._packed_head(embedding, beside_native=native))
+        assert isinstance(made, Linear)
+        return made
+
+    def _packed_head(self, embedding: Embedding, *, beside_native: bool) -> PackedLayer:
         tied = self._config.tie_word_embeddings
         role: Role = "embed" if tied else "head"
         module = self._architecture.hf_name(role, None)
@@ -155,14 +169,11 @@ class _Builder:
             stored = f"the embedding, {stored}"
             if isinstance(weight, DenseWeight) and embedding.values is not None:
                 weight = DenseWeight(embedding.values)
-        native = any(kernel == "native_w4a8" for _, _, kernel, _ in self._uses)
         bias = self._bias("head", self._architecture.hf_name("head", None))
         layer, choice = pack_head(
-            weight, bias, self._dtype, self._device, self._rules, beside_native=native
+            weight, bias, self._dtype, self._device, self._rules, beside_native=beside_native
         )
-        self._nbytes += layer.nbytes
-        self._count("head", stored, choice.kernel.name, choice.reason)
-        return layer
+        return PackedLayer(layer, (Use("head", stored, choice.kernel.name, choice.reason),))
 
     def _block(self, index: int) -> Block:
         latent = self._config.latent
@@ -216,7 +227,8 @@ class _Builder:
         heads_up = up.dequantize(self._dtype).to(self._device).view(heads, -1, latent.rank)
         key_up, value_up = heads_up.tensor_split((latent.nope,), dim=1)
         self._nbytes += heads_up.nbytes
-        self._count("kv_b", describe(up), "dense", "multiplied head by head, unpacked at load")
+        reason = "multiplied head by head, unpacked at load"
+        self._uses[Use("kv_b", describe(up), "dense", reason)] += 1
         return LatentAttention(
             layer=index,
             num_heads=heads,
@@ -326,19 +338,32 @@ class _Builder:
     ) -> Linear | Linears:
         """One packed layer of the roles' weights side by side, their rows in `orders`."""
         modules = [self._architecture.hf_name(role, index, expert) for role in roles]
+        return self._made("+".join(modules), lambda: self._packed(roles, modules, orders or {}))
+
+    def _packed(
+        self, roles: Sequence[Role], modules: Sequence[str], orders: Mapping[Role, Tensor]
+    ) -> PackedLayer:
         weights = [self._stored(*each) for each in zip(roles, modules, strict=True)]
         biases = [self._bias(*each) for each in zip(roles, modules, strict=True)]
         for place, role in enumerate(roles):
-            order = (orders or {}).get(role)
+            order = orders.get(role)
             if order is not None:
                 bias = biases[place]
                 weights[place] = weights[place].rows(order)
                 biases[place] = None if bias is None else bias[order]
         fused: Fused = pack(weights, biases, self._dtype, self._device, self._rules)
-        self._nbytes += fused.layer.nbytes
-        for role, weight, choice in zip(roles, weights, fused.choices, strict=True):
-            self._count(role, describe(weight), choice.kernel.name, choice.reason)
-        return fused.layer
+        uses = (
+            Use(role, describe(weight), choice.kernel.name, choice.reason)
+            for role, weight, choice in zip(roles, weights, fused.choices, strict=True)
+        )
+        return PackedLayer(fused.layer, tuple(uses))
+
+    def _made(self, name: str, make: Callable[[], PackedLayer]) -> Linear | Linears:
+        """From the store, and counted."""
+        made = self._store.layer(name, make)
+        self._nbytes += made.layer.nbytes
+        self._uses.update(made.uses)
+        return made.layer
 
     def _reduced(self, base: Linear | Linears) -> Linear | Linears:
         """A linear whose inputs the ranks share, as its whole product."""
@@ -353,9 +378,6 @@ class _Builder:
         """
         rounds = native_linear.refuses_any(self._dtype, self._device, self._rules.activations)
         return read_part(self._reader, module, self._part(role), stored=rounds is None)
-
-    def _count(self, role: Role, stored: str, kernel: str, reason: str) -> None:
-        self._uses[role, stored, kernel, reason] += 1
 
     def _bias(self, role: Role, module: str) -> Tensor | None:
         name = f"{module}.bias"

@@ -16,6 +16,7 @@ from qtool.decoder_config import DecoderConfig
 from qtool.errors import UnsupportedModel
 from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.models.build import KernelUse, build_decoder
+from qtool.runtime.models.layer_store import UNSTORED, LayerStore
 from qtool.runtime.models.model import Model
 from qtool.runtime.models.tensors import check_tensors
 from qtool.runtime.models.text_part import text_part
@@ -54,10 +55,11 @@ class NativePlan:
         device: torch.device,
         rules: PackingRules = DEFAULT_RULES,
         ranks: Ranks | None = None,
+        store: LayerStore = UNSTORED,
     ) -> LoadedDecoder:
-        """With `ranks`, the part of one of them."""
+        """With `ranks`, the part of one of them; `store` may have packed layers already."""
         built = build_decoder(
-            self.reader, self.architecture, self.config, dtype, device, rules, ranks
+            self.reader, self.architecture, self.config, dtype, device, rules, ranks, store
         )
         return LoadedDecoder(
             model=built.decoder,
@@ -88,8 +90,13 @@ class FallbackPlan:
         )
 
     def load(
-        self, dtype: torch.dtype, device: torch.device, rules: PackingRules = DEFAULT_RULES
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        rules: PackingRules = DEFAULT_RULES,
+        ranks: Ranks | None = None,
     ) -> LoadedDecoder:
+        assert ranks is None, "shard() refuses"
         from qtool.runtime.models.fallback import load_fallback
 
         loaded = load_fallback(self.reader, self.config, dtype, device, rules)
