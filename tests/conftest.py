@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,54 @@ def _save_tiny_model(
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
     model.to(dtype).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def same_in_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """``same_in_ranks(model, size)`` asserts that ranks compute what one process does, in float32:
+    logits within 1e-4, and the same greedy text. Ranks are threads here, gloo between them is real.
+    """
+    from qtool.runtime.loading import load_model
+
+    def check(model: Path, size: int, *, num_new: int = 12) -> None:
+        loaded = load_model(str(model), dtype="float32")
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, 4096, (2, 20), generator=generator)
+        for _ in range(num_new):
+            likeliest = loaded.logits(tokens)[:, -1:].argmax(-1)
+            tokens = torch.cat((tokens, likeliest), dim=1)
+        expected = loaded.logits(tokens)
+        meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+        with ThreadPoolExecutor(size) as pool:
+            several = [
+                pool.submit(_logits_of_rank, model, rank, size, meeting, tokens)
+                for rank in range(size)
+            ]
+            found = [rank.result() for rank in several][0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        written = slice(-num_new - 1, -1)
+        assert torch.equal(found[:, written].argmax(-1), tokens[:, -num_new:])
+
+    return check
+
+
+def _logits_of_rank(
+    model: Path, rank: int, size: int, meeting: Path, tokens: torch.Tensor
+) -> torch.Tensor:
+    from qtool.convert.formats import open_weights
+    from qtool.runtime.models.load import plan_decoder
+    from qtool.runtime.models.model import causal_hidden
+    from qtool.runtime.parallel.layers import Ranks
+    from qtool.runtime.parallel.process_group import ProcessGroup
+    from qtool.runtime.parallel.shard import Shard
+    from qtool.source import resolve
+
+    plan = plan_decoder(open_weights(resolve(str(model))))
+    parts = plan.shard(Shard(rank, size))
+    ranks = Ranks(parts, ProcessGroup(rank, size, meeting, "gloo"))
+    with torch.inference_mode():
+        loaded = plan.load(torch.float32, torch.device("cpu"), ranks=ranks)
+        hidden = causal_hidden(loaded.model, tokens)
+        logits = loaded.model.logits(hidden.flatten(0, 1))
+    # Of other ranks than 0 these are the logits of their own tokens.
+    return logits.view(*tokens.shape, -1)
