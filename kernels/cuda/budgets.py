@@ -246,4 +246,93 @@ ATTENTION = (
     attention_case("sm_80", LARGE_ROWS, registers=224, matrix="HMMA"),
     attention_case("gfx942", SMALL_ROWS, parts=8, matrix="v_mfma"),
 )
-CASES: tuple[Case, ...] = (*LINEAR, *ATTENTION)
+
+
+def _plain(
+    function: str, pointers: Mapping[str, str], values: Mapping[str, Argument], **limits: Any
+) -> Case:
+    """A kernel with nothing to count but registers: it must not spill."""
+    arguments: dict[str, Argument] = {f"{name}_ptr": kind for name, kind in pointers.items()}
+    name = function.partition(":")[2].replace("_", "-")
+    return Case(name, function, {**arguments, **values}, "sm_90", **limits)
+
+
+_WRITES: Mapping[str, str] = {
+    "slots": "*i64",
+    "keys": "*bf16",
+    "values": "*bf16",
+    "key_scales": "*fp32",
+    "value_scales": "*fp32",
+}
+# Of an 8B model: 4096 channels, 14336 in its MLP, 32 heads of 128 on 8.
+FUSED = (
+    _plain(
+        "fused:add_norm",
+        dict(residual="*bf16", parts="*fp32", post_weight="*bf16", weight="*bf16", out="*bf16",
+             sums="*fp32"),
+        dict(num_rows="i32", parts_stride="i32/16", eps="fp32", residual_scale="fp32",
+             CHANNELS=4096, BLOCK=4096, SPLIT=8, HAS_POST=False, HAS_NORM=True, SUM_BLOCK=128),
+        warps=8, registers=64,
+    ),
+    _plain(
+        "fused:gate_mul",
+        dict(parts="*fp32", out="*bf16", sums="*fp32"),
+        dict(num_rows="i32", parts_stride="i32/16", CHANNELS=14336, BLOCK=512, SPLIT=2,
+             ACTIVATION="silu", SUM_BLOCK=128),
+        warps=2, registers=64,
+    ),
+    _plain(
+        "fused:rope_and_write",
+        dict(parts="*fp32", norm="*bf16", cos="*fp32", sin="*fp32", query="*bf16", **_WRITES),
+        dict(parts_stride="i32/16", slots_per_head="i32/16", eps="fp32", HEADS=32, KV_HEADS=8,
+             CHANNELS=128, BLOCK=128, ROTATED=128, SPLIT=8, HAS_NORM=True, SCALED=False),
+        warps=1, registers=128,
+    ),
+    _plain(
+        "fused:write_cache",
+        dict(key="*bf16", value="*bf16", **{**_WRITES, "keys": "*i8", "values": "*i8"}),
+        dict(slots_per_head="i32/16", key_row="i32/16", value_row="i32/16", KEY_DIM=128,
+             VALUE_DIM=128, BLOCK=128, SCALED=True),
+        warps=1, registers=64,
+    ),
+    _plain(
+        "fused:quantize_rows",
+        dict(x="*bf16", codes="*fp8e4nv", scales="*fp32"),
+        dict(x_stride="i32/16", CHANNELS=4096, BLOCK=4096, LARGEST=448.0, WHOLE=False),
+        registers=128,
+    ),
+    _plain(
+        "sampling:draw_tokens",
+        dict(logits="*fp32", temperatures="*fp32", top_ks="*i32", top_ps="*fp32", min_ps="*fp32",
+             numbers="*fp32", tokens="*i64", finite="*i32"),
+        dict(row_stride="i32", VOCAB=151936, BLOCK=4096),
+        warps=8, registers=128,
+    ),
+    _plain(
+        "attention:merge_parts",
+        dict(parts="*fp32", weights="*fp32", first_rows="*i32", lengths="*i32",
+             tile_sequences="*i32", tile_firsts="*i32", out="*bf16"),
+        dict(HEADS=32, GROUP=4, VALUE_DIM=128, VALUE_BLOCK=128, TILE=64, BM=16, SPLIT=16,
+             LEAST=LEAST_KEYS, WINDOW=0),
+        warps=2, registers=64,
+    ),
+    _plain(
+        "linear:unpack_words",
+        dict(words="*i32", scales="*bf16", zeros="*u8", out="*bf16"),
+        dict(N=4096, K=4096, BITS=4, BK=128, WHOLE_ROW=False, HAS_ZEROS=True),
+        registers=255,
+    ),
+    _plain(
+        "linear:block_sums",
+        dict(x="*bf16", sums="*fp32"),
+        dict(num_rows="i32", x_stride="i32/16", K=4096, BK=128, BM=16),
+        registers=64,
+    ),
+    _plain(
+        "linear:add_parts",
+        dict(parts="*fp32", out="*bf16"),
+        dict(num_elements="i32/16", SPLIT=8, BLOCK=1024),
+        registers=64,
+    ),
+)  # fmt: skip
+CASES: tuple[Case, ...] = (*LINEAR, *ATTENTION, *FUSED)

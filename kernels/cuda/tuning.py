@@ -11,8 +11,8 @@ A row says for which products it is, and the tile:
                          so many parts that each multiprocessor gets so many programs, at the most
 
 Rows are looked up in order: what `qtool bench kernels --tune` wrote for this GPU, the rows of the
-architecture ("sm_90"), "default". The first that matches counts. So a measured figure beats a rule, and a
-new architecture runs by the rules before anybody has measured it.
+architecture ("sm_90"), "default". The first that matches counts. So a measured figure beats a rule,
+and a new architecture runs by the rules before anybody has measured it.
 """
 
 from __future__ import annotations
