@@ -10,6 +10,7 @@ import click
 
 from qtool.runtime.config import Device
 from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
+from qtool.settings import Activations
 
 
 @click.command(name="eval")
@@ -44,6 +45,15 @@ from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
     default="float32",
     show_default=True,
     help="What the models compute in.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(get_args(Activations)),
+    help="int8: quantized layers round their inputs to 8 bits, as they are served on a CPU; bf16: "
+    "they do not, which shows the loss of the weights alone. Default: QTOOL_ACTIVATIONS, or int8.",
+)
+@click.option(
+    "--no-papers", is_flag=True, help="Perplexity by llama.cpp's protocol alone: half the time."
 )
 @click.option("--device", type=click.Choice(get_args(Device)), default="auto")
 @click.option(
@@ -91,6 +101,8 @@ def evaluate(
     text: Path | None,
     max_tokens: int,
     dtype: ScoringDtype,
+    activations: Activations | None,
+    no_papers: bool,
     device: Device,
     out: Path | None,
     force: bool,
@@ -131,6 +143,8 @@ def evaluate(
         max_tokens=max_tokens or None,
         dtype=dtype,
         device=device,
+        activations=activations,
+        papers=not no_papers,
         force=force,
         speed=not no_speed,
         save_reference=save_reference,

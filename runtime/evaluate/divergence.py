@@ -17,8 +17,11 @@ are all that is ever held; and terms below e^-16 are not dropped.
 Perplexity alone hides damage: errors that raise p(t) cancel those that lower it. KLD has no such
 cancellation, which is why it stands first in the report.
 
-Arithmetic: log-probabilities in float32 as the models give them (their own error, about 1e-6 nats,
-is far below any quantization), every sum over tokens in float64. Equal logits give exactly 0.
+Arithmetic: logits in float32 as the models give them (their own error, about 1e-6 nats, is far
+below any quantization), every sum over tokens in float64. Equal logits give exactly 0. With a and b
+the logits of p and q, A and B their log-sum-exps, and each exponential taken once,
+
+    KLD = sum_v exp(a - max a) ((a - b) - (A - B)) / sum_v exp(a - max a)
 """
 
 import math
@@ -152,11 +155,33 @@ def percentile(ordered: Tensor, percent: float) -> float:
 
 
 def _compare_slice(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenDivergence:
-    return compare_log_probs(logits.log_softmax(dim=-1), reference.log_softmax(dim=-1), targets)
+    highest, top = logits.max(dim=-1, keepdim=True)
+    reference_highest, reference_top = reference.max(dim=-1, keepdim=True)
+    weights = (reference - reference_highest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    reference_sum = reference_highest + total.log()
+    own_sum = highest + (logits - highest).exp_().sum(dim=-1, keepdim=True).log()
+    terms = (reference - logits).sub_(reference_sum - own_sum)
+    if bool(reference.amin() == -math.inf):
+        # A vocabulary padded with -inf has p = 0 there, and 0 (ln 0 - ln q) is 0.
+        terms.masked_fill_(weights == 0, 0.0)
+    index = targets[:, None]
+    nll = (own_sum - logits.gather(-1, index)).squeeze(-1).double()
+    reference_nll = (reference_sum - reference.gather(-1, index)).squeeze(-1).double()
+    return TokenDivergence(
+        nll=nll,
+        reference_nll=reference_nll,
+        kld=(torch.linalg.vecdot(weights, terms) / total.squeeze(-1)).double(),
+        delta_p=(-nll).exp() - (-reference_nll).exp(),
+        top=top.squeeze(-1),
+        reference_top=reference_top.squeeze(-1),
+    )
 
 
 def compare_log_probs(ln_q: Tensor, ln_p: Tensor, targets: Tensor) -> TokenDivergence:
-    """As `compare`, of log-probabilities [rows, vocab] float32: the candidate's, the original's."""
+    """As `compare`, of log-probabilities [rows, vocab] float32: the candidate's, the original's.
+    Those of a file are as they are: what it leaves out (-inf) is not spread over the rest.
+    """
     # A vocabulary padded with -inf has p = 0 there, and 0 (ln 0 - ln q) is 0.
     terms = torch.where(ln_p == -math.inf, 0.0, ln_p - ln_q)
     kld = torch.linalg.vecdot(ln_p.exp(), terms)

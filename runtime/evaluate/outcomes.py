@@ -47,6 +47,7 @@ from qtool.runtime.evaluate.text import (
     ScoringDtype,
 )
 from qtool.runtime.evaluate.worst import WorstToken, worst_tokens
+from qtool.settings import Activations
 
 # Of the machine's memory, what the loaded models may take together.
 MEMORY_SHARE = 0.6
@@ -129,8 +130,13 @@ def score_models(
     recorder: Recorder | None = None,
     dtype: ScoringDtype,
     device: Device,
+    activations: Activations | None = None,
+    papers: bool = True,
 ) -> Scoring:
-    """Each model over the text, or over the tokens of `stored` in place of it."""
+    """Each model over the text, or over the tokens of `stored` in place of it.
+
+    papers   by the papers' protocol too
+    """
     originals = [] if reference is None else [reference]
     context = min(subject.context for subject in [*originals, *subjects])
     groups = memory_groups(
@@ -146,7 +152,9 @@ def score_models(
     for group in groups:
         present = [*originals, *(subjects[index] for index in group)]
         scorers = [
-            open_scorer(subject.source, subject.name, dtype=dtype, device=device)
+            open_scorer(
+                subject.source, subject.name, dtype=dtype, device=device, activations=activations
+            )
             for subject in present
         ]
         for scorer in scorers:
@@ -159,14 +167,13 @@ def score_models(
         assert read is not None
         tokens = read.ids if max_tokens is None else read.ids[:max_tokens]
         count = tokens.numel()
-        protocols = (
-            llama_cpp_protocol(
-                context=context if stored is None else stored.window,
-                num_tokens=count,
-                bos_token_id=read.bos_token_id,
-            ),
-            papers_protocol(context=context, num_tokens=count),
+        llama_cpp = llama_cpp_protocol(
+            context=context if stored is None else stored.window,
+            num_tokens=count,
+            bos_token_id=read.bos_token_id,
         )
+        others = (papers_protocol(context=context, num_tokens=count),) if papers else ()
+        protocols = (llama_cpp, *others)
         passes = plan_passes(tokens, protocols)
         total = sum(len(run.windows) for run in passes) * len(scorers)
         names = ", ".join(subject.name for subject in present)

@@ -4,7 +4,10 @@ what must be said beside them.
 
 from __future__ import annotations
 
+from typing import get_args
+
 from qtool.runtime.evaluate.divergence import Divergence, Estimate
+from qtool.runtime.evaluate.perplexity import ProtocolName
 from qtool.runtime.evaluate.report import EvaluationReport, ModelReport, size_text
 from qtool.runtime.evaluate.tasks.results import Comparison, HarnessResult, TaskResult
 
@@ -28,14 +31,15 @@ def table_rows(report: EvaluationReport) -> list[tuple[str, ...]]:
 
 
 def _row(model: ModelReport, *, is_reference: bool) -> tuple[str, ...]:
-    perplexities = (model.perplexity_in(name) for name in ("llama.cpp", "papers"))
+    found = {result.protocol.name: result for result in model.perplexity}
+    perplexities = (found.get(name) for name in get_args(ProtocolName))
     divergence = model.divergence
     return (
         model.name,
         f"{model.format}, original" if is_reference else model.format,
         size_text(model.size_bytes),
         f"{model.bits_per_weight:.2f}",
-        *(f"{result.value:.3f} ± {result.error:.3f}" for result in perplexities),
+        *(f"{one.value:.3f} ± {one.error:.3f}" if one else "-" for one in perplexities),
         estimate_text(divergence.kld, 5) if divergence else "-",
         f"{estimate_text(divergence.same_top, 2, 100)} %" if divergence else "-",
         f"{model.speed.tokens_per_second:.1f}" if model.speed else "-",
@@ -132,7 +136,7 @@ def footnotes(report: EvaluationReport) -> list[str]:
     lines.append(
         f"Text: {text.name} ({used} {'tokens' if text.was_cut else f'{text.num_tokens:,} tokens'}, "
         f"sha256 {text.sha256[:12]}); {text.overlap}. "
-        f"Computed in {', '.join(dtypes)}; ± is one standard error."
+        f"Computed in {', or in '.join(dtypes)}; ± is one standard error."
     )
     speeds = [row.speed for row in report.rows if row.speed]
     if speeds:

@@ -57,6 +57,7 @@ from qtool.runtime.evaluate.text import (
     ScoringDtype,
     read_text,
 )
+from qtool.settings import Activations
 from qtool.source import Source
 
 
@@ -69,6 +70,8 @@ def evaluate(
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
     dtype: ScoringDtype = "float32",
     device: Device = "auto",
+    activations: Activations | None = None,
+    papers: bool = True,
     force: bool = False,
     speed: bool = True,
     tasks: Sequence[str] = (),
@@ -87,6 +90,9 @@ def evaluate(
     text        a UTF-8 file; None: the text that ships, disjoint from the calibration text
     out         a folder for report.json, report.md and report.html; None: no files
     max_tokens  of the text; None: all of it
+    activations of quantized layers: "int8", rounded as they are served; "bf16": not rounded;
+                None: what QTOOL_ACTIVATIONS says, or else int8
+    papers      perplexity by the papers' protocol too, a second run over the text
     tasks       names of `tasks.TASKS`, or files of questions
     task_data   a folder that holds the files of named tasks; None: the Hub
     task_limit  questions of each task; None: all
@@ -121,6 +127,8 @@ def evaluate(
         recorder=recorder,
         dtype=dtype,
         device=device,
+        activations=activations,
+        papers=papers,
     )
     originals = [] if reference is None else [reference]
     speeds = let_speak([*originals, *subjects], scoring, device) if speed else {}
@@ -146,6 +154,8 @@ def evaluate(
             text,
             max_tokens,
             dtype,
+            activations=activations,
+            papers=papers,
             tasks=tasks,
             task_data=task_data,
             task_limit=task_limit,
@@ -200,6 +210,8 @@ def as_command(
     max_tokens: int | None,
     dtype: str,
     *,
+    activations: str | None = None,
+    papers: bool = True,
     tasks: Sequence[str] = (),
     task_data: Path | None = None,
     task_limit: int | None = None,
@@ -213,6 +225,8 @@ def as_command(
     if max_tokens != DEFAULT_MAX_TOKENS:
         words += ["--max-tokens", str(max_tokens or 0)]
     words += [] if dtype == "float32" else ["--dtype", dtype]
+    words += [] if activations is None else ["--activations", activations]
+    words += [] if papers else ["--no-papers"]
     words += ["--tasks", ",".join(tasks)] if tasks else []
     words += [] if task_data is None else ["--task-data", str(task_data)]
     words += [] if task_limit is None else ["--task-limit", str(task_limit)]

@@ -1,9 +1,13 @@
-"""What evaluation asks of a model: its tokenizer, and the logits of whole windows.
+"""What evaluation asks of a model: its tokenizer, and the logits of windows.
 
 Two implementations. `RuntimeScorer` is the runtime itself, so what is measured is what `qtool
 serve` answers with, whatever the file: a plain folder, compressed-tensors, GPTQ, AWQ, Marlin or
-GGUF. `TransformersScorer` is for families that the native decoder does not have. The original and
-its candidate are always of one family, so both are scored by the same implementation.
+GGUF. Its quantized layers are multiplied by the kernels that serve them, which round their inputs
+to 8 bits (`kernels.cpu.native_linear`), as llama.cpp's do; all else is in float32, so that a model
+that is not quantized is measured exactly. `activations="bf16"` leaves the inputs alone and shows
+what the weights alone have lost, at half the speed. `TransformersScorer` is for families that the
+native decoder does not have. The original and its candidate are always of one family, so both are
+scored by the same implementation.
 
 Models are compared token by token, which means something only if they read the same tokens: all
 tokenizers of one evaluation are run on the text, and the first difference is an error.
@@ -31,8 +35,11 @@ from qtool.runtime.evaluate.tasks.likelihood import (
     score_trees,
 )
 from qtool.runtime.evaluate.text import ScoringDtype
+from qtool.runtime.layers import PackingRules
 from qtool.runtime.loading import LoadedModel, choose_device, load_model
+from qtool.runtime.models.model import causal_hidden
 from qtool.runtime.tokenizer import Tokenizer
+from qtool.settings import Activations, settings
 from qtool.source import Source
 
 DTYPES: dict[str, torch.dtype] = {
@@ -54,6 +61,11 @@ class TokenizedText:
     bos_token_id: int | None
 
 
+# (window, first position, one past the last) -> their logits [positions, vocab] float32.
+# Windows are asked for in order.
+Rows = Callable[[int, int, int], Tensor]
+
+
 class Scorer(Protocol):
     """A loaded model, as evaluation sees it."""
 
@@ -73,8 +85,8 @@ class Scorer(Protocol):
 
     def tokenize(self, text: str) -> TokenizedText: ...
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """[batch, tokens] int64, independent sequences -> [batch, tokens, vocab] float32."""
+    def predict(self, windows: Tensor) -> Rows:
+        """windows [windows, window] int64, independent sequences."""
         ...
 
     @property
@@ -87,10 +99,21 @@ class Scorer(Protocol):
         ...
 
 
-def open_scorer(source: Source, name: str, *, dtype: ScoringDtype, device: Device) -> Scorer:
-    """Load a model for scoring: by the runtime if it has the family, else by transformers."""
+def open_scorer(
+    source: Source,
+    name: str,
+    *,
+    dtype: ScoringDtype,
+    device: Device,
+    activations: Activations | None = None,
+) -> Scorer:
+    """Load a model for scoring: by the runtime if it has the family, else by transformers.
+
+    activations  None: what QTOOL_ACTIVATIONS says, or else int8, as they are served
+    """
+    rules = PackingRules(activations or settings().activations or "int8")
     try:
-        loaded = load_model(str(source.path), dtype=dtype, device=device)
+        loaded = load_model(str(source.path), dtype=dtype, device=device, rules=rules)
     except UnsupportedModel:
         if source.is_gguf:
             raise
@@ -108,7 +131,9 @@ class RuntimeScorer:
 
     @property
     def dtype(self) -> str:
-        return str(self.loaded.dtype).removeprefix("torch.")
+        name = str(self.loaded.dtype).removeprefix("torch.")
+        rounds = any(use.kernel == "native_w4a8" for use in self.loaded.kernels)
+        return f"{name} with quantized layers on 8-bit activations" if rounds else name
 
     @property
     def vocab_size(self) -> int:
@@ -121,8 +146,15 @@ class RuntimeScorer:
     def tokenizer(self) -> Tokenizer | None:
         return self.loaded.tokenizer
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        return self.loaded.logits(tokens)
+    def predict(self, windows: Tensor) -> Rows:
+        model = self.loaded.decoder
+        hidden = causal_hidden(model, windows)
+
+        @torch.inference_mode()
+        def rows(window: int, start: int, stop: int) -> Tensor:
+            return model.logits(hidden[window, start:stop])
+
+        return rows
 
     def likelihoods(
         self, questions: Sequence[Sequence[Continuation]], advance: Callable[[int], None]
@@ -173,11 +205,19 @@ class TransformersScorer:
     def tokenize(self, text: str) -> TokenizedText:
         return tokenize(self.name, self.tokenizer, text)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        with torch.inference_mode():
-            output = self.model(input_ids=tokens.to(self.model.device), use_cache=False)
-        logits: Tensor = output.logits
-        return logits.float()
+    def predict(self, windows: Tensor) -> Rows:
+        """A window at a time: a foreign model gives the logits of all positions at once."""
+        held: dict[int, Tensor] = {}
+
+        @torch.inference_mode()
+        def rows(window: int, start: int, stop: int) -> Tensor:
+            if window not in held:
+                held.clear()
+                inputs = windows[window : window + 1].to(self.model.device)
+                held[window] = self.model(input_ids=inputs, use_cache=False).logits[0]
+            return held[window][start:stop].float()
+
+        return rows
 
     def likelihoods(
         self, questions: Sequence[Sequence[Continuation]], advance: Callable[[int], None]
@@ -192,7 +232,7 @@ class TransformersScorer:
     def _likelihood(self, continuation: Continuation) -> Likelihood:
         context = self.model.config.get_text_config().max_position_embeddings
         tree = grow([continuation], context)
-        logits = self.logits(torch.tensor([tree.token_ids]))[0].cpu()
+        logits = self.predict(torch.tensor([tree.token_ids]))(0, 0, tree.num_rows).cpu()
         rows, targets = torch.tensor(tree.predictions[0]).unbind(dim=-1)
         chosen = logits[rows]
         logprobs = chosen.log_softmax(dim=-1).gather(-1, targets[:, None])

@@ -66,8 +66,10 @@ class StoredReference(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def compare(self, window: int, logits: Tensor, targets: Tensor) -> TokenDivergence:
-        """logits [scored, vocab] float32 and targets [scored] of the window of that number."""
+    def compare(self, window: int, first: int, logits: Tensor, targets: Tensor) -> TokenDivergence:
+        """logits [rows, vocab] float32 and targets [rows], of the window of that number from its
+        scored token number `first` on.
+        """
         ...
 
 
@@ -119,8 +121,8 @@ class LlamaCppLogits:
         shape = (num_windows, scored, words)
         self._rows = np.memmap(path, dtype="<u2", mode="r", offset=start, shape=shape)
 
-    def compare(self, window: int, logits: Tensor, targets: Tensor) -> TokenDivergence:
-        ln_p = self.log_probs(window).to(logits.device)
+    def compare(self, window: int, first: int, logits: Tensor, targets: Tensor) -> TokenDivergence:
+        ln_p = self.log_probs(window, first, len(logits)).to(logits.device)
         clipped = ln_p.masked_fill(ln_p <= LLAMA_CPP_CLIP, -math.inf)
         found = compare_log_probs(logits.log_softmax(dim=-1), clipped, targets)
         # What is left out of the sum still has the probability that the file gives it.
@@ -128,9 +130,9 @@ class LlamaCppLogits:
         delta_p = (-found.nll).exp() - (-reference_nll).exp()
         return found._replace(reference_nll=reference_nll, delta_p=delta_p)
 
-    def log_probs(self, window: int) -> Tensor:
-        """[scored, vocab] float32."""
-        rows = np.array(self._rows[window])
+    def log_probs(self, window: int, first: int, count: int) -> Tensor:
+        """[count, vocab] float32, from scored token number `first` on."""
+        rows = np.array(self._rows[window, first : first + count])
         head = torch.from_numpy(rows[:, :4].copy().view("<f4"))
         codes = torch.from_numpy(rows[:, 4 : 4 + self.vocab_size].astype(np.int32))
         return head[:, :1] * codes + head[:, 1:]
@@ -158,6 +160,7 @@ class TopTokens:
         self.tokens = tokens
         self.window = window
         self.vocab_size = vocab_size
+        self._scored = window - 1 - window // 2
         self._columns = (ids, ln_p, rest, target, samples, ln_p_samples)
 
     @classmethod
@@ -188,9 +191,9 @@ class TopTokens:
         held = (ids, ln_p, rest, target, samples, ln_p_samples)
         return cls(path.name, tokens, window, vocab_size, *held)
 
-    def compare(self, window: int, logits: Tensor, targets: Tensor) -> TokenDivergence:
-        count = logits.shape[0]
-        rows = slice(window * count, (window + 1) * count)
+    def compare(self, window: int, first: int, logits: Tensor, targets: Tensor) -> TokenDivergence:
+        start = window * self._scored + first
+        rows = slice(start, start + len(logits))
         ids, ln_p, rest, target, samples, ln_p_samples = (
             column[rows].to(logits.device) for column in self._columns
         )
@@ -214,7 +217,7 @@ class TopTokens:
 
 
 class Recorder:
-    """Keeps the likeliest tokens of a model's predictions, a window at a time, and writes them."""
+    """Keeps the likeliest tokens of a model's predictions, in their order, and writes them."""
 
     def __init__(self, path: Path) -> None:
         if path.suffix != SUFFIX:
@@ -227,7 +230,7 @@ class Recorder:
         self._draws = torch.Generator().manual_seed(0)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """logits [scored, vocab] float32, targets [scored], of the next window."""
+        """logits [rows, vocab] float32, targets [rows], of the next scored tokens."""
         self._vocab_size = logits.shape[-1]
         ln_p = logits.log_softmax(dim=-1)
         top, ids = ln_p.topk(min(TOP_TOKENS, self._vocab_size), dim=-1)
@@ -245,7 +248,8 @@ class Recorder:
         """The file appears when it is complete.  tokens [at least windows * window] int64"""
         names = ("ids", "ln_p", "rest", "target", "samples", "ln_p_samples")
         joined = [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
-        used = tokens[: len(self._parts) * window].int()
+        num_windows = len(joined[0]) // (window - 1 - window // 2)
+        used = tokens[: num_windows * window].int()
         metadata = {
             "format": FORMAT_NAME,
             "window": str(window),

@@ -1,16 +1,18 @@
 """Runs models over the windows of a text, a batch at a time, and keeps six numbers a token.
 
-The logits of one batch of windows, of the original and of one candidate, are all that is ever held:
-a vocabulary of 128k takes half a megabyte a token, so a text of 300k tokens would be 150 GB. The
-original is run once a batch, whatever the number of candidates. Protocols whose windows hold the
-same tokens share one run: where the context is 512 and no BOS is put in, llama.cpp's protocol and
-the papers' differ only in which positions count.
+A batch of windows goes through the blocks of every model; then, some rows at a time, through their
+heads and into the sums. The logits of those rows, of the original and of one candidate, are all
+that is ever held: a vocabulary of 128k takes half a megabyte a token, so a text of 300k tokens
+would be 150 GB. The head sees only rows that count, half of them in llama.cpp's protocol. Protocols
+whose windows hold the same tokens share one run: where the context is 512 and no BOS is put in,
+llama.cpp's protocol and the papers' differ only in which positions count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,21 +20,15 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.runtime.evaluate.divergence import TokenDivergence, compare, join
-from qtool.runtime.evaluate.perplexity import Protocol, cut, next_token_nll
+from qtool.runtime.evaluate.perplexity import Protocol, cut, next_token_nll, rows_of_logits
 from qtool.runtime.evaluate.scorer import Scorer
 from qtool.runtime.evaluate.stored import Recorder, StoredReference
 
-# Logits of one model and one batch. More gains nothing on a CPU and little on a GPU: 256 MB is
-# 4 windows of 512 for a vocabulary of 32k, enough rows for every linear to run at full speed.
-BATCH_LOGITS_BYTES = 256 << 20
-MAX_BATCH_WINDOWS = 16
+# Rows of one batch: enough for every linear to run at full speed. More gains nothing on a CPU.
+BATCH_ROWS = 2048
 
 # The divergence is taken over the tokens that llama-perplexity scores, to compare with its numbers.
 DIVERGENCE_PROTOCOL = "llama.cpp"
-
-
-# (number of a window in the batch, its scored logits, the tokens that came) -> how far they are.
-Judge = Callable[[int, Tensor, Tensor], TokenDivergence]
 
 
 class Pass(NamedTuple):
@@ -83,7 +79,7 @@ def score(
     nll: list[dict[str, Tensor]] = [{} for _ in models]
     divergence: list[TokenDivergence | None] = [None for _ in models]
     for run in passes:
-        size = _windows_per_batch(models, run.windows.shape[1])
+        size = max(1, BATCH_ROWS // run.windows.shape[1])
         compared = any(protocol.name == DIVERGENCE_PROTOCOL for protocol in run.protocols)
         batches = [
             _score_batch(
@@ -120,78 +116,81 @@ def _score_batch(
     recorder: Recorder | None,
 ) -> list[Scored]:
     """windows [windows, window] int64, the first of them number `first_window` of the text."""
-    original: Tensor | None = None
-    results = []
-    for index, model in enumerate(models):
-        logits = model.logits(windows)
-        judge: Judge | None = None
-        if original is not None:
-            judge = _against_logits(original)
-        elif stored is not None:
-            judge = _against_file(stored, first_window)
-        results.append(_score_windows(model, logits, judge, protocols, windows))
-        if index == 0 and recorder is not None:
-            _record(recorder, logits, protocols, windows)
-        if index == 0 and has_reference:
-            # Kept only where it is needed: it is as large as the batch allows.
-            begin = _compared_protocol(protocols).first_scored
-            original = logits[:, begin:-1]
-        advance(windows.shape[0])
-    return results
+    predictions = []
+    for model in models:
+        predictions.append(model.predict(windows))
+        advance(len(windows))
+    found = [_Found([], []) for _ in models]
+    compares = has_reference or stored is not None or recorder is not None
+    begin = _compared_protocol(protocols).first_scored if compares else windows.shape[1]
+    for window, start, stop in _pieces(
+        windows, protocols, begin, max(m.vocab_size for m in models)
+    ):
+        original: Tensor | None = None
+        for number, rows in enumerate(predictions):
+            logits = rows(window, start, stop)
+            targets = windows[window, start + 1 : stop + 1].to(logits.device)
+            nll, divergence = found[number]
+            if start >= begin and original is not None:
+                divergence.append(compare(logits, original.to(logits.device), targets))
+                nll.append(divergence[-1].nll)
+            elif start >= begin and stored is not None:
+                place = first_window + window, start - begin
+                divergence.append(stored.compare(*place, logits, targets))
+                nll.append(divergence[-1].nll)
+            else:
+                nll.append(next_token_nll(logits, targets))
+            if number == 0 and start >= begin:
+                if recorder is not None:
+                    recorder.add(logits, targets)
+                if has_reference:
+                    original = logits
+    return [
+        _joined(model, part, protocols, len(windows))
+        for model, part in zip(models, found, strict=True)
+    ]
 
 
-def _against_logits(original: Tensor) -> Judge:
-    """original [windows, scored, vocab] float32."""
-    return lambda window, logits, targets: compare(
-        logits, original[window].to(logits.device), targets
-    )
+class _Found(NamedTuple):
+    """Of one model and batch, piece by piece: -ln p of the tokens that came, and divergences."""
+
+    nll: list[Tensor]
+    divergence: list[TokenDivergence]
 
 
-def _against_file(stored: StoredReference, first_window: int) -> Judge:
-    return lambda window, logits, targets: stored.compare(first_window + window, logits, targets)
-
-
-def _record(
-    recorder: Recorder, logits: Tensor, protocols: Sequence[Protocol], windows: Tensor
-) -> None:
-    begin = _compared_protocol(protocols).first_scored
-    for rows, tokens in zip(logits, windows.to(logits.device), strict=True):
-        recorder.add(rows[begin:-1], tokens[begin + 1 :])
-
-
-def _compared_protocol(protocols: Sequence[Protocol]) -> Protocol:
-    return next(protocol for protocol in protocols if protocol.name == DIVERGENCE_PROTOCOL)
-
-
-def _score_windows(
-    model: Scorer,
-    logits: Tensor,
-    judge: Judge | None,
-    protocols: Sequence[Protocol],
-    windows: Tensor,
-) -> Scored:
-    """logits [windows, window, vocab] float32; windows [windows, window] int64."""
+def _pieces(
+    windows: Tensor, protocols: Sequence[Protocol], begin: int, vocab_size: int
+) -> Iterator[tuple[int, int, int]]:
+    """(window, first position, one past the last) of what is scored, in order; none of them
+    crosses `begin`.
+    """
     first = min(protocol.first_scored for protocol in protocols)
-    targets = windows.to(logits.device)
-    # A window at a time: its rows are contiguous, so nothing as large as the batch is copied.
-    nll = torch.stack(
-        [next_token_nll(logits[w, first:-1], targets[w, first + 1 :]) for w in range(len(logits))]
-    ).cpu()
+    last = windows.shape[1] - 1
+    at_once = rows_of_logits(vocab_size)
+    bounds = sorted({first, *([begin] if first < begin < last else []), last})
+    for window in range(len(windows)):
+        for low, high in pairwise(bounds):
+            for start in range(low, high, at_once):
+                yield window, start, min(start + at_once, high)
+
+
+def _joined(
+    model: Scorer, found: _Found, protocols: Sequence[Protocol], num_windows: int
+) -> Scored:
+    first = min(protocol.first_scored for protocol in protocols)
+    nll = torch.cat(found.nll).cpu().view(num_windows, -1)
     _require_finite(model, nll)
     divergence = None
-    if judge is not None:
-        begin = _compared_protocol(protocols).first_scored
-        parts = [judge(w, logits[w, begin:-1], targets[w, begin + 1 :]) for w in range(len(logits))]
-        divergence = TokenDivergence(*(column.cpu() for column in join(parts)))
+    if found.divergence:
+        divergence = TokenDivergence(*(column.cpu() for column in join(found.divergence)))
         _require_finite(model, divergence.kld)
     return Scored(
         {p.name: nll[:, p.first_scored - first :].flatten() for p in protocols}, divergence
     )
 
 
-def _windows_per_batch(models: Sequence[Scorer], window: int) -> int:
-    window_bytes = window * max(model.vocab_size for model in models) * 4
-    return max(1, min(MAX_BATCH_WINDOWS, BATCH_LOGITS_BYTES // window_bytes))
+def _compared_protocol(protocols: Sequence[Protocol]) -> Protocol:
+    return next(protocol for protocol in protocols if protocol.name == DIVERGENCE_PROTOCOL)
 
 
 def _require_finite(model: Scorer, values: Tensor) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qtool.kernels.cpu.attention import causal_attention
-from qtool.runtime.evaluate.perplexity import rows_per_slice
+from qtool.runtime.evaluate.perplexity import rows_of_logits
 from qtool.runtime.models.model import Attend, Model, sinks_of
 
 # Rows of one pass: enough for every linear to run at full speed, few enough for a laptop's memory.
@@ -159,7 +159,7 @@ def _score_rows(
     """ln p(target) and whether the target is the likeliest, of each row; [rows] each."""
     logprobs: list[float] = []
     greedy: list[bool] = []
-    at_once = rows_per_slice(vocab_size)
+    at_once = rows_of_logits(vocab_size)
     for some, wanted in zip(torch.split(rows, at_once), torch.split(targets, at_once), strict=True):
         logits = logits_of(hidden.index_select(0, some))
         chosen = logits.gather(-1, wanted[:, None]).squeeze(-1)
