@@ -31,7 +31,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -320,26 +319,12 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return {**found, "reached": reached}
 
 
-def versions(options: argparse.Namespace) -> dict[str, str | None]:
-    import torch
-
+def peer_versions(options: argparse.Namespace) -> dict[str, str]:
     code = "import llama_cpp; print(llama_cpp.__version__)"
     found = subprocess.run(
         [options.llama_python, "-c", code], capture_output=True, text=True, check=False
     )
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "llama_cpp_python": found.stdout.strip() or None,
-        "cpu": cpu_name(),
-    }
-
-
-def cpu_name() -> str:
-    for text in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if text.startswith("model name"):
-            return text.partition(":")[2].strip()
-    return platform.machine()
+    return {"llama_cpp_python": found.stdout.strip() or "absent"}
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -368,7 +353,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         facts["llama_cpp"] = theirs.facts()
         facts["ratios"] = ratios(facts["qtool"], facts["llama_cpp"])
         facts |= compare(ours.out, theirs.out)
-    return {**facts, "header_seconds": header_seconds(ours.out), "versions": versions(options)}
+    return {**facts, "header_seconds": header_seconds(ours.out)}
 
 
 def main() -> None:
@@ -383,14 +368,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for all files; kept. A temporary one else")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
+    load_before = os.getloadavg()[0]
     if importlib.util.find_spec("qtool") is None:
         raise SystemExit("qtool is not installed")
     with tempfile.TemporaryDirectory() as temporary:
         facts = measure(options.folder or Path(temporary), options)
-    text = json.dumps({"type": options.type, "threads": options.threads, **facts}, indent=2)
+    facts = {"type": options.type, "threads": options.threads, **facts}
     if options.json is not None:
-        options.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        # Only now: torch in this process would be in what is measured.
+        from qtool.runtime.bench.conditions import write_result
+
+        write_result(options.json, facts, load_before=load_before, versions=peer_versions(options))
+    print(json.dumps(facts, indent=2))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ import argparse
 import ctypes
 import importlib.util
 import itertools
-import json
-import platform
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from qtool.convert.gguf.blocks import native
 from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS, Codec, quantize_by_torch
 from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.native_build import Missing
+from qtool.runtime.bench.conditions import write_result
 
 Quantizer = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
+    load_before = os.getloadavg()[0]
     torch.set_num_threads(1)
     found = native.load(arguments.isa)
     if isinstance(found, Missing):
@@ -192,16 +193,8 @@ def main() -> None:
             results.append(result)
             print(show(result), flush=True)
     if arguments.out is not None:
-        machine = {"cpu": cpu_name(), "isa": found.isa, "torch": torch.__version__}
-        report = {"machine": machine, "results": [asdict(result) for result in results]}
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def cpu_name() -> str:
-    for text in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if text.startswith("model name"):
-            return text.partition(":")[2].strip()
-    return platform.machine()
+        report = {"isa": found.isa, "results": [asdict(result) for result in results]}
+        write_result(arguments.out, report, load_before=load_before)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
+import os
 import statistics
 import sys
 import time
@@ -38,6 +38,7 @@ from qtool.kernels.cpu.native import Native, load, make_cache, make_rule, plan_s
 from qtool.kernels.cpu.native_blocks import BlockParts, NativeBlocks, NativeLinears, bind
 from qtool.kernels.reference import Span
 from qtool.native_build import Missing
+from qtool.runtime.bench.conditions import environment, write_result
 from qtool.scheme import QuantScheme
 from qtool.weights import DenseWeight, QuantizedWeight, Weight
 
@@ -419,19 +420,6 @@ def read_bandwidth(native: Native, seconds: float) -> float:
     return slices[0].nbytes / measure(lambda: native.read(next(turns)), seconds).smallest / 1e9
 
 
-def machine(native: Native) -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "?")
-    return {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "instruction_set": native.isa,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The CPU kernels beside PyTorch's own.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -442,6 +430,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each measurement")
     parser.add_argument("--out", type=Path, help="JSON file; standard output by default")
     arguments = parser.parse_args()
+    load_before = os.getloadavg()[0]
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     native = load(arguments.isa)
@@ -449,7 +438,7 @@ def main() -> None:
         raise SystemExit(f"native {native.reason}")
     with torch.inference_mode():
         report = {
-            "machine": machine(native),
+            "instruction_set": native.isa,
             "read_gigabytes_per_second": read_bandwidth(native, arguments.seconds),
             "linears": [
                 asdict(result)
@@ -462,11 +451,10 @@ def main() -> None:
                 )
             ],
         }
-    text = json.dumps(report, indent=1)
     if arguments.out is None:
-        print(text)
+        print(json.dumps({"environment": environment(), **report}, indent=1))
     else:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        write_result(arguments.out, report, load_before=load_before)
 
 
 if __name__ == "__main__":

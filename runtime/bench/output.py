@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -12,13 +10,11 @@ from typing import Any
 
 import click
 import rich.table
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 
-from qtool.artifact import tool_versions
 from qtool.convert.formats import open_weights
-from qtool.output import flush_to_disk
+from qtool.runtime.bench.conditions import environment, write_whole
 from qtool.runtime.bench.kernels import KernelRow
 from qtool.runtime.bench.machine import Roofs
 from qtool.runtime.bench.offline import LatencyRow
@@ -49,24 +45,13 @@ def emit(
     }
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     if out is not None:
-        partial = out.with_name(f".{out.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        flush_to_disk(partial)
-        partial.replace(out)
+        write_whole(out, text)
     if as_json:
         click.echo(text, nl=False)
     else:
         console = Console(highlight=False)
         # A pipe has no width, and rich would fold the table into its 80 columns.
         console.print(table, width=None if console.is_terminal else 160)
-
-
-def environment() -> dict[str, str]:
-    return {
-        **tool_versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "torch threads": str(torch.get_num_threads()),
-    }
 
 
 def plain(value: Any) -> Any:

@@ -9,20 +9,16 @@ one after another. The files appear under their name only when complete.
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
-from qtool.artifact import tool_versions
 from qtool.errors import UnknownName, UsageError
 from qtool.json_files import write_json
 from qtool.output import OutputFolder
 from qtool.progress import bar
+from qtool.runtime.bench.conditions import environment
 from qtool.runtime.config import Device
 from qtool.runtime.evaluate.agreement import Agreement, agreement
 from qtool.runtime.evaluate.divergence import summarize
@@ -235,18 +231,6 @@ def as_command(
     return shlex.join(words)
 
 
-def environment() -> dict[str, str]:
-    """Versions and machine, for the report."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {
-        **tool_versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "cpu": _cpu_name(),
-        "torch threads": str(torch.get_num_threads()),
-        **gpu,
-    }
-
-
 def _as_given(model: str | Source) -> str:
     return model if isinstance(model, str) else model.name
 
@@ -307,13 +291,3 @@ def _model_report(
         layers=manifest.layers if manifest else (),
         unquantized=dict(manifest.unquantized) if manifest else {},
     )
-
-
-def _cpu_name() -> str:
-    """The processor as Linux names it; elsewhere what Python knows."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
