@@ -22,6 +22,8 @@ class QueueFull(QtoolError):
             f"the queue is full: {num_inside} sequences run or wait, and at most {limit} may",
             hint="come back later, or let more wait (--max-num-queued-reqs)",
         )
+        self.num_inside = num_inside
+        self.limit = limit
 
 
 class EngineLost(QtoolError):
