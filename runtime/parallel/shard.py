@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qtool.arch import Architecture, QkNorm, Role
@@ -233,8 +233,8 @@ def _check_channels(
     groups = channels // unit
     if held and groups < shard.size:
         raise _refusal(
-            f"{what} has {channels} channels in {groups} groups of {unit}, "
-            f"too few for {shard.size} ranks",
+            f"{what} has {channels} channels, in groups of {unit} that cannot be cut: {groups} "
+            f"for {shard.size} ranks",
             groups,
             upto=groups,
         )
@@ -266,8 +266,8 @@ def _refusal(
     upto: int | None = None,
 ) -> UsageError:
     if upto is not None:
-        sizes: Iterable[int] = range(1, upto + 1)
-        return UsageError(problem, f"use --tensor-parallel-size {max(sizes)} or less")
+        most = "1" if upto == 1 else f"{upto} or less"
+        return UsageError(problem, f"use --tensor-parallel-size {most}")
     sizes = (ranks for ranks in range(1, total + 1) if total % ranks == 0 and also(ranks))
     return UsageError(
         problem, f"use --tensor-parallel-size {_listed([str(ranks) for ranks in sizes][:6])}"
