@@ -12,12 +12,13 @@ import functools
 import time
 from collections.abc import Sequence
 from ctypes import c_bool, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qtool.kernels.cpu.build import FLAGS, INSTRUCTION_SETS, SOURCES
+from qtool.kernels.cpu.huge_pages import HugePages
 from qtool.kernels.reference import Span
 from qtool.native_build import Missing, NativeLibrary, open_library
 from qtool.settings import settings
@@ -35,15 +36,15 @@ _PROTOTYPES = {
     "qtool_read": (c_uint32, (c_void_p, c_int64, c_int32)),
     "qtool_pack_codes": (
         None,
-        (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int64, c_int32),
+        (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int32),
     ),
     "qtool_pack_blocks": (
         None,
-        (c_int32, c_void_p, *(c_int64,) * 2, c_void_p, c_int64, *(c_void_p,) * 3, c_int32),
+        (c_int32, c_void_p, *(c_int64,) * 2, *(c_void_p,) * 4, c_int32),
     ),
     "qtool_pack_matrix": (
         None,
-        (c_void_p, c_int32, *(c_int64,) * 2, c_void_p, c_int64, c_void_p, c_int32),
+        (c_void_p, c_int32, *(c_int64,) * 2, *(c_void_p,) * 2, c_int32),
     ),
     "qtool_linear_scratch": (c_int64, (c_void_p, c_int64)),
     "qtool_linear": (
@@ -225,10 +226,14 @@ def make_rule(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Native:
-    """One loaded library. Tensors are contiguous, on the CPU, float32 or bfloat16."""
+    """One loaded library. Tensors are contiguous, on the CPU, float32 or bfloat16.
+
+    memory  where packed weights go
+    """
 
     library: ctypes.CDLL
     isa: str
+    memory: HugePages = field(default_factory=HugePages)
 
     def read(self, data: Tensor) -> int:
         """Read every byte: what memory gives at most is its size over the time this takes."""

@@ -206,25 +206,24 @@ def _pack_codes(native: Native, weight: QuantizedWeight) -> NativePacked:
     out_features, in_features = weight.shape
     bits = next(width for width in CODE_BITS if width >= weight.scheme.bits)
     source = weight.codes.contiguous()
-    codes = _empty_codes(out_features, in_features, bits)
+    codes = _codes(native, out_features, in_features, bits)
     native.library.qtool_pack_codes(
         source.data_ptr(),
         out_features,
         in_features,
         bits,
         codes.data_ptr(),
-        codes.numel(),
         torch.get_num_threads(),
     )
     wide = weight.scales.float()
     narrow = wide.half()
-    scales = _in_panels(narrow if torch.equal(narrow.float(), wide) else wide)
+    scales = _in_panels(native, narrow if torch.equal(narrow.float(), wide) else wide)
     return _packed(
         native,
         (out_features, in_features),
         codes,
         scales,
-        zeros=None if weight.zeros is None else _in_panels(weight.zeros),
+        zeros=None if weight.zeros is None else _in_panels(native, weight.zeros),
         bits=bits,
         group=weight.scheme.group_width(in_features),
         midpoint=weight.scheme.midpoint,
@@ -235,18 +234,19 @@ def _pack_blocks(native: Native, weight: BlockWeight) -> NativePacked:
     block = BLOCKS[weight.codec.name]
     out_features, in_features = weight.shape
     panels = -(-out_features // PANEL_ROWS)
-    codes = _empty_codes(out_features, in_features, block.bits)
+    codes = _codes(native, out_features, in_features, block.bits)
     per_scale = SUPER if block.field_bytes else block.group
     if per_scale == SUPER or weight.codec.name != "MXFP4":
         scale_type = torch.float16
     else:
         scale_type = torch.uint8
-    scales = torch.zeros(panels, in_features // per_scale, PANEL_ROWS, dtype=scale_type)
-    offsets = torch.zeros_like(scales) if block.has_offsets else None
+    zeros, shape = native.memory.zeros, (panels, in_features // per_scale, PANEL_ROWS)
+    scales = zeros(shape, scale_type)
+    offsets = zeros(shape, scale_type) if block.has_offsets else None
     fields = None
     if block.field_bytes:
         size = (panels, in_features // SUPER, block.field_bytes * PANEL_ROWS)
-        fields = torch.zeros(size, dtype=torch.uint8)
+        fields = zeros(size, torch.uint8)
     source = weight.data.contiguous()
     native.library.qtool_pack_blocks(
         block.number,
@@ -254,7 +254,6 @@ def _pack_blocks(native: Native, weight: BlockWeight) -> NativePacked:
         out_features,
         in_features,
         codes.data_ptr(),
-        codes.numel(),
         scales.data_ptr(),
         None if offsets is None else offsets.data_ptr(),
         None if fields is None else fields.data_ptr(),
@@ -279,15 +278,14 @@ def pack_matrix(native: Native, values: Tensor) -> NativePacked:
     """values [out, in] bfloat16 or float32, rounded to 8 bits with one scale a row."""
     out_features, in_features = values.shape
     values = values.contiguous()
-    codes = _empty_codes(out_features, in_features, 8)
-    scales = torch.zeros(len(codes), 1, PANEL_ROWS)
+    codes = _codes(native, out_features, in_features, 8)
+    scales = native.memory.zeros((len(codes), 1, PANEL_ROWS), torch.float32)
     native.library.qtool_pack_matrix(
         values.data_ptr(),
         ELEMENT_TYPES[values.dtype],
         out_features,
         in_features,
         codes.data_ptr(),
-        codes.numel(),
         scales.data_ptr(),
         torch.get_num_threads(),
     )
@@ -321,18 +319,18 @@ def _packed(
     return NativePacked(codes, scales, offsets, zeros, fields, table, record, *shape, native)
 
 
-def _empty_codes(out_features: int, in_features: int, bits: int) -> Tensor:
+def _codes(native: Native, out_features: int, in_features: int, bits: int) -> Tensor:
     panels = -(-out_features // PANEL_ROWS)
     return torch.empty(
         panels, in_features // STRIP, STRIP * PANEL_ROWS * bits // 8, dtype=torch.uint8
     )
 
 
-def _in_panels(per_group: Tensor) -> Tensor:
+def _in_panels(native: Native, per_group: Tensor) -> Tensor:
     """[out, groups] -> [panels, groups, 32], zero past the last row."""
     padded = F.pad(per_group, (0, 0, 0, -per_group.shape[0] % PANEL_ROWS))
-    groups = per_group.shape[1]
-    return padded.view(-1, PANEL_ROWS, groups).transpose(1, 2).contiguous()
+    by_panel = padded.view(-1, PANEL_ROWS, per_group.shape[1]).transpose(1, 2)
+    return native.memory.zeros(by_panel.shape, by_panel.dtype).copy_(by_panel)
 
 
 def matmul(

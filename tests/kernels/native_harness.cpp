@@ -80,7 +80,7 @@ void linear(int64_t out, int64_t in, int64_t group, int bits, bool with_zeros, i
     static_cast<uint8_t*>(codes.data)[i] = static_cast<uint8_t>(draw(1u << bits));
   Buffer scales(panels * groups * 32 * width(scale_type));
   qtool_pack_codes(static_cast<uint8_t*>(codes.data), out, in, bits,
-                   static_cast<uint8_t*>(packed.data), packed.size, threads);
+                   static_cast<uint8_t*>(packed.data), threads);
   QtoolLinear description = make_linear(packed, scales, out, in, group, bits, scale_type);
   if (with_zeros) description.zeros = static_cast<uint8_t*>(zeros.data);
   run(description, rows, type, type, threads);
@@ -112,7 +112,7 @@ void block_linear(const BlockType& t, int64_t out, int64_t in, int64_t rows, int
   for (size_t i = 0; i < data.size; ++i)
     static_cast<uint8_t*>(data.data)[i] = static_cast<uint8_t>(draw(256));
   qtool_pack_blocks(t.number, static_cast<uint8_t*>(data.data), out, in,
-                    static_cast<uint8_t*>(codes.data), codes.size,
+                    static_cast<uint8_t*>(codes.data),
                     static_cast<uint8_t*>(scales.data),
                     t.offsets ? static_cast<uint8_t*>(offsets.data) : nullptr,
                     t.field_bytes ? static_cast<uint8_t*>(fields.data) : nullptr, threads);

@@ -134,18 +134,17 @@ QTOOL_EXPORT uint32_t qtool_read(const void* data, int64_t bytes, int32_t thread
 
 // codes [out][in] bytes -> QtoolLinear's codes.
 QTOOL_EXPORT void qtool_pack_codes(const uint8_t* codes, int64_t out, int64_t in, int32_t bits,
-                                   uint8_t* packed, int64_t packed_bytes, int32_t threads);
+                                   uint8_t* packed, int32_t threads);
 
 // Rows of GGUF blocks, type by ggml's number -> a QtoolLinear's parts, float16 scales and offsets.
 QTOOL_EXPORT void qtool_pack_blocks(int32_t type, const uint8_t* data, int64_t out, int64_t in,
-                                    uint8_t* codes, int64_t code_bytes, uint8_t* scales,
-                                    uint8_t* offsets, uint8_t* fields, int32_t threads);
+                                    uint8_t* codes, uint8_t* scales, uint8_t* offsets,
+                                    uint8_t* fields, int32_t threads);
 
 // A matrix [out][in] of `type`, in a multiple of 32 -> codes of 8 bits around 128, one scale a row:
 // its largest magnitude is 127 of them. scales [panels][32] float32.
 QTOOL_EXPORT void qtool_pack_matrix(const void* values, int32_t type, int64_t out, int64_t in,
-                                    uint8_t* codes, int64_t code_bytes, float* scales,
-                                    int32_t threads);
+                                    uint8_t* codes, float* scales, int32_t threads);
 
 // Bytes of scratch that qtool_linear needs for this many rows.
 QTOOL_EXPORT int64_t qtool_linear_scratch(const QtoolLinear* linear, int64_t rows);

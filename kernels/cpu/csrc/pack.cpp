@@ -8,8 +8,6 @@
 #include "isa.h"
 #include "threads.h"
 
-#include <sys/mman.h>
-
 #include <cstring>
 
 namespace {
@@ -18,17 +16,8 @@ constexpr int64_t kPanel = 32;
 constexpr int64_t kStrip = 32;
 constexpr int64_t kLine = kPanel * 4;
 constexpr int64_t kSuper = 256;
-constexpr uint64_t kHugePage = 2 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Fewer misses of the address cache while the weights stream by: 10 to 15 % of bandwidth.
-void ask_for_huge_pages(uint8_t* packed, int64_t bytes) {
-  const uint64_t begin = reinterpret_cast<uint64_t>(packed);
-  const uint64_t from = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uint64_t to = (begin + static_cast<uint64_t>(bytes)) / kHugePage * kHugePage;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-}
 
 // 32 codes of one row into its place in a strip's planes; see `spread` in linear.cpp.
 void pack_strip(const uint8_t* codes, int bits, int64_t row, uint8_t* strip) {
@@ -290,8 +279,7 @@ void pack_matrix_panel(const T* values, int64_t out, int64_t in, int64_t panel, 
 }  // namespace
 
 void qtool_pack_matrix(const void* values, int32_t type, int64_t out, int64_t in, uint8_t* codes,
-                       int64_t code_bytes, float* scales, int32_t threads) {
-  ask_for_huge_pages(codes, code_bytes);
+                       float* scales, int32_t threads) {
   with_team(threads, [&](Team& team) {
     team.each(ceil_div(out, kPanel), 4, [&](int64_t panel) {
       if (type == kBfloat16)
@@ -303,8 +291,7 @@ void qtool_pack_matrix(const void* values, int32_t type, int64_t out, int64_t in
 }
 
 void qtool_pack_codes(const uint8_t* codes, int64_t out, int64_t in, int32_t bits, uint8_t* packed,
-                      int64_t packed_bytes, int32_t threads) {
-  ask_for_huge_pages(packed, packed_bytes);
+                      int32_t threads) {
   const int64_t panels = ceil_div(out, kPanel), strip_bytes = kStrip * kPanel * bits / 8;
   const int64_t strips = in / kStrip;
   with_team(threads, [&](Team& team) {
@@ -321,9 +308,7 @@ void qtool_pack_codes(const uint8_t* codes, int64_t out, int64_t in, int32_t bit
 }
 
 void qtool_pack_blocks(int32_t type, const uint8_t* data, int64_t out, int64_t in, uint8_t* codes,
-                       int64_t code_bytes, uint8_t* scales, uint8_t* offsets, uint8_t* fields,
-                       int32_t threads) {
-  ask_for_huge_pages(codes, code_bytes);
+                       uint8_t* scales, uint8_t* offsets, uint8_t* fields, int32_t threads) {
   const Parts to = {codes, scales, offsets, fields};
   with_team(threads, [&](Team& team) {
     team.each(ceil_div(out, kPanel), 1,
