@@ -46,6 +46,8 @@ class Tokenizer:
     chat_template_origin  "model", "given" by the user, or "plain (announced)" where there is none:
                           whoever uses it tells the user so
     special_ids           tokens that are no text, such as end-of-text -> their ids
+    response_template     how the model writes thoughts and calls, for transformers' parser; None
+                          where it does not say
     chat_stop             strings that end an answer beyond the end-of-text ids; for the plain
                           template, the next speaker's name
     """
@@ -66,6 +68,7 @@ class Tokenizer:
             for token_id, token in self.backend.get_added_tokens_decoder().items()
             if token.special
         }
+        self.response_template: object = None
         has_template = parts.chat_template is not None
         self.chat_template_origin: TemplateOrigin = "model" if has_template else "plain (announced)"
         self.chat_stop: tuple[str, ...] = () if has_template else PLAIN_TEMPLATE_STOP
@@ -77,7 +80,13 @@ class Tokenizer:
             found = read_gguf(reader)
             return cls(found.parts, found.eos_token_ids)
         parts = read_folder(source)
-        return None if parts is None else cls(parts, _generation_eos(source))
+        if parts is None:
+            return None
+        tokenizer = cls(parts, _generation_eos(source))
+        path = source.path / "tokenizer_config.json"
+        if path.is_file():
+            tokenizer.response_template = read_json(path).get("response_template")
+        return tokenizer
 
     def use_chat_template(self, template: str) -> None:
         """Render conversations with this Jinja template instead of the model's own."""

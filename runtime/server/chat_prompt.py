@@ -7,7 +7,7 @@ what it is bound to.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from qtool.runtime.server.message_parser import MessageParser, MessageReader, Pl
 from qtool.runtime.server.prompts import THREAD_ABOVE_CHARACTERS, encode, truncated
 from qtool.runtime.server.protocol import TokenIds
 from qtool.runtime.server.reasoning import ReasoningFormat, reasoning_format, reasoning_of
+from qtool.runtime.server.response_template import ResponseReader, reads_calls
 from qtool.runtime.server.service import Service
 from qtool.runtime.server.structured import params, structured_outputs
 from qtool.runtime.server.tool_formats import (
@@ -115,7 +116,11 @@ async def prepare_chat(body: ChatBody, service: Service) -> PreparedChat:
             open_reasoning=thoughts if opened else None,
         )
         structured = params({"grammar": grammar}, "tools")
-    elif form is not None and structured is None and not harmony:
+    own_rules = None if config.tool_call_parser or config.reasoning_parser else _rules(service)
+    if own_rules is not None and choice.mode != "required":
+        # A syntax of which only these rules know is read, but cannot be enforced.
+        form = native if form is not None and reads_calls(own_rules) else form
+    if form is not None and choice.mode != "required" and structured is None and not harmony:
         auto = auto_grammar(
             form, offered, tokenizer.special_ids, max_calls=max_calls, reasoning=thoughts
         )
@@ -123,6 +128,16 @@ async def prepare_chat(body: ChatBody, service: Service) -> PreparedChat:
     if harmony and form is not FORCED:
         return PreparedChat(
             ids, HarmonyReader, structured, keep_special=True, stop=tokenizer.chat_stop
+        )
+    if own_rules is not None and choice.mode != "required":
+        tools = [tool.as_dict() for tool in offered] if calls else []
+        return PreparedChat(
+            ids,
+            lambda: ResponseReader(own_rules, text, tools, max_calls=max_calls),
+            structured,
+            keep_special=True,
+            stop=(*config.stop, *tokenizer.chat_stop),
+            opening=_opening(body),
         )
     return PreparedChat(
         ids,
@@ -133,6 +148,12 @@ async def prepare_chat(body: ChatBody, service: Service) -> PreparedChat:
         stop=(*config.stop, *(() if "chat_template" in options else tokenizer.chat_stop)),
         opening=_opening(body),
     )
+
+
+def _rules(service: Service) -> Mapping[str, Any] | None:
+    """The model's own rules for reading its answers, unless another template makes it write."""
+    own = service.tokenizer.chat_template_origin == "model"
+    return service.response_template if own else None
 
 
 def _reader_factory(

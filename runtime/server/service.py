@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qtool.errors import closest
 from qtool.runtime.engine.client import EngineClient
@@ -16,6 +18,7 @@ from qtool.runtime.server.generation import TextEngine
 from qtool.runtime.server.limits import Admission
 from qtool.runtime.server.made_models import Kept, MadeModels, as_made
 from qtool.runtime.server.metrics import Metrics
+from qtool.runtime.server.response_template import usable_template
 from qtool.runtime.server.token_texts import TokenTexts
 from qtool.runtime.store import Store, store
 from qtool.runtime.tokenizer import Tokenizer
@@ -33,6 +36,7 @@ class Service:
     engine: TextEngine
     texts: TokenTexts
     made: MadeModels[Service]
+    response_template: Mapping[str, Any] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -54,7 +58,17 @@ class Service:
         bases = tuple(name for name in (config.model_root, *config.accepted_model_names) if name)
         made: MadeModels[Service] = MadeModels(names or store(), bases, {})
         texts = TokenTexts(tokenizer)
-        return cls(config, client, tokenizer, metrics, admission, engine, texts, made)
+        return cls(
+            config,
+            client,
+            tokenizer,
+            metrics,
+            admission,
+            engine,
+            texts,
+            made,
+            usable_template(tokenizer.response_template),
+        )
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

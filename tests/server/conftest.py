@@ -144,7 +144,8 @@ def serve(
     """``with serve(max_queued=1) as server``: a server with some of its settings changed, and names
     of its own.
 
-    ``engine``: changes of the engine's settings; ``client``: another engine altogether.
+    ``engine``: changes of the engine's settings; ``client``: another engine altogether, and
+    ``tokenizer`` its own.
     """
     usual = {"max_num_seqs": 8, "kv_cache_memory_bytes": 64 * 2**20}
 
@@ -152,6 +153,7 @@ def serve(
         *,
         engine: dict[str, Any] | None = None,
         client: Callable[[], EngineClient] | None = None,
+        tokenizer: Tokenizer = tokenizer,
         **changes: Any,
     ) -> Any:
         config = EngineConfig(MODEL, dtype="float32", **{**usual, **(engine or {})})
