@@ -20,8 +20,7 @@ Codes of 2, 3, 5, 6 and 7 bits are widened.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +42,7 @@ STRIP = 64
 BIASES = {torch.bfloat16: 128, torch.float16: 1024, torch.float32: 0}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MarlinPacked:
+class MarlinPacked(NamedTuple):
     """Words and scales of one weight [out, in], or of as many as there are experts.
 
     words   [in / 16, out * bits / 2] int32, experts first where there are some
@@ -59,9 +57,6 @@ class MarlinPacked:
     block: int
     out_features: int
     in_features: int
-
-    def __iter__(self) -> Iterator[Tensor | None]:
-        return iter((self.words, self.scales, self.zeros))
 
     @property
     def whole_row(self) -> bool:

@@ -8,6 +8,7 @@ replayed for other requests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,16 @@ from torch import Tensor
 BLOCK = 4096
 # Numbers in [0, 1) keep so many bits, and stay below 1 in float32.
 NUMBER_BITS = 24
+
+
+class Draw(NamedTuple):
+    """How one row is drawn from; see `Draws`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    number: float = 0.0
 
 
 class Draws(NamedTuple):
@@ -45,6 +56,15 @@ class Draws(NamedTuple):
             min_ps=torch.zeros(rows, device=device),
             numbers=torch.zeros(rows, device=device),
         )
+
+
+def on_device(draws: Sequence[Draw], device: torch.device) -> Draws:
+    temperatures, top_ks, top_ps, min_ps, numbers = zip(*draws, strict=True)
+    floats = torch.tensor([temperatures, top_ps, min_ps, list(map(shorten, numbers))])
+    temperature, top_p, min_p, number = floats.to(device).unbind()
+    return Draws(
+        temperature, torch.tensor(top_ks, dtype=torch.int32, device=device), top_p, min_p, number
+    )
 
 
 def shorten(number: float) -> float:

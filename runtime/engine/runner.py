@@ -1,7 +1,8 @@
 """Runs batches: owns the KV pool, and gives the model an `attend` that reads and writes it.
 
-There are three ways to run a step, and the first that can be had is taken:
+There are four ways to run a step, and the first that can be had is taken:
 
+GPU               Triton's kernels, recorded for decoding (`runtime.engine.gpu_steps`)
 native blocks     all blocks of the decoder in one call of the compiled library; a token's logits
                   have the same bits whatever else is in the step (`runtime.models.native`)
 native attention  the model's own operations, with the library's attention
@@ -27,6 +28,7 @@ from qtool.kernels.cpu.native import (
 from qtool.runtime.config import KvCacheDtype
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.blocks import Copy
+from qtool.runtime.engine.gpu_steps import GpuSteps
 from qtool.runtime.engine.kv_pool import KVPool
 from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.model import Attend, Model, sinks_of
@@ -57,7 +59,10 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         kv_cache_dtype: KvCacheDtype = "auto",
+        max_model_len: int | None = None,
+        enforce_eager: bool = False,
     ) -> None:
+        """max_model_len: of the longest sequence; None, or enforce_eager: no step is recorded."""
         self._model = model
         self.pool = KVPool(
             model.attention,
@@ -66,6 +71,9 @@ class ModelRunner:
             kv_cache_dtype,
             dtype=model.dtype,
             device=model.device,
+        )
+        self.gpu = GpuSteps.of(
+            model, self.pool, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
         self._native = _NativeAttention.of(model, self.pool)
         self._decoder: NativeDecoder | None = None
@@ -77,6 +85,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits of the sampled rows, [sampled, vocab] float32; the cache holds all rows after."""
+        if self.gpu is not None:
+            return self.gpu.logits(batch)
         model = self._decoder or self._model
         if self._decoder is not None:
             hidden = self._decoder.hidden(batch.token_ids, batch.positions, batch.spans)
