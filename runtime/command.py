@@ -87,7 +87,7 @@ ENGINE_OPTIONS = (
         type=click.Choice(get_args(KvCacheDtype)),
         default=default_of("kv_cache_dtype"),
         show_default=True,
-        help="int8: nearly twice the tokens in the same memory.",
+        help="int8: nearly twice the tokens in the same memory; fp8: on a GPU, twice.",
     ),
     click.option(
         "--activations",
@@ -151,6 +151,9 @@ ENGINE_OPTIONS = (
         show_default=True,
         metavar="N",
         help="Share the model out among N GPUs of this machine, or N processes on a CPU.",
+    ),
+    click.option(
+        "--enforce-eager", is_flag=True, help="On a GPU: launch every kernel, record no steps."
     ),
     click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
 )

@@ -23,7 +23,7 @@ from qtool.settings import Activations
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
-KvCacheDtype = Literal["auto", "int8"]
+KvCacheDtype = Literal["auto", "int8", "fp8"]
 LmHead = Literal["auto", "bf16", "int8", "int4"]
 
 # What a step may take beside which others decode, in milliseconds.
@@ -61,7 +61,8 @@ class EngineConfig:
                              of a GPU's, or of what is free at the start on a CPU; None: a quarter
                              of what is free once the weights are there
     kv_cache_dtype           auto: keys and values are cached in the model's type; int8: in 8 bits
-                             with a scale for each token and head, in little more than half of it
+                             with a scale for each token and head, in little more than half of it;
+                             fp8: in 8-bit floats, on a GPU
     kv_cache_memory_bytes    size of the KV pool, exactly; None: by the share above, and never more
                              than max_num_seqs sequences of max_model_len tokens can use
     speculative_config       guess tokens ahead and verify them at once; a mapping or its JSON will
@@ -73,6 +74,7 @@ class EngineConfig:
                              each, or with a part of the CPU's threads
     lora_modules             adapters to load at the start: a mapping from names to peft's folders,
                              or "name=folder" each
+    enforce_eager            on a GPU: record no steps (CUDA graphs), launch every kernel
     seed                     what requests without a seed of their own are sampled from
     """
 
@@ -98,6 +100,7 @@ class EngineConfig:
     enable_lora: bool = False
     lora_modules: tuple[tuple[str, str], ...] = ()
     tensor_parallel_size: int = 1
+    enforce_eager: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

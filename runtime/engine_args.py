@@ -19,7 +19,6 @@ DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 # or does not exist in this engine.
 HARMLESS: Mapping[str, tuple[object, ...] | None] = {
     "quantization": None,
-    "enforce_eager": None,
     "disable_log_stats": None,
     "disable_log_requests": None,
     "swap_space": None,

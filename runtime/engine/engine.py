@@ -25,6 +25,7 @@ from qtool.runtime.engine.adapters import Adapters
 from qtool.runtime.engine.batch import make_batch
 from qtool.runtime.engine.blocks import BlockManager
 from qtool.runtime.engine.client import EngineLost, EngineStats, ModelInfo
+from qtool.runtime.engine.device_draw import device_draws, read_drawn
 from qtool.runtime.engine.draw import Drawn, draw
 from qtool.runtime.engine.embedding import Pooling, embed
 from qtool.runtime.engine.grammar import GrammarCompiler
@@ -283,6 +284,10 @@ class Engine:
         if self._adapters is not None:
             self._adapters.select([(work.sequence.adapter, work.num_tokens) for work in scheduled])
         batch = make_batch(scheduled, self.blocks.table, self._device)
+        gpu = getattr(self._runner, "gpu", None)
+        draws = None if gpu is None else device_draws(scheduled)
+        if gpu is not None and draws is not None:
+            return read_drawn(scheduled, *gpu.draw(batch, draws))
         logits = self._runner.run(batch)
         return draw(logits, batch, scheduled)
 
@@ -393,6 +398,8 @@ def _runner(loaded: LoadedModel, model: Model, config: EngineConfig, pool: PoolP
             num_blocks=pool.num_blocks,
             block_size=config.block_size,
             kv_cache_dtype=config.kv_cache_dtype,
+            max_model_len=pool.max_model_len,
+            enforce_eager=config.enforce_eager,
         )
     from qtool.runtime.parallel.runner import TeamRunner
 

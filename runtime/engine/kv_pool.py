@@ -7,7 +7,7 @@ they are first used, so a large pool costs nothing until it is needed.
 
 int8 holds each head of a token in whole numbers of a 127th of its largest channel, with that scale
 in float32: 4 bytes for 64 to 256, so that a cache of the same memory has nearly twice the tokens of
-bfloat16.
+bfloat16. fp8 holds 8-bit floats (e4m3) as they are: numbers beyond 448 become 448's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from qtool.runtime.models.attention_spec import AttentionSpec
 from qtool.runtime.models.model import Model
 
 SCALE_BYTES = 4
+# What a cache that is not of the model's type holds.
+HELD: dict[KvCacheDtype, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +69,7 @@ class KVPool:
         """dtype: the model's, which "auto" caches in."""
         self.block_size = block_size
         self.num_slots = num_blocks * block_size
-        small = kv_cache_dtype == "int8"
-        held = torch.int8 if small else dtype
+        held = HELD.get(kv_cache_dtype, dtype)
         self.layers = tuple(_layer(spec, self.num_slots, held, device) for spec in specs)
 
     @property
@@ -99,7 +100,8 @@ def block_bytes(model: Model, block_size: int, kv_cache_dtype: KvCacheDtype = "a
     """Bytes of one block over all layers, keys and values."""
     channels = sum(spec.cached_channels for spec in model.attention)
     if kv_cache_dtype != "int8":
-        return channels * block_size * model.dtype.itemsize
+        held = HELD.get(kv_cache_dtype, model.dtype)
+        return channels * block_size * held.itemsize
     heads = sum(spec.num_kv_heads * (1 if spec.value_in_key else 2) for spec in model.attention)
     return (channels + heads * SCALE_BYTES) * block_size
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qtool.errors import UsageError
 from qtool.kernels.cpu import attention
 from qtool.kernels.cpu.native import (
     MAX_HEAD_DIM,
@@ -75,6 +76,11 @@ class ModelRunner:
         self.gpu = GpuSteps.of(
             model, self.pool, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
+        if kv_cache_dtype == "fp8" and self.gpu is None:
+            raise UsageError(
+                f"a KV cache in fp8 is not offered for this model on {model.device.type}",
+                hint="use --kv-cache-dtype int8, or a GPU with Triton",
+            )
         self._native = _NativeAttention.of(model, self.pool)
         self._decoder: NativeDecoder | None = None
         if isinstance(model, Decoder) and why_not(model) is None:

@@ -90,10 +90,10 @@ def test_lines_of_other_servers_are_understood(line: str, expected: dict[str, An
 
 
 def test_flags_that_change_nothing_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    parsed("M --swap-space 4 --enforce-eager")
+    parsed("M --swap-space 4 --async-scheduling")
     told = capsys.readouterr().err
     assert "--swap-space 4: not needed" in told
-    assert "--enforce-eager: not needed" in told
+    assert "--async-scheduling: not needed" in told
 
 
 @pytest.mark.parametrize(
