@@ -144,6 +144,11 @@ class EngineConfig:
                 f"cache_packed is for a model in one piece, not in {self.tensor_parallel_size}",
                 "use one of --cache-packed and --tensor-parallel-size",
             )
+        if self.tensor_parallel_size > 1 and self.kv_cache_dtype == "fp8":
+            raise UsageError(
+                f"a KV cache in fp8 is not offered in {self.tensor_parallel_size} ranks",
+                "use --kv-cache-dtype int8",
+            )
         if self.tensor_parallel_size > 1 and self.uses_lora:
             raise UsageError(
                 f"adapters cannot be shared by {self.tensor_parallel_size} ranks",
