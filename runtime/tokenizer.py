@@ -9,6 +9,7 @@ may turn out to belong to a stop string.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -57,6 +58,7 @@ class Tokenizer:
         self._special_tokens = parts.special_tokens
         self._chat_template = parts.chat_template
         self._renderer: PreTrainedTokenizerBase | None = None
+        self._loading = threading.Lock()
         self.bos_token_id: int | None = parts.bos_token_id
         own = parts.eos_token_id
         self.eos_token_ids: tuple[int, ...] = tuple(
@@ -101,6 +103,11 @@ class Tokenizer:
         other.use_chat_template(template)
         return other
 
+    @property
+    def renders_at_once(self) -> bool:
+        """Whether the code that renders conversations is loaded, which takes a second."""
+        return self._renderer is not None
+
     def chat_template_for(self, *, tools: bool = False) -> str | None:
         """The Jinja source that conversations are rendered with; None: the plain lines."""
         template = self._chat_template
@@ -129,8 +136,9 @@ class Tokenizer:
         """
         options = {"add_generation_prompt": True, **options}
         plain = self.chat_template_origin == "plain (announced)" and "chat_template" not in options
+        renderer = self._template_renderer()
         try:
-            text = self._template_renderer().apply_chat_template(
+            text = renderer.apply_chat_template(
                 _with_text_content(messages) if plain else list(messages),
                 tokenize=False,
                 **({"chat_template": PLAIN_TEMPLATE} if plain else {}),
@@ -145,12 +153,15 @@ class Tokenizer:
 
     def _template_renderer(self) -> PreTrainedTokenizerBase:
         """Transformers' templates around an empty vocabulary, loaded by the first conversation."""
-        if self._renderer is None:
-            from transformers import PreTrainedTokenizerFast
+        # One thread at a time: transformers cannot be imported by two at once, the second finds its
+        # names missing.
+        with self._loading:
+            if self._renderer is None:
+                from transformers import PreTrainedTokenizerFast
 
-            self._renderer = PreTrainedTokenizerFast(tokenizer_object=Backend(BPE()))
-        self._renderer.chat_template = self._chat_template
-        return self._renderer
+                self._renderer = PreTrainedTokenizerFast(tokenizer_object=Backend(BPE()))
+            self._renderer.chat_template = self._chat_template
+            return self._renderer
 
 
 def _generation_eos(source: Source) -> tuple[int, ...]:

@@ -241,6 +241,7 @@ async def _render(
 
     try:
         size = sum(len(message["content"] or "") for message in messages)
+        slow = slow or not service.tokenizer.renders_at_once
         if slow or size > THREAD_ABOVE_CHARACTERS:
             return await asyncio.to_thread(render)
         return render()

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -140,3 +141,16 @@ def test_help_shows_the_defaults() -> None:
     for words in ("--max-model-len", "[default: 8000]", "[default: 127.0.0.1]", "curl "):
         assert words in text
     assert f"Sequences in one step. [default: {EngineConfig(MODEL).max_num_seqs};" in text
+
+
+def test_conversations_that_come_before_the_server_is_warm_are_answered() -> None:
+    """What renders them is loaded at the start by a thread of its own."""
+    with running_server(MODEL, "--dtype", "float32") as server:
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+
+        def ask(number: int) -> httpx.Response:
+            return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=EXIT_SECONDS)
+
+        with ThreadPoolExecutor(4) as several:
+            answers = list(several.map(ask, range(4)))
+        assert [answer.status_code for answer in answers] == [200] * 4, answers[0].text
