@@ -12,15 +12,21 @@ from qtool.native_build import InstructionSet
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3",)
 
-# Best first.
+_AVX512 = InstructionSet(
+    "avx512-vnni",
+    frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c")),
+    (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+        *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    ),
+)
+# Best first. The first two have one source; what AMX changes in it, `__AMX_INT8__` shows.
 INSTRUCTION_SETS = (
     InstructionSet(
-        "avx512-vnni",
-        frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "f16c")),
-        (
-            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
-            *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
-        ),
+        "avx512-amx",
+        _AVX512.needs | {"amx_tile", "amx_int8"},
+        (*_AVX512.flags, "-mamx-tile", "-mamx-int8"),
     ),
+    _AVX512,
     InstructionSet("avx2", frozenset(("avx2", "fma", "f16c")), ("-mavx2", "-mfma", "-mf16c")),
 )

@@ -26,7 +26,7 @@ enum ScaleKind : int32_t {
 //   codes    [panels][in / 32] strips of 32 inputs of a panel, 128 * bits bytes: [line][32][4]
 //            bytes; a line of bytes of one code has inputs 4 line + j, of two codes 8 line + j and
 //            8 line + 4 + j, ...; widths of 3, 5 and 6 bits have a plane of 2 or 4 bits and then one
-//            of the bits above. See `spread` in linear.cpp.
+//            of the bits above. See `spread` in spread.h.
 //   scales   [panels][groups][32], or a super-block's [panels][in / 256][32], of scale_type
 //   offsets  like scales, or null: none
 //   zeros    [panels][groups][32] bytes, or null: `midpoint` everywhere

@@ -18,12 +18,6 @@
 
 #define QTOOL_INLINE inline __attribute__((always_inline))
 
-// With a token or two a linear waits for its weights, and unpacking 4-bit ones leaves the
-// hardware's own prefetch behind. Asking for them 8 KB ahead, up to kPrefetchRows tokens: from 18
-// to 25 and from 22 to 30 GB/s on one core of Zen 4 (4096 x 4096 and 9728 x 896, AVX-512). With
-// more tokens, or 8-bit codes, it only costs.
-constexpr int kPrefetchAhead = 8192;
-
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -42,6 +36,15 @@ QTOOL_INLINE int32_t load_word(const void* from) {
 #else
 #error "no instruction set that these kernels are written for"
 #endif
+
+// Bits at kAt of each byte or word, moved to kTo.
+template <int kAt, int kTo>
+QTOOL_INLINE Ints move_bits(Ints a) {
+  if constexpr (kAt >= kTo)
+    return shift_right<kAt - kTo>(a);
+  else
+    return shift_left<kTo - kAt>(a);
+}
 
 // e to the x: Cephes' expf, below 2 ulp; exactly 0 under -87.33, exactly 1 at 0, NaN at NaN.
 // The operands of min and max are in an order that lets a NaN through.

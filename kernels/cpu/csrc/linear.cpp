@@ -21,14 +21,11 @@
 
 #include "linear.h"
 
+#include "layout.h"
+#include "tile.h"
+
 namespace {
 
-constexpr int kPanel = 32;
-// Inputs of a strip: eight groups of four.
-constexpr int kStrip = 32;
-constexpr int kGroupsAStrip = 8;
-constexpr int kSuper = 256;
-constexpr int64_t kLine = kPanel * 4;
 constexpr int64_t kMaxSpan = 128;
 // Below these many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 17;
@@ -36,323 +33,44 @@ constexpr int64_t kChunkBytes = 256 << 10;
 // Bytes of weights that a thread takes at once, at most: some microseconds of memory.
 constexpr int64_t kPieceBytes = 64 << 10;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t strip_bytes(const QtoolLinear& linear) { return kStrip * kPanel * linear.bits / 8; }
-
-// ---- codes of other widths, spread to bytes ----
-
-template <int kAt, int kTo>
-QTOOL_INLINE Ints move_bits(Ints a) {
-  if constexpr (kAt >= kTo)
-    return shift_right<kAt - kTo>(a);
-  else
-    return shift_left<kTo - kAt>(a);
-}
-
-// Group kGroup of four inputs: a vector of panel rows, codes as bytes. A strip's planes:
-//
-//   4, 5, 6 bits  4 lines, two groups a byte        then 5: 1 line of a bit, 6: 2 lines of two
-//   2, 3 bits     2 lines, four groups a byte       then 3: 1 line of a bit
-template <int kBits, int kGroup>
-QTOOL_INLINE Ints spread(const uint8_t* strip) {
-  constexpr bool kNibbles = kBits >= 4;
-  constexpr int kLow = kNibbles ? 4 : 2, kAByte = 8 / kLow;
-  const uint8_t* const high = strip + kGroupsAStrip / kAByte * kLine;
-  const Ints low = and_bits(
-      shift_right<kGroup % kAByte * kLow>(load_bits(strip + kGroup / kAByte * kLine)),
-      set1_byte((1 << kLow) - 1));
-  if constexpr (kBits == 6)
-    return or_bits(low, and_bits(move_bits<kGroup % 4 * 2, 4>(load_bits(high + kGroup / 4 * kLine)),
-                                 set1_byte(0x30)));
-  else if constexpr (kBits == 5 || kBits == 3)
-    return or_bits(low, and_bits(move_bits<kGroup, kLow>(load_bits(high)), set1_byte(1 << kLow)));
-  else
-    return low;
-}
-
-template <int kBits, int kGroup = 0>
-QTOOL_INLINE void spread_groups(const uint8_t* strip, const uint8_t* table, uint8_t* to) {
-  if constexpr (kGroup < kGroupsAStrip) {
-    Ints codes = spread<kBits, kGroup>(strip);
-    if (table != nullptr) codes = look_up(table, codes);
-    store_bits(to + kGroup * kLine, codes);
-    spread_groups<kBits, kGroup + 1>(strip, table, to);
-  }
-}
-
-template <int kVectors>
-void spread_strip(const QtoolLinear& linear, const uint8_t* strip, uint8_t* to) {
-  for (int v = 0; v < kVectors; ++v, strip += kLanes * 4, to += kLanes * 4) switch (linear.bits) {
-      case 2: spread_groups<2>(strip, nullptr, to); break;
-      case 3: spread_groups<3>(strip, nullptr, to); break;
-      case 4: spread_groups<4>(strip, linear.table, to); break;
-      case 5: spread_groups<5>(strip, nullptr, to); break;
-      case 6: spread_groups<6>(strip, nullptr, to); break;
-    }
-}
-
-// ---- scales ----
-
-QTOOL_INLINE Floats load_scales(const void* scales, int32_t type, int64_t at) {
-  switch (type) {
-    case kFloat16: return load_float16(static_cast<const uint16_t*>(scales) + at);
-    // The byte e of 2 to the e - 128.
-    case kExponent8:
-      return two_to_the(add_ints(load_bytes(static_cast<const uint8_t*>(scales) + at),
-                                 set1_int(-128)));
-    default: return load(static_cast<const float*>(scales) + at);
-  }
-}
-
-constexpr int kMaxGroups = 16;
-
-int groups_a_super(int32_t kind) {
-  return kind == kSixBitPairs || kind == kSixBitScales8 ? 8 : 16;
-}
-
-// 32-bit words of fields [words][32] of one panel and super-block, in bytes.
-int64_t field_bytes(int32_t kind) {
-  switch (kind) {
-    case kSixBitPairs: return 12 * kPanel;
-    case kSixBitScales: return 12 * kPanel;
-    case kSixBitScales8: return 6 * kPanel;
-    default: return 16 * kPanel;
-  }
-}
-
-// Field kField of 4 bits of a row's words, 32 rows apart.
-template <int kField>
-QTOOL_INLINE Ints nibble(const uint8_t* words) {
-  return and_bits(shift_right<kField % 8 * 4>(load_bits(words + kField / 8 * kLine)), set1_int(15));
-}
-
-// Field kField of 6 bits: the low four as nibbles, the high two of all in one word after them.
-template <int kField>
-QTOOL_INLINE Ints six_bits(const uint8_t* words) {
-  const Ints high = load_bits(words + 2 * kLine);
-  return or_bits(nibble<kField>(words),
-                 and_bits(move_bits<2 * kField, 4>(high), set1_int(0x30)));
-}
-
-// The factors of super-block `super`, multiplied out: scales and offsets [group][vector].
-template <int kVectors, int kGroup = 0>
-QTOOL_INLINE void multiply_fields(int32_t kind, const uint8_t* fields, int v, Floats d,
-                                  Floats offset, Floats (&scales)[kMaxGroups][kVectors],
-                                  Floats (&offsets)[kMaxGroups][kVectors]) {
-  if constexpr (kGroup < kMaxGroups) {
-    switch (kind) {
-      case kSixBitPairs:
-        if constexpr (kGroup < 8) {
-          scales[kGroup][v] = mul(d, to_floats(six_bits<kGroup>(fields)));
-          offsets[kGroup][v] = mul(offset, to_floats(six_bits<8 + kGroup>(fields)));
-        }
-        break;
-      case kSixBitScales:
-        scales[kGroup][v] =
-            mul(d, to_floats(add_ints(six_bits<kGroup>(fields), set1_int(-32))));
-        break;
-      case kEightBitScales:
-        scales[kGroup][v] = mul(
-            d, to_floats(shift_right_signed<24>(
-                   shift_left<24 - kGroup % 4 * 8>(load_bits(fields + kGroup / 4 * kLine)))));
-        break;
-      default:
-        scales[kGroup][v] = mul(d, to_floats(nibble<kGroup>(fields)));
-        offsets[kGroup][v] = mul(offset, to_floats(nibble<kGroup>(fields + 2 * kLine)));
-    }
-    multiply_fields<kVectors, kGroup + 1>(kind, fields, v, d, offset, scales, offsets);
-  }
-}
-
-template <int kVectors, int kGroup = 0>
-QTOOL_INLINE void multiply_short_fields(const uint8_t* fields, const uint16_t* high, int v,
-                                        Floats d, Floats (&scales)[kMaxGroups][kVectors]) {
-  if constexpr (kGroup < 8) {
-    const Ints six = or_bits(nibble<kGroup>(fields),
-                             and_bits(move_bits<2 * kGroup, 4>(load_words(high)), set1_int(0x30)));
-    scales[kGroup][v] = mul(d, to_floats(add_ints(six, set1_int(-32))));
-    multiply_short_fields<kVectors, kGroup + 1>(fields, high, v, d, scales);
-  }
-}
-
-template <int kVectors>
-__attribute__((noinline)) void decode_scales(const QtoolLinear& linear, int64_t panel, int64_t super,
-                                             int first_vector,
-                                             Floats (&scales)[kMaxGroups][kVectors],
-                                             Floats (&offsets)[kMaxGroups][kVectors]) {
-  const int64_t at = panel * (linear.in / kSuper) + super;
-  const uint8_t* const fields = linear.fields + at * field_bytes(linear.scale_kind);
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t lane = (first_vector + v) * kLanes;
-    const Floats d = load_scales(linear.scales, linear.scale_type, at * kPanel + lane);
-    const Floats offset = linear.offsets == nullptr
-                              ? zeros()
-                              : load_scales(linear.offsets, linear.scale_type, at * kPanel + lane);
-    if (linear.scale_kind == kSixBitScales8)
-      multiply_short_fields<kVectors>(
-          fields + lane * 4, reinterpret_cast<const uint16_t*>(fields + kLine) + lane, v, d, scales);
-    else
-      multiply_fields<kVectors>(linear.scale_kind, fields + lane * 4, v, d, offset, scales, offsets);
-  }
-}
-
-// ---- the product ----
-
-enum class Codes { k4, k8, kSpread };
-
-// A panel times a tile of kRows tokens -> result [kRows][32]. kGroups: groups of four inputs that a
-// step has at least, 8, or 4 where weight scales are for 16 inputs.
-template <Codes kCodes, int kGroups, int kRows>
-void multiply_tile(const QtoolLinear& linear, int64_t panel, const int8_t* q, const float* scales,
-                   const int32_t* sums, float* result) {
-  constexpr int kVectors = vectors_at_once(kRows);
-  constexpr int kBias = kCodes == Codes::k4 ? 0 : kCodeBias8;
-  constexpr int kSteps = kGroupsAStrip / kGroups;
-  const int64_t bytes_a_strip = strip_bytes(linear);
-  const int64_t groups = linear.in / linear.group, strips = linear.in / kStrip;
-  const int64_t strips_a_step = std::max<int64_t>(1, linear.step / kStrip);
-  const int64_t steps_a_group = linear.group / linear.step;
-  const bool has_offsets = linear.offsets != nullptr, is_plain = linear.scale_kind == kPlainScales;
-  const bool is_shifted = !has_offsets && linear.zeros == nullptr;
-  const int in_super = is_plain ? 1 : groups_a_super(linear.scale_kind);
-
-  for (int first = 0; first < kPanel / kLanes; first += kVectors) {
-    const uint8_t* codes = linear.codes + panel * strips * bytes_a_strip + first * kLanes * 4;
-    const int8_t* x = q;
-    const int64_t lanes = panel * groups * kPanel + first * kLanes;
-    Floats total[kRows][kVectors];
-    for (auto& row : total)
-      for (Floats& part : row) part = zeros();
-    Ints sum[kRows][kVectors];
-    Ints zero[kVectors];
-    for (Ints& part : zero) part = set1_int(linear.midpoint - kBias);
-    Floats weight_scale[kVectors], weight_offset[kVectors];
-    for (Floats& part : weight_offset) part = zeros();
-    Floats many_scales[kMaxGroups][kVectors], many_offsets[kMaxGroups][kVectors];
-    int64_t group = 0, steps_left = 0, step = 0;
-    alignas(64) uint8_t bytes[kStrip * kPanel];
-
-    const auto begin_step = [&]() __attribute__((always_inline)) {
-      if (steps_left == 0) {
-        if (is_plain) {
-          for (int v = 0; v < kVectors; ++v) {
-            const int64_t at = lanes + group * kPanel + v * kLanes;
-            weight_scale[v] = load_scales(linear.scales, linear.scale_type, at);
-            if (linear.zeros != nullptr)
-              zero[v] = add_ints(load_bytes(linear.zeros + at), set1_int(-kBias));
-            if (has_offsets) weight_offset[v] = load_scales(linear.offsets, linear.scale_type, at);
-          }
-        } else {
-          const int64_t inside = group % in_super;
-          if (inside == 0)
-            decode_scales<kVectors>(linear, panel, group / in_super, first, many_scales,
-                                    many_offsets);
-          for (int v = 0; v < kVectors; ++v) {
-            weight_scale[v] = many_scales[inside][v];
-            if (has_offsets) weight_offset[v] = many_offsets[inside][v];
-          }
-        }
-        ++group;
-        steps_left = steps_a_group;
-      }
-      --steps_left;
-      if (is_shifted) {
-#pragma GCC unroll 8
-        for (int row = 0; row < kRows; ++row) {
-          const Ints shift = set1_int(sums[step * kRows + row]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) sum[row][v] = shift;
-        }
-        return;
-      }
-#pragma GCC unroll 8
-      for (int row = 0; row < kRows; ++row) {
-        const Ints less = set1_int(-sums[step * kRows + row]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[row][v] = multiply_small(zero[v], less);
-      }
-    };
-    const auto end_step = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int row = 0; row < kRows; ++row) {
-        const Floats token_scale = set1(scales[step * kRows + row]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v)
-          total[row][v] =
-              fma(to_floats(sum[row][v]), mul(weight_scale[v], token_scale), total[row][v]);
-      }
-      if (has_offsets) {
-#pragma GCC unroll 8
-        for (int row = 0; row < kRows; ++row) {
-          const Floats token_sum = set1(static_cast<float>(sums[step * kRows + row]) *
-                                        scales[step * kRows + row]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v)
-            total[row][v] = fma(weight_offset[v], token_sum, total[row][v]);
-        }
-      }
-      ++step;
-    };
-
-    if constexpr (kSteps == 1) {
-      for (int64_t strip = 0; strip < strips;) {
-        begin_step();
-        for (int64_t stop = strip + strips_a_step; strip < stop; ++strip) {
-          if constexpr (kCodes == Codes::k4) {
-            add_groups4<kGroups, kRows, kVectors>(sum, codes, x);
-          } else if constexpr (kCodes == Codes::k8) {
-            add_groups8<kGroups, kRows, kVectors>(sum, codes, x);
-          } else {
-            spread_strip<kVectors>(linear, codes, bytes);
-            add_groups8<kGroups, kRows, kVectors>(sum, bytes, x);
-          }
-          codes += bytes_a_strip;
-          x += kStrip * kRows;
-        }
-        end_step();
-      }
-    } else {
-      for (int64_t strip = 0; strip < strips; ++strip) {
-        spread_strip<kVectors>(linear, codes, bytes);
-        for (int half = 0; half < kSteps; ++half) {
-          begin_step();
-          add_groups8<kGroups, kRows, kVectors>(sum, bytes + half * kGroups * kLine, x);
-          x += kGroups * 4 * kRows;
-          end_step();
-        }
-        codes += bytes_a_strip;
-      }
-    }
-    for (int row = 0; row < kRows; ++row)
-      for (int v = 0; v < kVectors; ++v)
-        store(result + row * kPanel + (first + v) * kLanes, total[row][v]);
-  }
-}
-
 using MultiplyTile = void (*)(const QtoolLinear&, int64_t, const int8_t*, const float*,
                               const int32_t*, float*);
 
+template <Codes kCodes, int kGroups, bool kPlain, int kRows>
+constexpr MultiplyTile the_tile() {
+  if constexpr (kPlain)
+    return multiply_plain_tile<kCodes, kRows>;
+  else
+    return multiply_tile<kCodes, kGroups, kRows>;
+}
+
 // By the tile's rows, 1 .. kMaxRows.
-template <Codes kCodes, int kGroups>
+template <Codes kCodes, int kGroups, bool kPlain = false>
 MultiplyTile choose_rows(int64_t rows) {
   switch (rows) {
-    case 1: return multiply_tile<kCodes, kGroups, 1>;
-    case 2: return multiply_tile<kCodes, kGroups, 2>;
-    case 3: return multiply_tile<kCodes, kGroups, 3>;
-    case 4: return multiply_tile<kCodes, kGroups, 4>;
+    case 1: return the_tile<kCodes, kGroups, kPlain, 1>();
+    case 2: return the_tile<kCodes, kGroups, kPlain, 2>();
+    case 3: return the_tile<kCodes, kGroups, kPlain, 3>();
+    case 4: return the_tile<kCodes, kGroups, kPlain, 4>();
 #if defined(__AVX512F__)
-    case 5: return multiply_tile<kCodes, kGroups, 5>;
-    case 6: return multiply_tile<kCodes, kGroups, 6>;
-    case 7: return multiply_tile<kCodes, kGroups, 7>;
-    case 8: return multiply_tile<kCodes, kGroups, 8>;
+    case 5: return the_tile<kCodes, kGroups, kPlain, 5>();
+    case 6: return the_tile<kCodes, kGroups, kPlain, 6>();
+    case 7: return the_tile<kCodes, kGroups, kPlain, 7>();
+    case 8: return the_tile<kCodes, kGroups, kPlain, 8>();
 #endif
   }
   return nullptr;
 }
 
+bool is_plain(const QtoolLinear& linear) {
+  return linear.step >= kStrip && linear.table == nullptr && linear.offsets == nullptr &&
+         linear.zeros == nullptr && linear.scale_kind == kPlainScales;
+}
+
 MultiplyTile choose(const QtoolLinear& linear, int64_t rows) {
   if (linear.step < kStrip) return choose_rows<Codes::kSpread, 4>(rows);
+  if (is_plain(linear) && linear.bits == 4) return choose_rows<Codes::k4, 8, true>(rows);
+  if (is_plain(linear) && linear.bits == 8) return choose_rows<Codes::k8, 8, true>(rows);
   if (linear.bits == 4 && linear.table == nullptr) return choose_rows<Codes::k4, 8>(rows);
   if (linear.bits == 8) return choose_rows<Codes::k8, 8>(rows);
   return choose_rows<Codes::kSpread, 8>(rows);

@@ -6,20 +6,14 @@
 
 #include "interface.h"
 #include "isa.h"
+#include "layout.h"
 #include "threads.h"
 
 #include <cstring>
 
 namespace {
 
-constexpr int64_t kPanel = 32;
-constexpr int64_t kStrip = 32;
-constexpr int64_t kLine = kPanel * 4;
-constexpr int64_t kSuper = 256;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// 32 codes of one row into its place in a strip's planes; see `spread` in linear.cpp.
+// 32 codes of one row into its place in a strip's planes; see `spread` in spread.h.
 void pack_strip(const uint8_t* codes, int bits, int64_t row, uint8_t* strip) {
   uint32_t words[8];
   std::memcpy(words, codes, 32);
@@ -150,7 +144,7 @@ void block_codes(int32_t type, const uint8_t* b, uint8_t* codes) {
   }
 }
 
-// 16 numbers of 6 bits -> two words of low bits and one of high bits, as linear.cpp reads them.
+// 16 numbers of 6 bits -> two words of low bits and one of high bits, as scales.h reads them.
 void join_six_bits(const uint8_t* six, int count, uint32_t* words) {
   const int high = count / 8;
   for (int i = 0; i <= high; ++i) words[i] = 0;
@@ -225,7 +219,7 @@ void pack_block_panel(int32_t type, const uint8_t* data, int64_t out, int64_t in
   const int64_t scale_bytes = type == kMXFP4 ? 1 : 2;
   // K-quants subtract their minima, Q4_1 and Q5_1 add them.
   const bool negate = layout.fields > 0;
-  const int64_t rows = std::min(kPanel, out - panel * kPanel);
+  const int64_t rows = std::min<int64_t>(kPanel, out - panel * kPanel);
   const int64_t panel_bytes = in / kStrip * strip_bytes;
   if (rows < kPanel) std::memset(to.codes + panel * panel_bytes, 0, static_cast<size_t>(panel_bytes));
   uint8_t codes[kSuper];
@@ -254,7 +248,7 @@ void pack_block_panel(int32_t type, const uint8_t* data, int64_t out, int64_t in
 template <class T>
 void pack_matrix_panel(const T* values, int64_t out, int64_t in, int64_t panel, uint8_t* codes,
                        float* scales) {
-  const int64_t rows = std::min(kPanel, out - panel * kPanel);
+  const int64_t rows = std::min<int64_t>(kPanel, out - panel * kPanel);
   uint8_t* const to = codes + panel * in * kPanel;
   if (rows < kPanel) std::memset(to, 0, static_cast<size_t>(in * kPanel));
   for (int64_t row = 0; row < rows; ++row) {
@@ -297,7 +291,7 @@ void qtool_pack_codes(const uint8_t* codes, int64_t out, int64_t in, int32_t bit
   with_team(threads, [&](Team& team) {
     team.each(panels, 1, [&](int64_t panel) {
       uint8_t* const to = packed + panel * strips * strip_bytes;
-      const int64_t rows = std::min(kPanel, out - panel * kPanel);
+      const int64_t rows = std::min<int64_t>(kPanel, out - panel * kPanel);
       if (rows < kPanel) std::memset(to, 0, static_cast<size_t>(strips * strip_bytes));
       for (int64_t strip = 0; strip < strips; ++strip)
         for (int64_t row = 0; row < rows; ++row)
