@@ -38,6 +38,8 @@ class Watch:
         self._said: dict[str, dict[int, int]] = {"arrived": {}, "loaded": {}}
         self._listeners: list[Callable[[str], None]] = []
         self._ending = False
+        # Ranks that have said why they end.
+        self._explained: set[int] = set()
         self.lost: str | None = None
         if members:
             threading.Thread(target=self._run, name="qtool-ranks", daemon=True).start()
@@ -107,18 +109,22 @@ class Watch:
         message = member.channel.receive()
         if message is None:
             if not self._ending:
-                self.lose(self._ended(member))
+                end = self._ended(member)
+                if member.rank not in self._explained:
+                    self.lose(end)
             return False
         assert isinstance(message, Text), message
         said = json.loads(message.text)
         who = f"rank {member.rank} of {1 + len(self._members)}"
         if "failed" in said:
+            self._explained.add(member.rank)
             self.lose(f"{who} failed: {said['failed']}")
-            return False
+            return True
         if "cut off" in said:
             reason = f"{who} waited for the others in vain: {said['cut off']}"
+            self._explained.add(member.rank)
             threading.Timer(REASON_SECONDS, self.lose, (reason,)).start()
-            return False
+            return True
         with self._changed:
             for word, number in said.items():
                 self._said[word][member.rank] = number
