@@ -68,7 +68,7 @@ class EngineConfig:
     speculative_config       guess tokens ahead and verify them at once; a mapping or its JSON will
                              do: {"method": "ngram"} or {"method": "draft", "model": ...}, with
                              num_speculative_tokens; None: do not. A draft model and its cache
-                             come on top of the memory above
+                             are within the memory above
     enable_lora              whether requests may name LoRA adapters
     tensor_parallel_size     ranks that the model is shared out among, a process each: with a GPU
                              each, or with a part of the CPU's threads

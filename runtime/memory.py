@@ -4,8 +4,9 @@
     GPU   pool = utilization x the device's memory - what is in use - one step's logits
 
 or exactly `kv_cache_memory_bytes`, or, when the user says neither, a share of what is free once the
-weights are there. Free memory on Linux is what can be had without swapping (the page cache counts
-as free), within the limit of the control group that a container sets.
+weights are there. What a draft model takes counts with the model's own. Free memory on Linux is
+what can be had without swapping (the page cache counts as free), within the limit of the control
+group that a container sets.
 
 A model too large for that is refused from the headers of its files. What they say is the least that
 the weights will take: types that no kernel multiplies by packed are unpacked when they are read.
@@ -23,13 +24,16 @@ from qtool.convert.gguf.types import TENSOR_TYPES
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.kv_pool import block_bytes
+from qtool.runtime.engine.scheduler import PROMPT_ROWS
 from qtool.runtime.models.model import Model
 
 # Of the memory that is free once the weights are loaded, what the pool takes when nobody says.
 CPU_SHARE = 0.25
 CUDA_SHARE = 0.85
-# Copies of a step's logits that exist at once: the model's, scaled, as probabilities.
+# Copies of the logits drawn from that exist at once: the model's, scaled, as probabilities.
 LOGITS_COPIES = 3
+# And of the rows that judge a prompt: the model's, as log-probabilities.
+PROMPT_LOGITS_COPIES = 2
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # Of packed kinds that name no scheme, the narrowest are four bits wide.
 LEAST_PACKED_BYTES = 0.5
@@ -148,19 +152,42 @@ class PoolPlan:
     max_model_len: int
 
 
+def step_logits_bytes(config: EngineConfig, model: Model, draft: Model | None = None) -> int:
+    """What the logits of a step take at the most, in float32.
+
+    rows drawn from   one a sequence, and one for each guess
+    rows that judge   of prompts whose log-probabilities are asked for: PROMPT_ROWS
+    """
+    guesses = config.speculative_config
+    tokens = config.max_num_seqs * (1 + (guesses.num_speculative_tokens if guesses else 0))
+    drawn = max(config.max_num_seqs, min(tokens, config.max_num_batched_tokens))
+    rows = LOGITS_COPIES * drawn + PROMPT_LOGITS_COPIES * PROMPT_ROWS[model.device.type]
+    guessing = 0 if draft is None else LOGITS_COPIES * config.max_num_seqs * draft.vocab_size
+    return 4 * (rows * model.vocab_size + guessing)
+
+
 def plan_pool(
-    config: EngineConfig, model: Model, max_position_embeddings: int, budget: MemoryBudget
+    config: EngineConfig,
+    model: Model,
+    max_position_embeddings: int,
+    budget: MemoryBudget,
+    draft: Model | None = None,
 ) -> PoolPlan:
-    """Within memory and, unless its size was asked for, within what can ever be used."""
+    """Within memory and, unless its size was asked for, within what can ever be used.
+
+    draft  a model that guesses: each block of the pool has one of its own beside it
+    """
     own = block_bytes(model, config.block_size, config.kv_cache_dtype)
     each = own * budget.ranks_here
-    logits_bytes = LOGITS_COPIES * config.max_num_seqs * model.vocab_size * 4
+    if draft is not None:
+        each += block_bytes(draft, config.block_size)
+    logits_bytes = step_logits_bytes(config, model, draft)
     affordable = budget.pool_bytes(logits_bytes) // each
     if affordable < 1:
         raise UsageError(
             f"the KV cache may take {budget.pool_bytes(logits_bytes):,} bytes "
             f"({budget.arithmetic(logits_bytes)}), and one block of {config.block_size} tokens "
-            f"takes {each:,}",
+            f"takes {each:,}" + ("" if draft is None else " with the draft model's"),
             hint="give it more memory (--kv-cache-memory-bytes), or use smaller blocks",
         )
     max_model_len = choose_max_model_len(

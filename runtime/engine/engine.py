@@ -34,7 +34,7 @@ from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.pace import Pace
 from qtool.runtime.engine.runner import ModelRunner, Runner
 from qtool.runtime.engine.sampler import Sampled
-from qtool.runtime.engine.scheduler import Scheduled, Scheduler
+from qtool.runtime.engine.scheduler import PROMPT_ROWS, Scheduled, Scheduler
 from qtool.runtime.engine.sequence import (
     FinishReason,
     GenerationRequest,
@@ -43,7 +43,7 @@ from qtool.runtime.engine.sequence import (
     TokenOutput,
 )
 from qtool.runtime.engine.speculation import SpeculationCounts
-from qtool.runtime.engine.speculators import make_speculation
+from qtool.runtime.engine.speculators import load_draft, make_speculation
 from qtool.runtime.engine.work import WorkMeter
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import MemoryBudget, PoolPlan, plan_pool
@@ -63,8 +63,8 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         decoder = loaded.decoder
-        budget = MemoryBudget.measure(config, loaded.device, weight_bytes=loaded.nbytes)
-        pool = plan_pool(config, decoder, loaded.max_position_embeddings, budget)
+        draft = load_draft(config, loaded)
+        pool = _plan(config, loaded, draft)
         num_blocks = pool.num_blocks
         decoder = decoder.for_context(pool.max_model_len)
         self._adapters: Adapters | None = None
@@ -105,6 +105,7 @@ class Engine:
             self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_prompt_rows=PROMPT_ROWS[loaded.device.type],
             by_priority=config.scheduling_policy == "priority",
             pace=Pace(config.target_step_seconds(loaded.device.type)),
         )
@@ -119,7 +120,7 @@ class Engine:
         self.grammars = GrammarCompiler(
             None if backend is None else backend.to_str, decoder.vocab_size, loaded.eos_token_ids
         )
-        self._speculation = make_speculation(config, loaded, self.info)
+        self._speculation = make_speculation(config, draft, self.info)
         self._work = WorkMeter(
             loaded.decoder,
             weight_bytes=loaded.nbytes,
@@ -389,6 +390,17 @@ class Engine:
         if self._speculation is not None:
             self._speculation.forget(sequence.id)
         return sequence.output(new_token_ids, reason, error, logprobs)
+
+
+def _plan(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None) -> PoolPlan:
+    weight_bytes = loaded.nbytes + (0 if draft is None else draft.nbytes)
+    return plan_pool(
+        config,
+        loaded.decoder,
+        loaded.max_position_embeddings,
+        MemoryBudget.measure(config, loaded.device, weight_bytes=weight_bytes),
+        None if draft is None else draft.decoder,
+    )
 
 
 def _runner(loaded: LoadedModel, model: Model, config: EngineConfig, pool: PoolPlan) -> Runner:

@@ -28,6 +28,10 @@ from qtool.runtime.engine.pace import Pace
 from qtool.runtime.engine.sequence import Sequence
 from qtool.runtime.engine.waiting import Waiting
 
+# Rows of a step that say how likely a prompt's tokens were, of all sequences together: of a
+# vocabulary of 150,000 tokens each takes 0.6 MB. A CPU computes so few as fast, a row, as more.
+PROMPT_ROWS = {"cpu": 64, "cuda": 512}
+
 
 class Scheduled(NamedTuple):
     """A sequence and how many tokens this step computes for it.
@@ -72,8 +76,10 @@ class Scheduled(NamedTuple):
 
 
 class Scheduler:
-    """priority  whether requests' priorities count; else first come, first served
-    pace         bounds the prompt tokens of a step beside which others decode
+    """
+    max_prompt_rows  of PROMPT_ROWS
+    by_priority      whether requests' priorities count; else first come, first served
+    pace             bounds the prompt tokens of a step beside which others decode
     """
 
     def __init__(
@@ -82,12 +88,14 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_prompt_rows: int = PROMPT_ROWS["cpu"],
         by_priority: bool = False,
         pace: Pace | None = None,
     ) -> None:
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_prompt_rows = max_prompt_rows
         self._by_priority = by_priority
         self.pace = pace or Pace(None)
         self._running: dict[Sequence, None] = {}
@@ -166,7 +174,7 @@ class Scheduler:
         now  in the seconds of the sequences' arrivals
         """
         self._now = now
-        step = _Step(self._max_num_batched_tokens)
+        step = _Step(self._max_num_batched_tokens, self._max_prompt_rows)
         self._make_way()
         num_preemptions = self.num_preemptions
         prefilling = []
@@ -181,8 +189,8 @@ class Scheduler:
             prefilling.sort(key=self._waiting.turn)
         for sequence in prefilling:
             if chunk > 0 and sequence in self._running:
-                num_tokens = min(sequence.num_uncomputed_tokens, chunk)
-                if self._place(step, sequence, num_tokens):
+                num_tokens = min(sequence.num_uncomputed_tokens, chunk, step.room_for(sequence))
+                if num_tokens and self._place(step, sequence, num_tokens):
                     chunk -= num_tokens
         if self.num_preemptions == num_preemptions:
             self._admit(step, min(chunk, step.budget))
@@ -228,17 +236,24 @@ class Scheduler:
             sequence = self._waiting.next(look_up)
             if sequence is None:
                 return
+            if step.room_for(sequence) == 0:
+                return
             if matches[sequence] != (latest := self._look_up(sequence)):
                 matches[sequence] = latest  # by what was admitted just now
                 continue
             if not self._start(sequence, chunk):
                 # A prompt that is warm and too large holds up nobody before it.
                 first = self._waiting.first()
-                if first is None or first is sequence or not self._start(first, chunk):
+                if (
+                    first is None
+                    or first is sequence
+                    or step.room_for(first) == 0
+                    or not self._start(first, chunk)
+                ):
                     self._no_room = sequence, self._blocks.num_freed_ever
                     return
                 sequence = first
-            num_tokens = min(sequence.num_uncomputed_tokens, chunk)
+            num_tokens = min(sequence.num_uncomputed_tokens, chunk, step.room_for(sequence))
             step.add(Scheduled(sequence, num_tokens))
             chunk -= num_tokens
 
@@ -316,20 +331,33 @@ class Scheduler:
 
 
 class _Step:
-    """The work of a step as it is put together, and what is left of its tokens."""
+    """The work of a step as it is put together, and what is left of its tokens and prompt rows."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, prompt_rows: int) -> None:
         self.budget = budget
         self.work: dict[Sequence, Scheduled] = {}
+        self._prompt_rows = prompt_rows
+        # A sequence that is preempted has none any more.
+        self._prompt_rows_of: dict[Sequence, int] = {}
+
+    def room_for(self, sequence: Sequence) -> int:
+        """Of the sequence's next tokens, as many as the step's prompt rows reach."""
+        if sequence.request.sampling.prompt_logprobs is None:
+            return sequence.num_uncomputed_tokens
+        judged = max(sequence.num_prompt_tokens - 1 - sequence.num_computed_tokens, 0)
+        return sequence.num_uncomputed_tokens if judged <= self._prompt_rows else self._prompt_rows
 
     def add(self, work: Scheduled) -> None:
         self.work[work.sequence] = work
         self.budget -= work.num_tokens
+        self._prompt_rows_of[work.sequence] = work.num_prompt_rows
+        self._prompt_rows -= work.num_prompt_rows
 
     def drop(self, sequence: Sequence) -> None:
         work = self.work.pop(sequence, None)
         if work is not None:
             self.budget += work.num_tokens
+            self._prompt_rows += self._prompt_rows_of.pop(sequence)
 
 
 def _may_reuse(sequence: Sequence) -> bool:

@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.client import ModelInfo
 from qtool.runtime.engine.draft_model import DraftProposer
 from qtool.runtime.engine.ngram import NgramProposer
 from qtool.runtime.engine.speculation import Proposer, Speculation
-from qtool.runtime.engine.speculative_config import SpeculativeConfig
-from qtool.runtime.loading import LoadedModel, load_for
+from qtool.runtime.layers import PackingRules
+from qtool.runtime.loading import LoadedModel, load_model
+from qtool.runtime.memory import MemoryBudget
+
+
+def load_draft(config: EngineConfig, loaded: LoadedModel) -> LoadedModel | None:
+    """The model that guesses, if `config` names one and both fit into memory."""
+    wanted = config.speculative_config
+    if wanted is None or wanted.model is None:
+        return None
+    draft = load_model(
+        wanted.model,
+        dtype=config.dtype,
+        device=config.device,
+        rules=PackingRules(config.activations, config.lm_head),
+        budget=MemoryBudget.measure(config, loaded.device, weight_bytes=loaded.nbytes),
+        cache_packed=config.cache_packed,
+    )
+    _check_vocabulary(draft, loaded)
+    return draft
 
 
 def make_speculation(
-    config: EngineConfig, loaded: LoadedModel, info: ModelInfo
+    config: EngineConfig, draft: LoadedModel | None, info: ModelInfo
 ) -> Speculation | None:
-    """What `config.speculative_config` asks for; loads the draft model. None: nothing."""
+    """What `config.speculative_config` asks for; None: nothing."""
     wanted = config.speculative_config
     if wanted is None:
         return None
     proposer: Proposer
-    if wanted.method == "ngram":
+    if draft is None:
         proposer = NgramProposer(wanted.prompt_lookup_min, wanted.prompt_lookup_max)
     else:
-        proposer = _draft(config, wanted, loaded, info)
+        proposer = DraftProposer(
+            draft,
+            max_model_len=info.max_model_len,
+            num_blocks=info.num_kv_blocks,
+            block_size=info.block_size,
+            vocab_size=info.vocab_size,
+            max_rows=info.max_num_batched_tokens,
+        )
     return Speculation(proposer, wanted.num_speculative_tokens, adaptive=wanted.adaptive)
-
-
-def _draft(
-    config: EngineConfig, wanted: SpeculativeConfig, loaded: LoadedModel, info: ModelInfo
-) -> DraftProposer:
-    assert wanted.model is not None
-    draft = load_for(replace(config, model=wanted.model, revision=None, tensor_parallel_size=1))
-    _check_vocabulary(draft, loaded)
-    return DraftProposer(
-        draft,
-        max_model_len=info.max_model_len,
-        num_blocks=info.num_kv_blocks,
-        block_size=info.block_size,
-        vocab_size=info.vocab_size,
-        max_rows=info.max_num_batched_tokens,
-    )
 
 
 def _check_vocabulary(draft: LoadedModel, loaded: LoadedModel) -> None:

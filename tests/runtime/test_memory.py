@@ -11,7 +11,9 @@ import torch
 from qtool.convert.formats import open_weights
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.draft_model import DraftProposer
 from qtool.runtime.engine.engine import Engine
+from qtool.runtime.engine.speculative_config import SpeculativeConfig
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.memory import (
     CPU_SHARE,
@@ -20,6 +22,7 @@ from qtool.runtime.memory import (
     free_ram,
     least_weight_bytes,
     plan_pool,
+    step_logits_bytes,
 )
 from qtool.source import resolve
 
@@ -61,13 +64,81 @@ def test_a_share_of_the_memory_holds_weights_pool_and_logits(tiny: LoadedModel) 
         total_bytes=60_000_000, used_bytes=20_000_000, device="cpu", utilization=0.8
     )
     plan = plan_pool(config, tiny.decoder, 512, budget)
-    logits = 3 * 200 * tiny.decoder.vocab_size * 4
+    # Three copies of a row for each sequence, two of those that judge a prompt.
+    logits = (3 * 200 + 2 * 64) * tiny.decoder.vocab_size * 4
     pool = plan.num_blocks * 32 * BYTES_PER_TOKEN
     left = 48_000_000 - 20_000_000 - logits
     assert pool <= left < pool + 32 * BYTES_PER_TOKEN
     assert "0.8 x 60.00 MB free at the start = 48.00 MB may be used, less 20.00 MB in use" in (
         budget.arithmetic(logits)
     )
+
+
+def test_guesses_have_logits_of_their_own(tiny: LoadedModel) -> None:
+    vocab = tiny.decoder.vocab_size
+    config = EngineConfig(
+        "tiny",
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        speculative_config=SpeculativeConfig("ngram", num_speculative_tokens=5),
+    )
+    assert step_logits_bytes(config, tiny.decoder) == 4 * vocab * (3 * 8 * (1 + 5) + 2 * 64)
+    few = replace(config, max_num_batched_tokens=20)
+    assert step_logits_bytes(few, tiny.decoder) == 4 * vocab * (3 * 20 + 2 * 64)
+    drafting = step_logits_bytes(config, tiny.decoder, tiny.decoder)
+    assert drafting - step_logits_bytes(config, tiny.decoder) == 4 * vocab * 3 * 8
+
+
+@pytest.mark.parametrize("given", [1_000_003, 7_777_777])
+def test_a_draft_model_s_cache_is_within_the_bytes_given(
+    tiny: LoadedModel, given: int, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    small = tiny_checkpoint("llama", num_hidden_layers=1)
+    config = EngineConfig(
+        "tiny",
+        dtype="float32",
+        kv_cache_memory_bytes=given,
+        speculative_config=SpeculativeConfig("draft", str(small)),
+    )
+    made = Engine(tiny, config)
+    assert made._speculation is not None
+    proposer = made._speculation._proposer
+    assert isinstance(proposer, DraftProposer)
+    taken = pool_bytes_of(made) + proposer._runner.pool.nbytes
+    each = 32 * (BYTES_PER_TOKEN + BYTES_PER_TOKEN // 2)
+    assert taken == made.info.num_kv_blocks * each
+    assert taken <= given < taken + each
+
+
+def test_a_draft_model_s_weights_and_logits_count_in_the_share(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtool.runtime.memory.free_ram", lambda: 100_000_000)
+    guesses = SpeculativeConfig("draft", str(tiny.source.path), num_speculative_tokens=1)
+    config = EngineConfig(
+        "tiny", gpu_memory_utilization=0.5, max_num_seqs=4, speculative_config=guesses
+    )
+    budget = MemoryBudget.measure(config, tiny.device, weight_bytes=2 * tiny.nbytes)
+    plan = plan_pool(config, tiny.decoder, 2**20, budget, tiny.decoder)
+    usable = (100_000_000 + 2 * tiny.nbytes) // 2
+    # Drawn from: a row and a guess for each of 4; judging a prompt; the draft's own rows.
+    logits = 4 * tiny.decoder.vocab_size * (3 * 8 + 2 * 64 + 3 * 4)
+    assert plan.num_blocks == (usable - 2 * tiny.nbytes - logits) // (2 * 32 * BYTES_PER_TOKEN)
+
+
+def test_a_draft_model_that_does_not_fit_beside_is_refused(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory that is left when the model is loaded holds half of another such."""
+    monkeypatch.setattr("qtool.runtime.memory.free_ram", lambda: tiny.nbytes // 2)
+    config = EngineConfig(
+        "tiny",
+        dtype="float32",
+        gpu_memory_utilization=1.0,
+        speculative_config=SpeculativeConfig("draft", str(tiny.source.path)),
+    )
+    with pytest.raises(NotEnoughMemory, match=f"{tiny.nbytes / 1e6:.2f} MB are in use"):
+        Engine(tiny, config)
 
 
 def test_nobody_saying_anything_a_share_of_what_is_free_is_taken(tiny: LoadedModel) -> None:

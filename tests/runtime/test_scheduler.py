@@ -14,13 +14,19 @@ from qtool.runtime.engine.waiting import MAX_OVERTAKEN
 
 
 def sequence(
-    name: str, prompt: int | list[int], new: int = 100, *, index: int = 0, **request: Any
+    name: str,
+    prompt: int | list[int],
+    new: int = 100,
+    *,
+    index: int = 0,
+    prompt_logprobs: int | None = None,
+    **request: Any,
 ) -> Sequence:
     """A prompt of its own of so many tokens, or these tokens."""
     # Prompts of different names have no token in common.
     first = 1000 * sum(map(ord, name))
     token_ids = tuple(range(first, first + prompt)) if isinstance(prompt, int) else tuple(prompt)
-    sampling = SamplingParams(max_tokens=new)
+    sampling = SamplingParams(max_tokens=new, prompt_logprobs=prompt_logprobs)
     made = Sequence(
         GenerationRequest(name, token_ids, sampling, **request),
         seed=0,
@@ -533,3 +539,37 @@ def test_random_schedules_conserve_blocks_and_come_to_an_end(seed: int) -> None:
         num_hits += made.scheduler.num_prefix_hits
     assert num_preemptions > 50
     assert num_hits > 500
+
+
+def test_prompts_that_are_judged_share_the_rows_of_a_step() -> None:
+    """Logits of 10 rows a step; the last token of a prompt judges nothing."""
+    made, _ = scheduler(budget=100, max_prompt_rows=10)
+    for name in ("a", "b"):
+        made.add(sequence(name, 14, prompt_logprobs=0))
+    made.add(sequence("c", 30))
+    assert run(made, 4) == [
+        [("a", 10, False)],
+        [("a", 4, True), ("b", 7, False), ("c", 30, True)],
+        [("a", 1, True), ("c", 1, True), ("b", 7, True)],
+        [("a", 1, True), ("b", 1, True), ("c", 1, True)],
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_step_judges_more_rows_than_its_logits_have_room_for(seed: int) -> None:
+    """With preemptions: the pool holds two of six such sequences."""
+    rng = random.Random(seed)
+    made, blocks = scheduler(num_blocks=24, budget=40, max_prompt_rows=12)
+    for name in "abcdef":
+        asked = 0 if rng.random() < 0.6 else None
+        made.add(sequence(name, rng.randrange(1, 40), rng.randrange(1, 30), prompt_logprobs=asked))
+    steps = 0
+    while made.has_work:
+        batch = made.schedule()
+        assert batch, "nothing runs"
+        assert sum(work.num_prompt_rows for work in batch) <= 12
+        assert all(work.num_tokens > 0 for work in batch)
+        advance(made, batch)
+        blocks.check()
+        steps += 1
+        assert steps < 2000
