@@ -143,43 +143,34 @@ def matmul_parts(
     bias: Tensor | None = None,
     sums: Tensor | None = None,
     config: LinearTile | None = None,
+    rows: Tensor | None = None,
+    experts: Tensor | None = None,
 ) -> Tensor:
     """x [rows, in] -> [parts, rows, out], whose sum over the parts is the product.
 
-    sums     [in / block, rows] float32, x summed over each block; None: added up here
-    config   None: as tuned
-    returns  of x's type if there is one part, else float32
+    sums           [in / block, rows] float32, x summed over each block; None: added up here
+    config         None: as tuned
+    rows, experts  of a weight that is many experts': [tiles * config.rows] int32, the row of x that
+                   each row of the result is of, and [tiles] int32, whose weight multiplies a tile;
+                   negative: not computed, and what is there means nothing
+    returns        of x's type if there is one part, else float32
     """
-    rows = x.shape[0]
-    config = config or linear_tile(packed.shape_for(rows), x.device)
+    from qtool.kernels.cuda.device.linear import marlin_matmul
+
+    config = config or linear_tile(packed.shape_for(x.shape[0]), x.device)
+    assert x.stride(1) == 1
+    assert x.shape[1] == packed.in_features
+    assert packed.out_features % (STRIP * config.strips) == 0
+    assert (rows is None) == (experts is None) == (packed.words.ndim == 2)
+    out_rows = x.shape[0] if rows is None else rows.shape[0]
     out = x.new_empty(
-        (config.split, rows, packed.out_features),
+        (config.split, out_rows, packed.out_features),
         dtype=x.dtype if config.split == 1 else torch.float32,
     )
     if sums is None:
         sums = block_sums(x, packed)
-    _launch(x, packed, bias, sums, out, config)
-    return out
-
-
-def _launch(
-    x: Tensor,
-    packed: MarlinPacked,
-    bias: Tensor | None,
-    sums: Tensor,
-    out: Tensor,
-    config: LinearTile,
-    rows: Tensor | None = None,
-    experts: Tensor | None = None,
-) -> None:
-    """rows [tiles * config.rows], experts [tiles] int32: see `device.linear.marlin_matmul`."""
-    from qtool.kernels.cuda.device.linear import marlin_matmul
-
-    assert x.stride(1) == 1
-    assert x.shape[1] == packed.in_features
-    assert packed.out_features % (STRIP * config.strips) == 0
-    out_rows = out.shape[1]
     tiles = -(-out_rows // config.rows) if experts is None else experts.shape[0]
+    assert out_rows <= tiles * config.rows
     launch = Launch.on(x.device)
     grid = (packed.out_features // (STRIP * config.strips), config.split, tiles)
     marlin_matmul[grid](
@@ -213,6 +204,12 @@ def _launch(
         num_warps=config.warps,
         num_stages=config.stages,
     )
+    return out
+
+
+def sum_block(packed: MarlinPacked) -> int:
+    """Inputs whose sums the product reads; 0: it reads none."""
+    return packed.block if packed.bits == 4 else 0
 
 
 def block_sums(x: Tensor, packed: MarlinPacked) -> Tensor:

@@ -34,6 +34,7 @@ from qtool.runtime.layers import (
     pack_head,
 )
 from qtool.runtime.models.attention import LatentAttention, SelfAttention
+from qtool.runtime.models.batched_experts import batch
 from qtool.runtime.models.decoder import Block, Decoder, attention_specs
 from qtool.runtime.models.embedding import Embedding
 from qtool.runtime.models.layer_store import UNSTORED, LayerStore, PackedLayer, Use
@@ -267,7 +268,7 @@ class _Builder:
         gated = GATED[self._config.activation]
         tensors = self._architecture.tensors
         own = range(experts.count) if self._ranks is None else self._ranks.plan.experts
-        each = tuple(
+        each: tuple[Mlp | None, ...] = tuple(
             Mlp(
                 self._linear(("experts_gate", "experts_up"), index, expert),
                 gated,
@@ -277,6 +278,7 @@ class _Builder:
             else None
             for expert in range(experts.count)
         )
+        each, batched = batch(each)
         shared = None
         if experts.shared_size:
             gate_up = self._linear(("shared_gate", "shared_up"), index)
@@ -293,6 +295,7 @@ class _Builder:
             if shared is not None and "shared_router" in tensors
             else None,
             reduce=None if self._ranks is None else self._ranks.collective.all_reduce,
+            batched=batched,
         )
 
     def _present(self, *choices: tuple[Role, ...]) -> tuple[Role, ...]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.decoder_config import ExpertsConfig
+from qtool.kernels.cuda.experts import Experts
 from qtool.runtime.layers import Linear, Linears
 
 
@@ -34,6 +35,7 @@ class SparseMlp:
     router_bias   [experts] float32, added to scores for the choice alone
     experts       None: another rank has it, and adds what it computes
     shared_gate   [1, hidden]: the shared expert's output is weighted by sigmoid of it
+    batched       computes all experts at once, where kernels can; None: one after the other
     reduce        adds up what the ranks computed; None: all of it is computed here
     """
 
@@ -44,10 +46,23 @@ class SparseMlp:
     shared: Mlp | None
     shared_gate: Tensor | None
     reduce: Callable[[Tensor], Tensor] | None = None
+    batched: Experts | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = F.linear(x.float(), self.router)
         chosen, weights = route(logits, self.config, self.router_bias)
+        if self.batched is None:
+            output = self._one_by_one(x, chosen, weights)
+        else:
+            output = self.batched(x, chosen, weights)
+        if self.shared is not None:
+            shared = self.shared(x)
+            if self.shared_gate is not None:
+                shared = shared * F.linear(x, self.shared_gate).sigmoid()
+            output = output.add_(shared)
+        return output if self.reduce is None else self.reduce(output)
+
+    def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         tokens = x.index_select(0, order // chosen.shape[1])
@@ -60,13 +75,7 @@ class SparseMlp:
         by_choice = torch.empty_like(tokens)
         by_choice[order] = torch.cat(outputs)
         weighted = by_choice.view(*chosen.shape, -1).mul_(weights.to(x.dtype)[..., None])
-        output = weighted.sum(1)
-        if self.shared is not None:
-            shared = self.shared(x)
-            if self.shared_gate is not None:
-                shared = shared * F.linear(x, self.shared_gate).sigmoid()
-            output = output.add_(shared)
-        return output if self.reduce is None else self.reduce(output)
+        return weighted.sum(1)
 
 
 def route(logits: Tensor, config: ExpertsConfig, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ def _gain(norm: Norm | None) -> Tensor | None:
 def sum_block(layer: Linear | Linears) -> int:
     """Inputs whose sums a linear reads beside them; 0: it reads none."""
     if isinstance(layer, Linear) and isinstance(layer.packed, MarlinPacked):
-        return layer.packed.block if layer.packed.bits == 4 else 0
+        return marlin_linear.sum_block(layer.packed)
     return 0
 
 
@@ -298,15 +298,20 @@ def _first(mlp: Mlp | SparseMlp) -> Linear | Linears | None:
 
 def is_static(decoder: Decoder) -> bool:
     """Whether a step does the same operations whatever its numbers are, and can be recorded:
-    experts read on the host which tokens are theirs, adapters which rows.
+    experts one by one read on the host which tokens are theirs, adapters which rows.
     """
     kernels = {kernel.name for kernel in KERNELS}
     layers: list[Linear | Linears] = [decoder.head]
     for block in decoder.blocks:
         attention, mlp = block.attention, block.mlp
-        if not isinstance(attention, SelfAttention) or not isinstance(mlp, Mlp):
+        if not isinstance(attention, SelfAttention):
             return False
-        layers += [attention.qkv, attention.o, mlp.up, mlp.down]
+        layers += [attention.qkv, attention.o]
+        if isinstance(mlp, SparseMlp) and mlp.batched is None:
+            return False
+        every = mlp.shared if isinstance(mlp, SparseMlp) else mlp
+        if every is not None:
+            layers += [every.up, every.down]
     parts = [
         part
         for layer in layers
