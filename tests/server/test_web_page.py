@@ -212,8 +212,12 @@ def test_a_conversation_in_a_browser(page: Page, serve: Callable[..., Any]) -> N
         page.wait_for(f"{ANSWERS}.length === 2 && {IDLE} && {LAST}.length < 80")
 
         page.run("document.getElementById('show-dashboard').click()")
-        page.wait_for("document.querySelectorAll('.tile').length === 9")
+        page.wait_for("document.querySelectorAll('.tile').length === 12")
         page.resize(360, 700)
+        page.run("document.getElementById('menu').click()")
+        assert page.run("document.getElementById('side').checkVisibility()")
+        page.press("Escape")
+        assert not page.run("document.getElementById('side').checkVisibility()")
         assert page.run("document.documentElement.scrollWidth") <= 360
         assert page.complaints == []
 
@@ -225,13 +229,15 @@ def test_markup_of_a_model_stays_text(page: Page, serve: Callable[..., Any]) -> 
         page.run(
             "globalThis.into = document.createElement('div');"
             "markdown('# A\\n\\n<img src=x onerror=alert(1)> **b** `c`\\n\\n```py\\n<d>\\n```\\n"
-            "- one\\n- two\\n\\n[x](javascript:alert(1)) [y](https://y.example)', into)"
+            "- one\\n- two\\n\\n| a | <b> |\\n|---|:-:|\\n| `1` | 2 |\\n\\n[x](javascript:alert(1)) [y](https://y.example)', into)"
         )
         assert page.run("into.querySelector('img')") is None
         assert page.run("into.querySelector('pre code').textContent") == "<d>"
         assert page.run("into.querySelectorAll('li').length") == 2
         assert page.run("into.querySelectorAll('a').length") == 1
         assert page.run("into.querySelector('strong').textContent") == "b"
+        cells = "[...into.querySelectorAll('th, td')].map((cell) => cell.textContent)"
+        assert page.run(cells) == ["a", "<b>", "1", "2"]
 
 
 @pytest.mark.slow
