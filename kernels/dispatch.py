@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtool.errors import UnsupportedModel
 from qtool.kernels.cpu import native_linear, torch_ops
-from qtool.kernels.cuda import marlin_linear
+from qtool.kernels.cuda import eight_bit_linear, marlin_linear
 from qtool.settings import Activations
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
@@ -77,6 +77,26 @@ def _takes_all(
 
 # Best first.
 KERNELS: tuple[LinearKernel, ...] = (
+    LinearKernel(
+        "int8_w8a8",
+        "8-bit codes, activations in 8",
+        eight_bit_linear.int8_takes,
+        True,
+        eight_bit_linear.int8_refuses,
+        eight_bit_linear.int8_pack,
+        eight_bit_linear.int8_matmul,
+        device="cuda",
+    ),
+    LinearKernel(
+        "fp8_w8a8",
+        "8-bit floats, activations in 8",
+        eight_bit_linear.fp8_takes,
+        True,
+        eight_bit_linear.fp8_refuses,
+        eight_bit_linear.fp8_pack,
+        eight_bit_linear.fp8_matmul,
+        device="cuda",
+    ),
     LinearKernel(
         "marlin",
         "codes of 2 to 8 bits, activations in 16",

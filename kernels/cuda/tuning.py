@@ -166,6 +166,11 @@ def write_tuned(device: torch.device, rows: Sequence[Mapping[str, int]]) -> Path
     table[arch] = {**table.get(arch, {}), "linear": merged}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Read the tables again when they are next asked."""
     for cached in (_linear_tile, _linear_rows, _parts):
         cached.cache_clear()
-    return path
