@@ -56,8 +56,8 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One instant of the engine, and its counters since the start; for operations and bytes see
-    `runtime.engine.work`.
+    """One instant of the engine, and its counters since the start; for operations, bytes and
+    the sizes of steps see `runtime.engine.work`.
     """
 
     num_requests_running: int = 0
@@ -72,6 +72,8 @@ class EngineStats:
     bytes_read_total: float = 0.0
     bytes_written_total: float = 0.0
     step_seconds_total: float = 0.0
+    step_tokens_total: int = 0
+    steps_by_size: tuple[int, ...] = ()
     spec_decode_num_drafts: int = 0
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0

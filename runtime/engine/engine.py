@@ -150,6 +150,8 @@ class Engine:
             bytes_read_total=self._work.counts.bytes_read,
             bytes_written_total=self._work.counts.bytes_written,
             step_seconds_total=self._work.counts.seconds,
+            step_tokens_total=self._work.counts.tokens,
+            steps_by_size=tuple(self._work.counts.steps_by_size),
             spec_decode_num_drafts=guessed.num_drafts,
             spec_decode_num_draft_tokens=guessed.num_draft_tokens,
             spec_decode_num_accepted_tokens=guessed.num_accepted_tokens,

@@ -13,9 +13,10 @@ runs all of them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence as Series
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -43,14 +44,26 @@ class LinearSizes:
     head: int = 0
 
 
+# Upper ends of the classes that steps are counted in, by their tokens; vLLM's.
+STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
+
+
 @dataclass(slots=True)
 class WorkCounts:
-    """Since the start; seconds: spent in steps."""
+    """Since the start.
+
+    seconds        spent in steps
+    tokens         computed in steps, guesses among them
+    steps_by_size  steps of as many tokens as each of STEP_TOKENS or fewer, but more than the one
+                   before; at the end those of more than the last
+    """
 
     operations: float = 0.0
     bytes_read: float = 0.0
     bytes_written: float = 0.0
     seconds: float = 0.0
+    tokens: int = 0
+    steps_by_size: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
 
 
 class WorkMeter:
@@ -97,6 +110,8 @@ class WorkMeter:
         counts.bytes_read += self._weight_bytes * (1.0 - unread / max(total, 1))
         counts.bytes_written += rows * self._cache_bytes_per_token
         counts.seconds += seconds
+        counts.tokens += rows
+        counts.steps_by_size[bisect_left(STEP_TOKENS, rows)] += 1
 
 
 def tokens_seen(start: int, stop: int, window: int | None) -> int:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 
 from qtool.runtime.engine.client import EngineStats, ModelInfo
+from qtool.runtime.engine.work import STEP_TOKENS
 
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 
@@ -41,6 +47,20 @@ class EngineCollector:
             yield self._filled(GaugeMetricFamily, family)
         for family in (*counters(stats), *guesses(stats), *work(stats)):
             yield self._filled(CounterMetricFamily, family)
+        yield self._step_sizes(stats)
+
+    def _step_sizes(self, stats: EngineStats) -> Metric:
+        """A histogram, despite the ending of its name, which is vLLM's."""
+        name, text = "vllm:iteration_tokens_total", "Tokens that a step computes."
+        made = HistogramMetricFamily(name, text, labels=list(self._labels))
+        ends = [*(str(float(size)) for size in STEP_TOKENS), "+Inf"]
+        counts = list(accumulate(stats.steps_by_size or [0] * len(ends)))
+        made.add_metric(
+            list(self._labels.values()),
+            list(zip(ends, counts, strict=True)),
+            stats.step_tokens_total,
+        )
+        return made
 
     def _filled(
         self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], family: Family

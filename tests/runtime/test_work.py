@@ -45,6 +45,9 @@ def test_a_prompt_and_two_tokens_by_hand(tiny_checkpoint: Callable[..., Path]) -
     weights = loaded.nbytes - HEAD * 4  # the embedding, of which rows are looked up
     assert stats.bytes_read_total == pytest.approx(2 * weights + (10 + 11) * cached)
     assert stats.step_seconds_total > 0
+    # One step of a token, and one of ten, which is more than 8 and at most 16.
+    assert stats.step_tokens_total == 11
+    assert stats.steps_by_size == (1, 0, 1, *[0] * 11)
 
 
 def test_experts_count_by_the_share_that_a_row_uses(tiny_checkpoint: Callable[..., Path]) -> None:

@@ -34,6 +34,7 @@ COUNTERS = (
     "qtool:step_seconds_total",
 )
 HISTOGRAMS = (
+    "vllm:iteration_tokens_total",
     "vllm:time_to_first_token_seconds",
     "vllm:inter_token_latency_seconds",
     "vllm:time_per_output_token_seconds",
@@ -95,6 +96,10 @@ def test_one_request_moves_the_counts_by_what_it_used(server: Any) -> None:
     assert moved("vllm:estimated_read_bytes_per_gpu_total") > 8 * info.weight_bytes
     assert moved("vllm:estimated_flops_per_gpu_total") > 0
     assert moved("qtool:step_seconds_total") > 0
+    # Nine steps again, of the prompt and of eight tokens.
+    assert moved("vllm:iteration_tokens_total_count") == 9
+    assert moved("vllm:iteration_tokens_total_bucket", le="1.0") == 8
+    assert moved("vllm:iteration_tokens_total_sum") == usage["prompt_tokens"] + 8
     assert moved("vllm:e2e_request_latency_seconds_sum") > moved(
         "vllm:time_to_first_token_seconds_sum"
     )
