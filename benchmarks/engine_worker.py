@@ -1,11 +1,12 @@
 """One engine in a process of its own, told what to do by lines of JSON; see engine.py.
 
-    python engine_worker.py {qtool,llama_cpp,transformers} MODEL THREADS {wall,cpu}
+    python engine_worker.py {qtool,qtool_mapped,llama_cpp,transformers,vllm,vllm_default} MODEL \
+        THREADS {wall,cpu}
 
 It imports what its engine needs and nothing else, so that any interpreter can run it. A line is
 {"do": "decode", "batch": B, "prompt": P, "steps": N}, {"do": "prefill", "tokens": N} or
 {"do": "idle", "seconds": S}; the answer is one line: seconds of each step, or of the prompt, or the
-CPU time that waiting took.
+CPU time that waiting took. vllm_default, as its users start it, also takes {"do": "arrival", ...}.
 """
 
 from __future__ import annotations
@@ -15,23 +16,18 @@ import os
 import random
 import sys
 import time
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 VOCAB = 4000
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS[sys.argv[4] if len(sys.argv) > 4 else "wall"]
 
 
-class Engine(Protocol):
-    def decode(self, batch: int, prompt: int, steps: int) -> list[float]: ...
-
-    def prefill(self, tokens: int) -> float: ...
-
-
 class Qtool:
     """The engine as the server runs it, sampling included."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, *, cache_packed: bool = False) -> None:
         import torch
 
         from qtool.runtime.config import EngineConfig
@@ -39,7 +35,7 @@ class Qtool:
         from qtool.runtime.loading import load_model
 
         torch.set_num_threads(threads)
-        self._loaded = load_model(model, dtype="bfloat16")
+        self._loaded = load_model(model, dtype="bfloat16", cache_packed=cache_packed)
         config = EngineConfig(
             model,
             max_model_len=1024,
@@ -166,7 +162,100 @@ class Transformers:
         return self._run(self._tokens(1, tokens), None)[1]
 
 
-ENGINES: dict[str, Any] = {"qtool": Qtool, "llama_cpp": LlamaCpp, "transformers": Transformers}
+class Vllm:
+    """Its engine in this process, token ids in and out. `tuned`: with qtool's budget of a step, and
+    both cores; without, as `vllm serve` runs it.
+    """
+
+    def __init__(self, model: str, threads: int, *, tuned: bool = True) -> None:
+        os.environ.update(
+            VLLM_CPU_KVCACHE_SPACE="1",
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_LOGGING_LEVEL="ERROR",
+            VLLM_NO_USAGE_STATS="1",
+            HF_HUB_OFFLINE="1",
+        )
+        from vllm import LLM, SamplingParams
+
+        own: dict[str, Any] = {"max_model_len": 4096}
+        if tuned:
+            own = {"max_model_len": 1024, "max_num_seqs": 16, "max_num_batched_tokens": 512}
+        llm = LLM(
+            model,
+            dtype="bfloat16",
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            **own,
+        )
+        self._engine = llm.llm_engine
+        self._params = SamplingParams
+        self._count = 0
+
+    def _add(self, tokens: int, max_tokens: int) -> str:
+        self._count += 1
+        sampling = self._params(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+        )
+        prompt = [random.randrange(5, VOCAB) for _ in range(tokens)]
+        self._engine.add_request(str(self._count), {"prompt_token_ids": prompt}, sampling)
+        return str(self._count)
+
+    def decode(self, batch: int, prompt: int, steps: int) -> list[float]:
+        for _ in range(batch):
+            self._add(prompt, steps + 4)
+        seconds = []
+        while self._engine.has_unfinished_requests():
+            started = clock()
+            outputs = self._engine.step()
+            took = clock() - started
+            if len(outputs) == batch and not any(output.finished for output in outputs):
+                seconds.append(took)
+        return seconds[2:]
+
+    def prefill(self, tokens: int) -> float:
+        self._add(tokens, 1)
+        started = clock()
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return clock() - started
+
+    def arrival(
+        self, streams: int, stream_prompt: int, long_prompt: int, steps_before: int
+    ) -> dict[str, Any]:
+        """Gaps between tokens of the streams, alone and while a long prompt is computed."""
+        names = [self._add(stream_prompt, 2000) for _ in range(streams)]
+        latest: dict[str, float] = {}
+
+        def step() -> list[float]:
+            outputs = self._engine.step()
+            now = clock()
+            gaps = [now - latest[o.request_id] for o in outputs if o.request_id in latest]
+            latest.update((output.request_id, now) for output in outputs)
+            return gaps
+
+        alone = [gap for _ in range(steps_before) for gap in step()]
+        long = self._add(long_prompt, 8)
+        started = clock()
+        gaps: list[float] = []
+        steps = 0
+        while long not in latest:
+            gaps.extend(step())
+            steps += 1
+        first_token = clock() - started
+        gaps.extend(step())
+        self._engine.abort_request([*names, long])
+        return {"alone": alone, "gaps": gaps, "first_token": first_token, "steps": steps}
+
+
+ENGINES: dict[str, Any] = {
+    "qtool": Qtool,
+    "qtool_mapped": partial(Qtool, cache_packed=True),
+    "llama_cpp": LlamaCpp,
+    "transformers": Transformers,
+    "vllm": Vllm,
+    "vllm_default": partial(Vllm, tuned=False),
+}
 
 
 def idle(seconds: float) -> float:
@@ -183,16 +272,24 @@ def about(name: str) -> str:
         return f"llama-cpp-python {llama_cpp.__version__}: {flags}"
     import torch
 
-    return f"torch {torch.__version__}"
+    versions = f"torch {torch.__version__}"
+    if name.startswith("vllm"):
+        import vllm
+
+        return f"vllm {vllm.__version__}, {versions}"
+    return versions
 
 
 def main() -> None:
     name, model, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     random.seed(0)
-    engine: Engine = ENGINES[name](model, threads)
+    # The answers' own: some engines write logs to the standard output.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    engine: Any = ENGINES[name](model, threads)
     engine.prefill(4)  # the first token
     ready = {"about": about(name), "cpu_seconds": time.process_time()}
-    print(json.dumps(ready), flush=True)
+    print(json.dumps(ready), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         match asked.pop("do"):
@@ -200,11 +297,13 @@ def main() -> None:
                 answer: Any = engine.decode(**asked)
             case "prefill":
                 answer = engine.prefill(**asked)
+            case "arrival":
+                answer = engine.arrival(**asked)
             case "idle":
                 answer = idle(**asked)
             case other:
                 raise ValueError(other)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
