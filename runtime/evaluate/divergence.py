@@ -178,26 +178,6 @@ def _compare_slice(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenD
     )
 
 
-def compare_log_probs(ln_q: Tensor, ln_p: Tensor, targets: Tensor) -> TokenDivergence:
-    """As `compare`, of log-probabilities [rows, vocab] float32: the candidate's, the original's.
-    Those of a file are as they are: what it leaves out (-inf) is not spread over the rest.
-    """
-    # A vocabulary padded with -inf has p = 0 there, and 0 (ln 0 - ln q) is 0.
-    terms = torch.where(ln_p == -math.inf, 0.0, ln_p - ln_q)
-    kld = torch.linalg.vecdot(ln_p.exp(), terms)
-    index = targets[:, None]
-    nll = -ln_q.gather(-1, index).squeeze(-1).double()
-    reference_nll = -ln_p.gather(-1, index).squeeze(-1).double()
-    return TokenDivergence(
-        nll=nll,
-        reference_nll=reference_nll,
-        kld=kld.double(),
-        delta_p=(-nll).exp() - (-reference_nll).exp(),
-        top=ln_q.argmax(dim=-1),
-        reference_top=ln_p.argmax(dim=-1),
-    )
-
-
 def _covariance_of_means(a: Tensor, b: Tensor) -> float:
     """Covariance of the two means over the same tokens: what makes a ratio of perplexities sharper
     than either of them.

@@ -13,25 +13,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from qtool.errors import QtoolError
 from qtool.progress import bar
 from qtool.runtime.config import Device
 from qtool.runtime.evaluate.agreement import passages
 from qtool.runtime.evaluate.perplexity import (
-    Protocol,
-    llama_cpp_protocol,
-    papers_protocol,
+    bits_per_byte,
 )
+from qtool.runtime.evaluate.reading import Opened, Reading, plan_reading, read_by_all
 from qtool.runtime.evaluate.report import Speed
 from qtool.runtime.evaluate.scorer import (
     DTYPES,
     RuntimeScorer,
     Scorer,
-    TokenizedText,
     open_scorer,
-    require_same_tokens,
 )
 from qtool.runtime.evaluate.speed import measure_speed
 from qtool.runtime.evaluate.stored import Recorder, StoredReference
@@ -55,9 +50,14 @@ MEMORY_SHARE = 0.6
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What scoring found of one model."""
+    """What scoring found of one model.
 
+    bits_per_byte   None where there is no tokenizer to say what the bytes are
+    """
+
+    read: Reading
     scored: Scored
+    bits_per_byte: float | None
     scored_by: str
     dtype: str
     tasks: tuple[TaskResult, ...]
@@ -92,11 +92,14 @@ class _Answered:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What scoring found of all models, by name.  used [tokens]: what was used of the text."""
+    """What scoring found of all models, by name.
+
+    num_tokens  of the whole text, as the first model reads it
+    read        what the first model read of it
+    """
 
     num_tokens: int
-    used: Tensor
-    protocols: tuple[Protocol, ...]
+    read: Reading
     outcomes: Mapping[str, Outcome]
 
 
@@ -146,9 +149,8 @@ def score_models(
     )
     outcomes: dict[str, Outcome] = {}
     answered: dict[str, _Answered] = {}
-    read: TokenizedText | None = None
-    protocols: tuple[Protocol, ...] = ()
-    tokens = torch.empty(0, dtype=torch.long)
+    first: Opened | None = None
+    may_differ = not originals and stored is None
     for group in groups:
         present = [*originals, *(subjects[index] for index in group)]
         scorers = [
@@ -157,75 +159,93 @@ def score_models(
             )
             for subject in present
         ]
-        for scorer in scorers:
-            own = scorer.tokenize(text.content)
-            if stored is not None:
-                own = _as_stored(stored, own, scorer)
-            if read is None:
-                read, first = own, scorer
-            require_same_tokens(first, read, scorer, own)
-        assert read is not None
-        tokens = read.ids if max_tokens is None else read.ids[:max_tokens]
-        count = tokens.numel()
-        llama_cpp = llama_cpp_protocol(
-            context=context if stored is None else stored.window,
-            num_tokens=count,
-            bos_token_id=read.bos_token_id,
-        )
-        others = (papers_protocol(context=context, num_tokens=count),) if papers else ()
-        protocols = (llama_cpp, *others)
-        passes = plan_passes(tokens, protocols)
-        total = sum(len(run.windows) for run in passes) * len(scorers)
-        names = ", ".join(subject.name for subject in present)
-        with bar(f"scoring {names}", total=total) as shown:
-            scored = score(
-                scorers[len(originals) :],
-                scorers[0] if originals else None,
-                passes,
-                shown.advance,
+        for alike in read_by_all(scorers, text, max_tokens, stored, first, may_differ=may_differ):
+            first = first or alike[0]
+            own = alike[0].text
+            read = plan_reading(own, context, stored, papers=papers)
+            found = _score_alike(
+                [opened.scorer for opened in alike],
+                bool(originals),
+                read,
                 stored=stored,
                 recorder=recorder,
             )
-        if recorder is not None:
-            recorder.write(tokens, protocols[0].window)
             recorder = None
-        for scorer, result in zip(scorers, scored, strict=True):
-            original = None
-            if reference is not None and scorer.name != reference.name:
-                original = answered[reference.name]
-            if scorer.name not in answered:
-                answered[scorer.name] = _answer_all(scorer, questions, context, original)
-            found = answered[scorer.name]
-            outcomes[scorer.name] = Outcome(
-                result,
-                scorer.scored_by,
-                scorer.dtype,
-                _task_results(questions.tasks, found, original),
-                found.harness.results,
-                _worst(scorer, result, tokens, protocols),
-            )
-    assert read is not None
-    return Scoring(read.ids.numel(), tokens, protocols, outcomes)
+            for (scorer, _, _), result in zip(alike, found, strict=True):
+                original = None
+                if reference is not None and scorer.name != reference.name:
+                    original = answered[reference.name]
+                if scorer.name not in answered:
+                    answered[scorer.name] = _answer_all(scorer, questions, context, original)
+                answers = answered[scorer.name]
+                outcomes[scorer.name] = Outcome(
+                    read,
+                    result,
+                    _bits_per_byte(scorer, result, read),
+                    scorer.scored_by,
+                    scorer.dtype,
+                    _task_results(questions.tasks, answers, original),
+                    answers.harness.results,
+                    _worst(scorer, result, read),
+                )
+    assert first is not None
+    return Scoring(first.num_tokens, outcomes[first.scorer.name].read, outcomes)
 
 
-def _as_stored(stored: StoredReference, own: TokenizedText, scorer: Scorer) -> TokenizedText:
-    """The tokens of the file, with BOS where this model's tokenizer puts one."""
-    if scorer.vocab_size != stored.vocab_size:
-        raise QtoolError(
-            f"{scorer.name} predicts {scorer.vocab_size} tokens, {stored.name} holds predictions "
-            f"of {stored.vocab_size}",
-            "compare a model with the one that it was made from",
+def _score_alike(
+    scorers: Sequence[Scorer],
+    has_original: bool,
+    read: Reading,
+    *,
+    stored: StoredReference | None,
+    recorder: Recorder | None,
+) -> list[Scored]:
+    """In one pass, the original first where there is one; the recorder's file is written."""
+    passes = plan_passes(read.tokens, read.protocols)
+    total = sum(len(run.windows) for run in passes) * len(scorers)
+    names = ", ".join(scorer.name for scorer in scorers)
+    with bar(f"scoring {names}", total=total) as shown:
+        scored = score(
+            scorers[1:] if has_original else scorers,
+            scorers[0] if has_original else None,
+            passes,
+            shown.advance,
+            stored=stored,
+            recorder=recorder,
         )
-    return TokenizedText(stored.tokens, own.bos_token_id)
+    if recorder is not None:
+        recorder.write(read.tokens, read.protocols[0].window)
+    return scored
 
 
-def _worst(
-    scorer: Scorer, scored: Scored, tokens: Tensor, protocols: Sequence[Protocol]
-) -> tuple[WorstToken, ...]:
+def _bits_per_byte(scorer: Scorer, scored: Scored, read: Reading) -> float | None:
+    if scorer.tokenizer is None:
+        return None
+    protocol = read.protocols[-1]
+    return bits_per_byte(scored.nll[protocol.name], read.tokens, protocol, scorer.tokenizer.decode)
+
+
+def tokenizer_notes(scoring: Scoring) -> list[str]:
+    """What must be said where the models do not read the same tokens."""
+    outcomes = scoring.outcomes
+    if all(torch.equal(found.read.tokens, scoring.read.tokens) for found in outcomes.values()):
+        return []
+    values = ", ".join(
+        f"{name} {outcome.bits_per_byte:.4f} ({outcome.read.tokens.numel():,} tokens)"
+        for name, outcome in outcomes.items()
+        if outcome.bits_per_byte is not None
+    )
+    return [
+        "The tokenizers differ, so perplexities of different models cannot be set side by side, "
+        f"and there is no KL divergence between them. Bits per byte can be: {values}."
+    ]
+
+
+def _worst(scorer: Scorer, scored: Scored, read: Reading) -> tuple[WorstToken, ...]:
     if scored.divergence is None or scorer.tokenizer is None:
         return ()
-    protocol = next(p for p in protocols if p.name == DIVERGENCE_PROTOCOL)
-    return worst_tokens(scored.divergence, tokens, protocol, scorer.tokenizer.decode)
+    protocol = next(p for p in read.protocols if p.name == DIVERGENCE_PROTOCOL)
+    return worst_tokens(scored.divergence, read.tokens, protocol, scorer.tokenizer.decode)
 
 
 def _answer_all(
@@ -261,12 +281,14 @@ def _task_results(
 def let_speak(subjects: Sequence[Subject], scoring: Scoring, device: Device) -> dict[str, Spoken]:
     """Of the models that the runtime runs, by name."""
     context = min(subject.context for subject in subjects)
-    prompts = passages(scoring.used, context)
-    return {
-        subject.name: Spoken(*measure_speed(subject.source, subject.name, prompts, device=device))
-        for subject in subjects
-        if scoring.outcomes[subject.name].scored_by == "qtool runtime"
-    }
+    spoken = {}
+    for subject in subjects:
+        outcome = scoring.outcomes[subject.name]
+        if outcome.scored_by == "qtool runtime":
+            prompts = passages(outcome.read.tokens, context)
+            found = measure_speed(subject.source, subject.name, prompts, device=device)
+            spoken[subject.name] = Spoken(*found)
+    return spoken
 
 
 def _loaded_bytes(subject: Subject, dtype: str) -> int:

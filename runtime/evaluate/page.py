@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from qtool.runtime.evaluate.plots import divergence_plot, layer_plots, pareto_plot
+from qtool.runtime.evaluate.plots import divergence_plot, error_map, layer_plots, pareto_plot
 from qtool.runtime.evaluate.report import EvaluationReport, ModelReport, grade, verdict
 from qtool.runtime.evaluate.rows import (
     TABLE_HEADER,
@@ -69,6 +69,8 @@ svg text.label { fill: var(--ink); font-weight: 550; }
 svg .grid { stroke: var(--grid); }
 svg .thin { stroke: var(--bar); stroke-width: 1.5; }
 svg .bar { fill: var(--bar); }
+svg .cell { fill: var(--accent); stroke: var(--line); stroke-width: 0.5; }
+svg text.on-dark { fill: var(--card); }
 svg .median { stroke: var(--card); stroke-width: 2.5; }
 svg .dot { fill: var(--card); stroke: var(--bar); stroke-width: 2; }
 svg .mean { fill: var(--mark); }
@@ -209,12 +211,17 @@ def _layer_section(model: ModelReport, names: str) -> str:
         return ""
     parts = [f"<h2>Error of each layer: {escape(names)}</h2>"]
     if panels:
+        parts.append(
+            f"<figure>{error_map(model.layers)}<figcaption>Relative error of each linear's output "
+            "on the calibration text: blocks down, linears across, darker is larger.</figcaption>"
+            "</figure>"
+        )
         figures = "".join(f"<div>{panel}</div>" for panel in panels)
         parts.append(
-            f'<figure><div class="panels">{figures}</div><figcaption>Relative error of each '
-            "linear's output on the calibration text, by block; all panels share one scale."
-            f"{_key('', 'this model')}{_key('tick', 'plain rounding to the same grid')}"
-            "</figcaption></figure>"
+            "<details><summary>Beside plain rounding, linear by linear</summary>"
+            f'<figure><div class="panels">{figures}</div><figcaption>The same errors by block; all '
+            f"panels share one scale.{_key('', 'this model')}"
+            f"{_key('tick', 'plain rounding to the same grid')}</figcaption></figure></details>"
         )
     if left_out:
         table = _table(("left in 16 bit", "because"), left_out, kind="words")

@@ -24,6 +24,7 @@ Worked example, window 8 (llama.cpp's: first scored position 4, the last predict
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +105,28 @@ class Perplexity:
     mean_nll: float
     num_scored: int
     num_windows: int
+
+
+def bits_per_byte(
+    nll: Tensor, tokens: Tensor, protocol: Protocol, decode: Callable[[Sequence[int]], str]
+) -> float:
+    """What the scored tokens cost for each byte of their text: -log2 p in all, by UTF-8 bytes.
+
+    nll [scored tokens] float64, of the windows that `cut` gives of tokens [tokens] int64
+
+    Perplexity is by token, and tokens of one vocabulary are longer than those of another; bytes are
+    the same to all. Which bytes are scored still depends a little on where windows begin.
+    """
+    count = 0
+    for window in cut(tokens, protocol).tolist():
+        before = decode(window[: protocol.first_scored + 1])
+        count += len(decode(window).encode()) - len(before.encode())
+    if count <= 0:
+        raise QtoolError(
+            "the tokens that are scored stand for no text, so they have no bytes to count",
+            "evaluate on text that the tokenizer knows",
+        )
+    return nll.sum().item() / math.log(2) / count
 
 
 def llama_cpp_protocol(*, context: int, num_tokens: int, bos_token_id: int | None) -> Protocol:

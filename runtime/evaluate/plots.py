@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 
 from qtool.artifact import LayerReport
 from qtool.runtime.evaluate.divergence import Divergence
+from qtool.runtime.svg import circle, line, rectangle, round_numbers, shortened, svg, text
 
 # KL divergences below this are float32 rounding; a logarithmic axis has to end somewhere.
 SMALLEST_KLD = 1e-7
@@ -37,22 +37,19 @@ def divergence_plot(models: Mapping[str, Divergence]) -> str:
     parts = []
     for power in range(low, high + 1):
         at = x(10.0**power)
-        parts.append(_line(at, top, at, height - 30, "grid"))
-        parts.append(_text(at, height - 12, f"{10.0**power:g}", "tick", anchor="middle"))
+        parts.append(line(at, top, at, height - 30, "grid"))
+        parts.append(text(at, height - 12, f"{10.0**power:g}", "tick", anchor="middle"))
     for index, (name, divergence) in enumerate(models.items()):
         y = top + row * index + row / 2
         quantile = divergence.kld_percentiles
         begin, end = x(quantile[10.0]), x(quantile[90.0])
         median = x(quantile[50.0])
-        parts.append(_text(left - 12, y + 4, _shortened(name), "label", anchor="end"))
-        parts.append(_line(begin, y, x(divergence.kld_max), y, "thin"))
-        parts.append(
-            f'<rect class="bar" x="{begin:.1f}" y="{y - 8:.1f}" rx="3" '
-            f'width="{max(1.0, end - begin):.1f}" height="16">'
-            f"<title>{escape(name)}: 10 % {quantile[10.0]:.2g}, 90 % {quantile[90.0]:.2g}</title>"
-            "</rect>"
-        )
-        parts.append(_line(median, y - 8, median, y + 8, "median"))
+        parts.append(text(left - 12, y + 4, shortened(name), "label", anchor="end"))
+        parts.append(line(begin, y, x(divergence.kld_max), y, "thin"))
+        title = f"{name}: 10 % {quantile[10.0]:.2g}, 90 % {quantile[90.0]:.2g}"
+        long = max(1.0, end - begin)
+        parts.append(rectangle(begin, y - 8, long, 16, title, 'class="bar" rx="3"'))
+        parts.append(line(median, y - 8, median, y + 8, "median"))
         marks = (
             ("99 %", quantile[99.0], "dot"),
             ("99.9 %", quantile[99.9], "dot"),
@@ -60,11 +57,8 @@ def divergence_plot(models: Mapping[str, Divergence]) -> str:
             ("mean", divergence.kld.value, "mean"),
         )
         for title, value, kind in marks:
-            parts.append(
-                f'<circle class="{kind}" cx="{x(value):.1f}" cy="{y:.1f}" r="4.5">'
-                f"<title>{escape(name)}: {title} {value:.4g} nats</title></circle>"
-            )
-    return _svg(width, height, "KL divergence of each token, by model", parts)
+            parts.append(circle(x(value), y, 4.5, kind, f"{name}: {title} {value:.4g} nats"))
+    return svg(width, height, "KL divergence of each token, by model", parts)
 
 
 def _ends(divergence: Divergence) -> tuple[float, float]:
@@ -91,35 +85,22 @@ def pareto_plot(points: Mapping[str, tuple[int, float]]) -> str:
 
     parts = []
     for power in range(low, high + 1):
-        parts.append(_line(left, y(10.0**power), width - right, y(10.0**power), "grid"))
-        parts.append(_text(left - 8, y(10.0**power) + 4, f"{10.0**power:g}", "tick", anchor="end"))
+        parts.append(line(left, y(10.0**power), width - right, y(10.0**power), "grid"))
+        parts.append(text(left - 8, y(10.0**power) + 4, f"{10.0**power:g}", "tick", anchor="end"))
     for size in round_numbers(largest):
-        parts.append(_line(x(size), top, x(size), height - bottom, "grid"))
+        parts.append(line(x(size), top, x(size), height - bottom, "grid"))
         label = f"{size / 1e6:g} MB"
-        parts.append(_text(x(size), height - bottom + 18, label, "tick", anchor="middle"))
+        parts.append(text(x(size), height - bottom + 18, label, "tick", anchor="middle"))
     for name, (size, kld) in points.items():
         kind = "mean" if is_best(points, name) else "dot"
         anchor = "end" if x(size) > 0.7 * width else "start"
         shift = -10 if anchor == "end" else 10
+        title = f"{name}: {size / 1e6:.4g} MB, {kld:.4g} nats"
+        parts.append(circle(x(size), y(klds[name]), 5, kind, title))
         parts.append(
-            f'<circle class="{kind}" cx="{x(size):.1f}" cy="{y(klds[name]):.1f}" r="5">'
-            f"<title>{escape(name)}: {size / 1e6:.4g} MB, {kld:.4g} nats</title></circle>"
+            text(x(size) + shift, y(klds[name]) - 8, shortened(name, 30), "label", anchor=anchor)
         )
-        parts.append(
-            _text(x(size) + shift, y(klds[name]) - 8, _shortened(name, 30), "label", anchor=anchor)
-        )
-    return _svg(width, height, "Mean KL divergence against size", parts)
-
-
-def round_numbers(largest: float) -> list[float]:
-    """0 and up to five multiples of 1, 2 or 5 times a power of ten, not above `largest`.
-
-    >>> round_numbers(5.8)
-    [0.0, 2.0, 4.0]
-    """
-    power = 10.0 ** math.floor(math.log10(largest))
-    step = next(factor * power for factor in (0.2, 0.5, 1, 2, 5) if largest / (factor * power) <= 5)
-    return [step * count for count in range(int(largest / step) + 1)]
+    return svg(width, height, "Mean KL divergence against size", parts)
 
 
 def is_best(points: Mapping[str, tuple[int, float]], name: str) -> bool:
@@ -128,6 +109,50 @@ def is_best(points: Mapping[str, tuple[int, float]], name: str) -> bool:
     return not any(
         size <= own[0] and kld <= own[1] and (size, kld) != own for size, kld in points.values()
     )
+
+
+def error_map(layers: Sequence[LayerReport]) -> str:
+    """Blocks down, linears across: the darker a cell, the larger that layer's relative error, from
+    none to the largest. A cross: not measured (left in 16 bit, or nothing flowed through it).
+    """
+    errors = {split_module(layer.module): layer for layer in layers if layer.error is not None}
+    highest = max((layer.error or 0.0 for layer in errors.values()), default=0.0)
+    if highest <= 0:
+        return ""
+    blocks = list(dict.fromkeys(block for block, _ in errors))
+    kinds = list(dict.fromkeys(kind for _, kind in errors))
+    left, top, width = 60, 64, 760
+    across = min(110.0, (width - left) / len(kinds))
+    down = max(12.0, min(26.0, 560 / len(blocks)))
+    parts = []
+    every = max(1, math.ceil(16 / down))
+    for column, kind in enumerate(kinds):
+        center = left + across * (column + 0.5)
+        words = kind.split(".")[-1]
+        level = top - 10 - (18 * (column % 2) if across < 8 * len(words) else 0)
+        parts.append(text(center, level, shortened(words, 18), "tick", anchor="middle"))
+    for row, block in enumerate(blocks):
+        y = top + down * row
+        if row % every == 0:
+            parts.append(text(left - 10, y + down / 2 + 4, block or "-", "tick", anchor="end"))
+        for column, kind in enumerate(kinds):
+            x = left + across * column
+            layer = errors.get((block, kind))
+            if layer is None:
+                middle = x + across / 2
+                parts.append(text(middle, y + down / 2 + 4, "\N{MULTIPLICATION SIGN}", "tick"))
+                continue
+            error = layer.error or 0.0
+            title = f"{layer.module}: {layer.method} {layer.scheme or ''} error {error:.3g}"
+            shade = f'class="cell" fill-opacity="{error / highest:.3f}"'
+            parts.append(rectangle(x + 1, y + 1, across - 2, down - 2, title, shade))
+            if down >= 20:
+                kind_of_text = "on-dark" if error > 0.55 * highest else "tick"
+                words = _error_text(error)
+                place = (x + across / 2, y + down / 2 + 4)
+                parts.append(text(*place, words, kind_of_text, anchor="middle"))
+    height = top + down * len(blocks) + 6
+    return svg(width, height, "Relative error of each layer", parts)
 
 
 def layer_plots(layers: Sequence[LayerReport]) -> list[str]:
@@ -167,27 +192,25 @@ def _panel(kind: str, bars: Sequence[tuple[str, LayerReport]], highest: float) -
     def y(error: float) -> float:
         return top + inner_height * (1 - error / highest)
 
-    parts = [_text(left, 18, _shortened(kind, 34), "label")]
+    parts = [text(left, 18, shortened(kind, 34), "label")]
     for error in (0.0, highest / 2, highest):
-        parts.append(_line(left, y(error), width - right, y(error), "grid"))
-        parts.append(_text(left - 6, y(error) + 4, _error_text(error), "tick", anchor="end"))
+        parts.append(line(left, y(error), width - right, y(error), "grid"))
+        parts.append(text(left - 6, y(error) + 4, _error_text(error), "tick", anchor="end"))
     every = max(1, math.ceil(len(bars) / 10))
     for index, (block, layer) in enumerate(bars):
         center = left + step * (index + 0.5)
         error = layer.error or 0.0
         against = "" if layer.rtn_error is None else f", plain rounding {layer.rtn_error:.3g}"
         title = f"{layer.module}: {layer.method} {layer.scheme or ''} error {error:.3g}{against}"
-        parts.append(
-            f'<rect class="bar" x="{center - thickness / 2:.1f}" y="{y(error):.1f}" '
-            f'width="{thickness:.1f}" height="{inner_height * error / highest:.1f}">'
-            f"<title>{escape(title)}</title></rect>"
-        )
+        tall = inner_height * error / highest
+        place = (center - thickness / 2, y(error), thickness, tall)
+        parts.append(rectangle(*place, title, 'class="bar"'))
         if layer.rtn_error is not None:
             at = y(layer.rtn_error)
-            parts.append(_line(center - thickness / 2, at, center + thickness / 2, at, "rtn"))
+            parts.append(line(center - thickness / 2, at, center + thickness / 2, at, "rtn"))
         if index % every == 0:
-            parts.append(_text(center, height - 5, block, "tick", anchor="middle"))
-    return _svg(width, height, f"Relative error of {kind} in each block", parts)
+            parts.append(text(center, height - 5, block, "tick", anchor="middle"))
+    return svg(width, height, f"Relative error of {kind} in each block", parts)
 
 
 def _errors(layer: LayerReport) -> Iterable[float]:
@@ -196,25 +219,3 @@ def _errors(layer: LayerReport) -> Iterable[float]:
 
 def _error_text(error: float) -> str:
     return "0" if error == 0 else f"{100 * error:.2g} %"
-
-
-def _shortened(text: str, limit: int = 22) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def _text(x: float, y: float, text: str, kind: str, *, anchor: str = "start") -> str:
-    return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-    )
-
-
-def _svg(width: float, height: float, label: str, parts: Iterable[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
-        + "".join(parts)
-        + "</svg>"
-    )

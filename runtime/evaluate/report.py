@@ -71,6 +71,7 @@ class ModelReport:
     size_bytes                  of its weight files
     bits_per_weight             bits of all tensors over the weights that they stand for
     quantized_bits_per_weight   the same of the packed weights alone, scales and zeros included
+    bits_per_byte               by the last of the protocols: comparable between tokenizers
     """
 
     name: str
@@ -84,6 +85,7 @@ class ModelReport:
     quantized_bits_per_weight: float | None
     sha256: Mapping[str, str]
     perplexity: tuple[Perplexity, ...]
+    bits_per_byte: float | None = None
     divergence: Divergence | None = None
     tasks: tuple[TaskResult, ...] = ()
     harness: tuple[HarnessResult, ...] = ()

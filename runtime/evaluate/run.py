@@ -29,6 +29,7 @@ from qtool.runtime.evaluate.outcomes import (
     Spoken,
     let_speak,
     score_models,
+    tokenizer_notes,
 )
 from qtool.runtime.evaluate.page import to_html
 from qtool.runtime.evaluate.perplexity import (
@@ -138,7 +139,7 @@ def evaluate(
             sha256=content.sha256,
             num_characters=len(content.content),
             num_tokens=scoring.num_tokens,
-            num_tokens_used=scoring.used.numel(),
+            num_tokens_used=scoring.read.tokens.numel(),
             overlap=content.overlap,
         ),
         reference=None if reference is None else reports[reference.name],
@@ -159,7 +160,7 @@ def evaluate(
             lm_eval_include=lm_eval_include,
         ),
         environment=environment(),
-        notes=() if note is None else (note,),
+        notes=(*(() if note is None else (note,)), *tokenizer_notes(scoring)),
     )
     with stage as folder:
         if folder is not None:
@@ -278,8 +279,9 @@ def _model_report(
         sha256=hashes,
         perplexity=tuple(
             perplexity(outcome.scored.nll[protocol.name], protocol)
-            for protocol in scoring.protocols
+            for protocol in outcome.read.protocols
         ),
+        bits_per_byte=outcome.bits_per_byte,
         divergence=(
             None if outcome.scored.divergence is None else summarize(outcome.scored.divergence)
         ),

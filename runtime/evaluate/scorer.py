@@ -306,5 +306,6 @@ def require_same_tokens(
 
 
 _SAME_TOKENIZER = (
-    "compare a model with the one that it was made from, or evaluate each model by itself"
+    "compare a model with the one that it was made from; without --against, models of different "
+    "tokenizers are set side by side by bits per byte"
 )

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from qtool.errors import FormatError, UsageError
 from qtool.output import flush_to_disk
-from qtool.runtime.evaluate.divergence import TokenDivergence, compare_log_probs
+from qtool.runtime.evaluate.divergence import TokenDivergence
 
 MAGIC = b"_logits_"
 HEADER = struct.Struct("<8sIii")
@@ -123,12 +123,24 @@ class LlamaCppLogits:
 
     def compare(self, window: int, first: int, logits: Tensor, targets: Tensor) -> TokenDivergence:
         ln_p = self.log_probs(window, first, len(logits)).to(logits.device)
-        clipped = ln_p.masked_fill(ln_p <= LLAMA_CPP_CLIP, -math.inf)
-        found = compare_log_probs(logits.log_softmax(dim=-1), clipped, targets)
-        # What is left out of the sum still has the probability that the file gives it.
-        reference_nll = -ln_p.gather(-1, targets[:, None]).squeeze(-1).double()
-        delta_p = (-found.nll).exp() - (-reference_nll).exp()
-        return found._replace(reference_nll=reference_nll, delta_p=delta_p)
+        # Operation by operation what perplexity.cpp does, in its types: rounding is in the sixth
+        # digit that it prints.
+        highest, top = logits.max(dim=-1, keepdim=True)
+        log_sum = (logits - highest).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64).log()
+        total = highest + log_sum.float()
+        index = targets[:, None]
+        nll = (total - logits.gather(-1, index)).squeeze(-1)
+        reference_nll = -ln_p.gather(-1, index).squeeze(-1)
+        terms = ln_p.exp() * ((ln_p - logits) + total)
+        terms.masked_fill_(ln_p <= LLAMA_CPP_CLIP, 0.0)
+        return TokenDivergence(
+            nll=nll.double(),
+            reference_nll=reference_nll.double(),
+            kld=terms.sum(dim=-1, dtype=torch.float64),
+            delta_p=((-nll).exp() - (-reference_nll).exp()).double(),
+            top=top.squeeze(-1),
+            reference_top=ln_p.argmax(dim=-1),
+        )
 
     def log_probs(self, window: int, first: int, count: int) -> Tensor:
         """[count, vocab] float32, from scored token number `first` on."""

@@ -1,6 +1,7 @@
 """Perplexity: windows and scored positions by hand, and a second implementation in float64."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from qtool.errors import QtoolError
 from qtool.runtime.evaluate.perplexity import (
     Protocol,
+    bits_per_byte,
     cut,
     llama_cpp_protocol,
     mean_and_error,
@@ -125,3 +127,16 @@ def test_not_a_number_reaches_the_result_and_is_not_averaged_away() -> None:
 
 def test_the_error_of_one_value_is_zero_not_a_division_by_zero() -> None:
     assert mean_and_error(torch.tensor([2.0], dtype=torch.float64)) == (2.0, 0.0)
+
+
+def test_bits_per_byte_by_hand() -> None:
+    # Two windows of 8, three predictions each; a token is two bytes long, and one is "é".
+    protocol = llama_cpp_protocol(context=8, num_tokens=16, bos_token_id=None)
+    nll = torch.full((6,), math.log(2), dtype=torch.float64)
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join("é" if token == 6 else "ab" for token in ids)
+
+    assert bits_per_byte(nll, torch.arange(16), protocol, decode) == pytest.approx(6 / 12)
+    with pytest.raises(QtoolError, match="stand for no text"):
+        bits_per_byte(nll, torch.arange(16), protocol, lambda ids: "")

@@ -19,7 +19,7 @@ from qtool.runtime.evaluate.perplexity import (
     papers_protocol,
     perplexity,
 )
-from qtool.runtime.evaluate.plots import divergence_plot, layer_plots, split_module
+from qtool.runtime.evaluate.plots import divergence_plot, error_map, layer_plots, split_module
 from qtool.runtime.evaluate.report import (
     EvaluationReport,
     ModelReport,
@@ -238,7 +238,7 @@ def test_each_kind_of_linear_has_a_panel_with_a_bar_for_each_block() -> None:
     for panel in panels:
         assert panel.count("<rect") == 3
         assert panel.count('class="rtn"') == 3
-    heights = [float(h) for h in re.findall(r'<rect class="bar"[^>]*height="([\d.]+)"', panels[0])]
+    heights = [float(h) for h in re.findall(r'height="([\d.]+)" class="bar"', panels[0])]
     assert heights == pytest.approx([heights[0], 2 * heights[0], 3 * heights[0]], abs=0.2)
 
 
@@ -271,3 +271,18 @@ def test_modules_split_into_block_and_kind() -> None:
     assert split_module("model.layers.12.mlp.down_proj") == ("12", "mlp.down_proj")
     assert split_module("transformer.h.0.attn.c_attn") == ("0", "attn.c_attn")
     assert split_module("lm_head") == ("", "lm_head")
+
+
+def test_the_error_map_has_a_row_a_block_and_a_column_a_linear() -> None:
+    text = error_map(LAYERS[:-1])
+    assert text.count("<rect") == len(LAYERS) - 1
+    assert text.count("\N{MULTIPLICATION SIGN}") == 1
+    shades = [float(shade) for shade in re.findall(r'fill-opacity="([\d.]+)"', text)]
+    errors = [layer.error or 0.0 for layer in LAYERS[:-1]]
+    by_error = [shade for _, shade in sorted(zip(errors, sorted(shades), strict=True))]
+    assert max(shades) == 1.0
+    assert by_error == sorted(shades)
+    # Columns stand apart, and so do rows.
+    places = {tuple(found) for found in re.findall(r'<rect x="([\d.]+)" y="([\d.]+)"', text)}
+    assert len(places) == len(LAYERS) - 1
+    assert error_map([LayerReport("model.layers.0.x", None, "rtn")]) == ""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from qtool.artifact import LayerReport, Manifest, write_manifest
 from qtool.builtin import evaluation_text
 from qtool.cli import main
+from qtool.errors import QtoolError
 from qtool.runtime.evaluate.outcomes import memory_groups
 from qtool.runtime.evaluate.run import as_command, evaluate
 
@@ -228,3 +232,53 @@ def test_what_is_wrong_is_refused_without_a_partial_report(
         assert shown.out == ""
         assert not (tmp_path / "report").exists()
         assert not (tmp_path / ".report.partial").exists()
+
+
+def test_models_of_different_tokenizers_are_set_side_by_side_by_bits_per_byte(
+    original: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(original, other)
+    path = other / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    del data["model"]["merges"][0]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    report = evaluate([str(original), str(other)], max_tokens=1024, speed=True)
+    first, second = report.models
+    assert first.divergence is None
+    assert second.divergence is None
+    assert first.bits_per_byte is not None
+    assert second.bits_per_byte is not None
+    # Random weights spend ln 4096 a token; the second reads more tokens for the same bytes.
+    assert second.bits_per_byte > first.bits_per_byte
+    (note,) = [note for note in report.notes if "tokenizers differ" in note]
+    assert f"other {second.bits_per_byte:.4f}" in note
+    assert "no KL divergence" in note
+    with pytest.raises(QtoolError, match=r"their tokenizers differ\. Token"):
+        evaluate(str(other), str(original), max_tokens=1024, speed=False)
+    alike = evaluate([str(original), str(original)], max_tokens=1024, speed=False)
+    assert not [note for note in alike.notes if "tokenizers differ" in note]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qtool.runtime.evaluate import run
+# The page is written last: report.json and report.md are there by then.
+run.to_html = lambda report: os.kill(os.getpid(), signal.SIGKILL)
+run.evaluate(sys.argv[1], max_tokens=1024, speed=False, out=Path(sys.argv[2]))
+"""
+
+
+def test_killed_while_it_writes_it_leaves_no_report(original: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    done = subprocess.run([sys.executable, "-P", "-c", KILLED, str(original), str(out)])
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert not list(tmp_path.rglob("report.html"))
+    evaluate(str(original), max_tokens=1024, speed=False, out=out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]

@@ -13,9 +13,10 @@ from qtool.runtime.evaluate.agreement import agreement, first_difference, passag
 from qtool.runtime.evaluate.comparison import comparison_notes, read_report
 from qtool.runtime.evaluate.divergence import TokenDivergence
 from qtool.runtime.evaluate.perplexity import llama_cpp_protocol
-from qtool.runtime.evaluate.plots import is_best, pareto_plot, round_numbers
+from qtool.runtime.evaluate.plots import is_best, pareto_plot
 from qtool.runtime.evaluate.rows import visible
 from qtool.runtime.evaluate.worst import worst_tokens
+from qtool.runtime.svg import round_numbers
 
 
 def test_worst_tokens_are_found_where_they_stand() -> None:
