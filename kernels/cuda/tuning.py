@@ -153,8 +153,15 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def write_tuned(device: torch.device, rows: Sequence[Mapping[str, int]]) -> Path:
-    """Keep measured rows for this GPU, before those that it has; they count from now on."""
+def write_tuned(
+    device: torch.device,
+    rows: Sequence[Mapping[str, int]],
+    *,
+    unpack_at_rows: int | None = None,
+) -> Path:
+    """Keep measured rows for this GPU, in place of those of the same matrices; they count from now
+    on. unpack_at_rows: None: as before.
+    """
     path, arch = tuned_path(_name(device)), architecture(device)
     table = read_table(path) if path.is_file() else {}
     keys = ("bits", "max_rows", "out", "in")
@@ -164,6 +171,8 @@ def write_tuned(device: torch.device, rows: Sequence[Mapping[str, int]]) -> Path
     # The fewest rows first: the first match is the nearest above.
     merged = sorted((*rows, *kept), key=_reach)
     table[arch] = {**table.get(arch, {}), "linear": merged}
+    if unpack_at_rows is not None:
+        table[arch]["unpack_at_rows"] = unpack_at_rows
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     forget()

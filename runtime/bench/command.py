@@ -285,20 +285,34 @@ def serve(
 @bench.command()
 @_with(MODEL_OPTIONS)
 @click.option("--tokens", type=Numbers(int), default="1,16,256", show_default=True)
+@click.option(
+    "--tune", is_flag=True, help="On a GPU: find the fastest tile for each linear, and keep it."
+)
 @_with(OUTPUT_OPTIONS)
 def kernels(
     model: str,
     dtype: Dtype,
     device: Device,
     tokens: tuple[int, ...],
+    tune: bool,
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Every kind of linear in a model, by the kernel that runs it: time, bandwidth, operations."""
+    """Every kind of linear in a model, by the kernel that runs it: time, bandwidth, operations.
+
+    \b
+    Examples:
+      qtool bench kernels ./Qwen3-0.6B-int4 --tokens 1,8,64
+      qtool bench kernels ./Qwen3-0.6B-int4 --device cuda --tune
+    """
     from qtool.runtime.bench.kernels import measure
     from qtool.runtime.bench.output import emit, kernel_table
     from qtool.source import resolve
 
+    if tune:
+        from qtool.runtime.bench.tune_model import tune_model
+
+        click.echo(f"kept in {tune_model(model, dtype, device)}", err=True)
     rows = list(measure(resolve(model), dtype=dtype, device=device, tokens=tokens))
     emit("kernels", {"model": model}, rows, kernel_table(rows), as_json=as_json, out=out)
 
