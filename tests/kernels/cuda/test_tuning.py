@@ -64,7 +64,9 @@ def test_what_was_measured_here_counts_first(cache: Path) -> None:
     assert tuning.linear_tile(DOWN._replace(rows=3), CPU).split == 16
     assert tuning.linear_tile(GATE_UP, CPU).split == 2
     # Measured again: the new row takes the old one's place.
-    tuning.write_tuned(CPU, [{**row, "split": 4}, {**row, "max_rows": 1, "split": 8}])
+    again = [{**row, "split": 4}, {**row, "max_rows": 1, "split": 8}]
+    tuning.write_tuned(CPU, again, unpack_at_rows=128)
+    assert tuning.rows_to_unpack_at(DOWN, CPU) == 128
     assert len(json.loads(path.read_text())["cpu"]["linear"]) == 2
     assert tuning.linear_tile(DOWN, CPU).split == 8
     assert tuning.linear_tile(DOWN._replace(rows=2), CPU).split == 4
