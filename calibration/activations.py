@@ -55,6 +55,18 @@ class Activations:
             self._slots[chunk] = slot
         slot.copy_(values)
 
+    def take(self, chunk: int, values: Tensor) -> None:
+        """Keep `values` themselves where they fit into memory; nobody else may change them."""
+        whole = values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes
+        if not whole or self._mapped is not None or self._exceeds(values):
+            self.put(chunk, values)
+        else:
+            self._slots[chunk] = values
+
+    def drop(self, chunk: int) -> None:
+        """Give a slot's memory back."""
+        self._slots[chunk] = None
+
     def close(self) -> None:
         self._slots = [None] * len(self._slots)
         self._mapped = None
@@ -62,12 +74,14 @@ class Activations:
 
     def _new_slot(self, chunk: int, values: Tensor) -> Tensor:
         count = prod(values.shape)
-        needed = values.nbytes * len(self._slots)
-        if self._mapped is None and needed > self._budget:
-            require_disk_space(self._file.parent, needed)
+        if self._mapped is None and self._exceeds(values):
+            require_disk_space(self._file.parent, values.nbytes * len(self._slots))
             self._mapped = torch.from_file(
                 str(self._file), shared=True, size=count * len(self._slots), dtype=values.dtype
             ).view(len(self._slots), count)
         if self._mapped is None:
             return torch.empty_like(values)
         return self._mapped[chunk, :count].view(values.shape)
+
+    def _exceeds(self, values: Tensor) -> bool:
+        return values.nbytes * len(self._slots) > self._budget

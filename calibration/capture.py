@@ -32,10 +32,13 @@ from qtool.calibration.originals import (
     WatchNorms,
     find_points,
     is_norm,
+    norms,
 )
+from qtool.calibration.recording import tensors_of
 from qtool.calibration.runner import BlockRunner, SeenEnough
 from qtool.calibration.skeleton import Skeleton
 from qtool.calibration.statistics import Drift, Moments
+from qtool.calibration.steps import Mark, RecordedBlock, Steps
 
 # One chunk in so many is held out, where there are as many.
 HELD_OUT_EVERY = 4
@@ -102,6 +105,12 @@ class BlockCapture:
         self._folder = folder
         # Attention outputs by their order in the block, a slot a chunk.
         self._attention: dict[int, Activations] = {}
+        self._steps: Steps | None = None
+
+    @property
+    def recorded(self) -> RecordedBlock | None:
+        """The block as a list of operations, once `trace` has found that it can be one."""
+        return self._steps.recorded if self._steps is not None else None
 
     def first_output(self) -> Tensor:
         """The block's output for the first chunk, as its weights are now."""
@@ -186,8 +195,25 @@ class BlockCapture:
             InputGroup(tuple(found), len(identities), sources.get(identities[0]))
             for identities, found in shared.items()
         ]
+        if all(group.calls == 1 and group.first.expert is None for group in groups):
+            self._record(set(fed))
         idle = [site for site in wanted if site not in fed and site.expert is not None]
         return groups + [InputGroup((site,), 0, None) for site in idle]
+
+    def _record(self, sites: set[Site]) -> None:
+        """Note what the block does, where that can be run in parts."""
+        block = self.skeleton.blocks[self.index]
+
+        def watched(args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark) -> Tensor | None:
+            watch = _Watch(self.skeleton, self.index, sites, mark)
+            with WatchNorms(block, norms(block), mark), self._runner.products(), watch:
+                output = block(*args, **kwargs)
+            if isinstance(output, tuple) and not tensors_of(output[1:]):
+                output = output[0]
+            return output if isinstance(output, Tensor) else None
+
+        found = RecordedBlock.of(self._runner, self.index, block, self._activations, watched)
+        self._steps = Steps(found, self._activations, self._folder) if found is not None else None
 
     def compared(
         self, groups: Sequence[InputGroup], weights: Mapping[Site, Tensor]
@@ -228,6 +254,9 @@ class BlockCapture:
         pending  linears whose weights will still change; attention that depends on none is kept
         """
         moments = {group.first: Moments.zeros(in_features(group.first)) for group in stage.groups}
+        if self._steps is not None:
+            self._collect_in_steps(self._steps, moments)
+            return moments
         seen: set[Site] = set()
 
         def on_input(site: Site, inputs: Tensor) -> None:
@@ -244,6 +273,18 @@ class BlockCapture:
             self._pass(chunk, watched, on_input, pending)
         return moments
 
+    def _collect_in_steps(self, steps: Steps, moments: Mapping[Site, Moments]) -> None:
+        inputs = {site: steps.input_of(site) for site in moments}
+        if len(inputs) == 1:
+            (number,) = inputs.values()
+            chunks = steps.go_to(steps.recorded.any.place(number), {number})
+        else:
+            chunks = steps.look(inputs.values())
+        for _, values in chunks:
+            with self._runner.products():
+                for site, number in inputs.items():
+                    moments[site].add(values[number])
+
     def collect_compared(
         self,
         group: InputGroup,
@@ -253,6 +294,8 @@ class BlockCapture:
         pending: set[Site],
     ) -> tuple[Moments, Drift]:
         """Moments of one group's inputs, and how far they have come from the original stream."""
+        if self._steps is not None:
+            return self._compared_in_steps(self._steps, group, compared, originals, in_features)
         moments = Moments.zeros(in_features)
         drift: Drift | None = None
         norm = None
@@ -294,6 +337,36 @@ class BlockCapture:
         assert drift is not None
         return moments, drift
 
+    def _compared_in_steps(
+        self,
+        steps: Steps,
+        group: InputGroup,
+        compared: Compared,
+        originals: Originals,
+        in_features: int,
+    ) -> tuple[Moments, Drift]:
+        recording = steps.recorded.any
+        number = steps.input_of(group.first)
+        point = compared.point
+        norm = None
+        if compared.added:
+            other = recording.output if point == OUTPUT else recording.marks[point]
+        else:
+            other = recording.marks[group.first]
+            norm = self.skeleton.blocks[self.index].get_submodule(point.norm)
+        moments = Moments.zeros(in_features)
+        drift: Drift | None = None
+        for chunk, values in steps.go_to(recording.place(number), {number, other}):
+            original = originals.at(point, chunk)
+            with torch.no_grad(), self._runner.products():
+                difference = (original if norm is None else norm(original)) - values[other]
+                if drift is None:
+                    drift = Drift.zeros(difference.shape[-1], in_features)
+                moments.add(values[number])
+                drift.add(difference, values[number], held_out=self.is_held_out(chunk))
+        assert drift is not None
+        return moments, drift
+
     def is_held_out(self, chunk: int) -> bool:
         """Of the calibration data, the part that decides and is not learned from: a quarter."""
         return chunk % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -316,6 +389,10 @@ class BlockCapture:
 
     def advance(self) -> None:
         """Replace each chunk's hidden state by the block's output, its weights being final."""
+        if self._steps is not None:
+            for chunk, values in self._steps.outputs():
+                self._activations.take(chunk, values)
+            return
         for chunk in range(self._runner.num_chunks):
             keep = self._keeper(chunk, store=False)
             watch = _Watch(self.skeleton, self.index, set(), _ignore, set(), keep)
@@ -328,6 +405,9 @@ class BlockCapture:
         for kept in self._attention.values():
             kept.close()
         self._attention.clear()
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
 
     def _keeper(self, chunk: int, *, store: bool) -> _Keep:
         def keep(order: int, compute: Callable[[], Tensor]) -> Tensor:

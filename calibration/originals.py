@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qtool.calibration.activations import Activations
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton
+from qtool.calibration.steps import RecordedBlock
 
 # Of the largest change: float32 rounding is 1e-6, another path to the same place is not small.
 _TOLERANCE = 1e-4
@@ -92,13 +93,18 @@ class Originals:
         self._hidden = Activations(runner.num_chunks, folder / "original.bin")
         self._kept: dict[Point, Activations] = {}
 
-    def record(self, index: int, points: Iterable[Point]) -> None:
+    def record(
+        self, index: int, points: Iterable[Point], recorded: RecordedBlock | None = None
+    ) -> None:
         """Run the loaded block, its weights being the checkpoint's, and keep what passes the
-        points."""
+        points. A recording of the block is marked with them."""
         for number, point in enumerate(dict.fromkeys(points)):
             if point != OUTPUT:
                 file = self._folder / f"original-{number}.bin"
                 self._kept[point] = Activations(self._runner.num_chunks, file)
+        if recorded is not None:
+            self._replay(recorded)
+            return
         block = self._skeleton.blocks[index]
         for chunk in range(self._runner.num_chunks):
 
@@ -110,6 +116,21 @@ class Originals:
                     output = self._runner.run(index, chunk, self._hidden.get(chunk))
             assert output is not None
             self._hidden.put(chunk, output)
+
+    def _replay(self, recorded: RecordedBlock) -> None:
+        marks = recorded.any.marks
+        output = recorded.any.output
+        run = recorded.run({output, *(marks[point] for point in self._kept)})
+        for chunk in range(self._runner.num_chunks):
+            values = run(chunk, recorded.arguments(chunk, self._hidden.get(chunk)))
+            for point, slots in self._kept.items():
+                slots.put(chunk, values[marks[point]])
+            self._hidden.take(chunk, values[output])
+
+    def drop(self, point: Point) -> None:
+        """Forget one point."""
+        if point in self._kept:
+            self._kept.pop(point).close()
 
     def at(self, point: Point, chunk: int) -> Tensor:
         """[sequences, length, hidden] float32, after `record`."""

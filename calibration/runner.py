@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,21 @@ class _BlockDone(Exception):
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
+
+
+class _Asked(Exception):
+    """Carries what the wanted block is called with out of the outer model."""
+
+    def __init__(self, call: BlockCall) -> None:
+        super().__init__()
+        self.call = call
+
+
+class BlockCall(NamedTuple):
+    """What a block is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class SeenEnough(Exception):
@@ -64,7 +79,19 @@ def has_fast_bfloat16() -> bool:
 
 
 class _Bfloat16Products(TorchFunctionMode):
-    """Linears and attention compute in bfloat16; what they take and give stays float32."""
+    """Linears and attention compute in bfloat16; what they take and give stays float32. Other
+    products of float32 matrices round what they take as well, and add in float32.
+    """
+
+    def __enter__(self) -> Any:
+        self._matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        self._precision = self._matmul.fp32_precision
+        self._matmul.fp32_precision = "bf16"
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        self._matmul.fp32_precision = self._precision
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -102,6 +129,7 @@ class BlockRunner:
         self._skeleton = skeleton
         self._bfloat16 = bfloat16
         self._weights: Mapping[str, Tensor] | None = None
+        self._asking = False
         size = max(1, chunk_tokens // tokens.shape[1])
         self._chunks = [tokens[i : i + size] for i in range(0, tokens.shape[0], size)]
         self._wanted = 0
@@ -149,7 +177,7 @@ class BlockRunner:
             return done.hidden
         except SeenEnough:
             return None
-        except QtoolError:
+        except (_Asked, QtoolError):
             raise
         except Exception as error:  # whatever a model's own code may raise
             raise UnsupportedModel(
@@ -162,6 +190,18 @@ class BlockRunner:
             f"{self._skeleton.block_name(index)}",
             "--recipe rtn-int4 needs no forward pass",
         )
+
+    def call(self, index: int, chunk: int, hidden: Tensor | None) -> BlockCall:
+        """What the outer model calls a block with for one chunk; the hidden state comes first or
+        is named hidden_states."""
+        self._asking = True
+        try:
+            self.run(index, chunk, hidden)
+        except _Asked as asked:
+            return asked.call
+        finally:
+            self._asking = False
+        raise AssertionError("a block that is called ends its run")
 
     def finish(self, chunk: int, hidden: Tensor) -> Tensor:
         """Logits [sequences, length, vocabulary] from the last block's output."""
@@ -184,6 +224,8 @@ class BlockRunner:
                 args = (self._hidden, *args[1:])
             else:
                 kwargs = {**kwargs, "hidden_states": self._hidden}
+        if self._asking:
+            raise _Asked(BlockCall(args, kwargs))
         block = self._skeleton.blocks[index]
         if self._weights is None:
             output = block(*args, **kwargs)

@@ -151,7 +151,7 @@ def _solve_gptq(
     if originals is not None:
         if options.correction and capture.has_held_out:
             compared = capture.compared(groups, _whole_parameters(index, at_site, capture))
-        originals.record(index, [place.point for place in compared.values()])
+        originals.record(index, [place.point for place in compared.values()], capture.recorded)
     aims = _Aims(keep_all=options.tuning_steps > 0)
     for stage in stages(groups, sequential=options.sequential):
         group = stage.groups[0]
