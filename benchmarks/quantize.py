@@ -3,17 +3,23 @@
     python benchmarks/quantize.py --bits 4 3 2 --seeds 0 1 2 --out quantize.json
     python benchmarks/quantize.py --bits 3 --methods gptq default llm-compressor
     python benchmarks/quantize.py --outliers --bits 4
+    python benchmarks/quantize.py --layers 8 48 --methods default llm-compressor --bits 4
 
 Methods of this tool are `rtn`, `gptq` (as the paper has it), and `fast`, `default`, `best`, the
-efforts of int4. Peers are llm-compressor's GPTQ (and with its imatrix_mse observer), GPTQModel and
-AutoRound; each runs in a virtual environment of its own under --venvs, which is made when it is
-missing and in which pip installs it. One that cannot be installed is reported as not run.
+efforts of int4. Peers are those of quantize_child.py; each runs in a virtual environment of its own
+under --venvs, which is made when it is missing and in which pip installs it, beside the same torch
+as here. One that cannot be installed is reported as not run.
 
 Every method is one process with one thread: weights are symmetric in groups of 128, the calibration
 tokens are the same tensor, and seconds, CPU seconds and peak memory are the process's own, imports
-and writing with them. `ratio` is the divergence over llm-compressor's. With --outliers the model is
-first rewritten so that a few channels of every norm's output are 32 times as loud and the columns
-after them as much smaller: the same function, with activations like a large model's.
+and writing with them. On a machine that others use, CPU seconds are the figure to read, beside the
+load that each run names. `ratio` is the divergence over llm-compressor's.
+
+With --outliers the model is first rewritten so that a few channels of every norm's output are 32
+times as loud and the columns after them as much smaller: the same function, with activations like a
+large model's. With --layers the model is one of Qwen2.5-0.5B's shapes and that many layers, of
+random weights: only time and memory are measured. Rows that --out holds already are kept, and not
+run again.
 """
 
 from __future__ import annotations
@@ -21,121 +27,172 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-OURS = ("rtn", "gptq", "fast", "default", "best")
-# What pip installs, and what of the peer's is run.
-PEERS: dict[str, tuple[str, ...]] = {
-    "llm-compressor": ("llmcompressor",),
-    "llm-compressor-imatrix": ("llmcompressor",),
-    "gptqmodel": ("gptqmodel",),
-    "auto-round": ("auto-round",),
-    "auto-round-light": ("auto-round",),
-}
+# PYTHONSAFEPATH leaves a script's own folder out.
+sys.path.insert(0, str(Path(__file__).parent))
+from quantize_child import OURS, PEERS
+
+CHILD = Path(__file__).with_name("quantize_child.py")
 BASELINE = "llm-compressor"
-GROUP_SIZE = 128
 OUTLIER_FACTOR = 32.0
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
+# What makes two runs the same run.
+KEY = ("model", "method", "bits", "seed")
+# Qwen2.5-0.5B, but for its number of layers.
+SHAPE = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="builtin:books-7m")
-    parser.add_argument("--methods", nargs="+", default=[*OURS, *PEERS])
+    parser.add_argument("--methods", nargs="+", default=["rtn", "default", "best", *PEERS])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=64, help="held-out windows")
     parser.add_argument("--outliers", action="store_true")
+    parser.add_argument("--layers", nargs="+", type=int, help="a 0.5B-shaped model of so many")
     parser.add_argument("--venvs", type=Path, default=Path(".benchmark-venvs"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--child", nargs=4, metavar=("METHOD", "MODEL", "TOKENS", "TARGET"))
     options = parser.parse_args()
-    if options.child:
-        method, model, tokens, target = options.child
-        run_child(method, model, tokens, target, options.bits[0])
-        return
     results = compare(options)
-    text = json.dumps(results, indent=2)
-    if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    print(json.dumps(results["means"], indent=2))
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    from qtool.artifact import tool_versions
-    from qtool.source import resolve
-
+    """All runs that were asked for, and those of the file."""
     pythons = {name: python_of(name, options.venvs) for name in options.methods}
-    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {"runs": []}
+    if options.out is not None and options.out.exists():
+        results = json.loads(options.out.read_text(encoding="utf-8"))
+    runs: list[dict[str, Any]] = results["runs"]
     with tempfile.TemporaryDirectory(prefix="qtool-benchmark-") as name:
         folder = Path(name)
-        model = resolve(options.model).path
-        if options.outliers:
-            model = with_outliers(model, folder / "outliers")
-        divergence = Divergence(model, options.windows, options.sequence_length)
-        for seed in options.seeds:
-            tokens = folder / f"tokens-{seed}.pt"
-            save_tokens(model, tokens, options, seed)
-            for bits in options.bits:
-                for method in options.methods:
-                    row: dict[str, Any] = {"method": method, "bits": bits, "seed": seed}
-                    python = pythons[method]
-                    if python is None:
-                        rows.append({**row, "not_run": "could not be installed"})
-                        continue
-                    target = folder / f"{method}-{bits}-{seed}"
-                    row |= measured(python, method, model, tokens, target, bits)
-                    if "not_run" not in row:
-                        row["bytes"] = sum(p.stat().st_size for p in target.rglob("*.safetensors"))
-                        row["kld"] = divergence.of(target)
-                    print(json.dumps(row), file=sys.stderr, flush=True)
-                    rows.append(row)
-    return {
-        "model": options.model,
-        "outliers": options.outliers,
+        for label, model in models(options, folder):
+            divergence = None
+            if not options.layers:
+                divergence = Divergence(model, options.windows, options.sequence_length)
+            for seed in options.seeds:
+                tokens = folder / f"tokens-{seed}.pt"
+                save_tokens(model, tokens, options, seed)
+                for bits in options.bits:
+                    for method in options.methods:
+                        row = {"model": label, "method": method, "bits": bits, "seed": seed}
+                        if any(all(old[key] == row[key] for key in KEY) for old in runs):
+                            continue
+                        target = folder / "out"
+                        row |= measured(pythons[method], method, model, tokens, target, bits)
+                        if "not_run" not in row:
+                            files = target.rglob("*.safetensors")
+                            row["bytes"] = sum(path.stat().st_size for path in files)
+                            if divergence is not None:
+                                row["kld"] = divergence.of(target)
+                        shutil.rmtree(target, ignore_errors=True)
+                        print(json.dumps(row), file=sys.stderr, flush=True)
+                        runs.append(row)
+                        save(options, results)
+    results["means"] = means(runs)
+    return results
+
+
+def save(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    from qtool.artifact import tool_versions
+
+    if options.out is None:
+        return
+    about = {
         "calibration": [options.num_samples, options.sequence_length],
         "held_out_tokens": options.windows * options.sequence_length,
-        "versions": tool_versions(),
         "processor": processor(),
-        "runs": rows,
-        "means": means(rows),
+        "versions": {**tool_versions(), **peer_versions(options.venvs)},
+        "means": means(results["runs"]),
     }
+    text = json.dumps({**about, "runs": results["runs"]}, indent=1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text + "\n", encoding="utf-8")
+
+
+def models(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Each model by the name it has in the results."""
+    from qtool.source import resolve
+
+    given = resolve(options.model).path
+    if options.layers:
+        for layers in options.layers:
+            target = folder / "model"
+            yield f"0.5b-shaped, {layers} layers", of_shape(given, target, layers)
+            shutil.rmtree(target)
+    elif options.outliers:
+        yield f"{options.model} with outliers", with_outliers(given, folder / "outliers")
+    else:
+        yield options.model, given
+
+
+def of_shape(given: Path, target: Path, layers: int) -> Path:
+    """A model of random weights on disk, with the tokenizer of `given`."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=layers, **SHAPE))
+    model.to(torch.bfloat16).save_pretrained(target)
+    for file in given.glob("tokenizer*"):
+        shutil.copy(file, target)
+    return target
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over seeds, with the ratio to the baseline's mean."""
-    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    """Over seeds, with the ratios to the baseline's means."""
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in rows:
-        if "kld" in row:
-            found.setdefault((row["bits"], row["method"]), []).append(row)
+        if "not_run" not in row:
+            found.setdefault((row["model"], row["bits"], row["method"]), []).append(row)
     table = []
-    for (bits, method), group in found.items():
-        mean = {
-            key: sum(row[key] for row in group) / len(group)
-            for key in ("kld", "bytes", "seconds", "cpu_seconds", "peak_rss")
+    for (model, bits, method), group in found.items():
+        base = found.get((model, bits, BASELINE), [])
+        mean = averages(group)
+        theirs = averages(base) if base else {}
+        ratios = {
+            f"{key}_ratio": round(mean[key] / theirs[key], 4)
+            for key in ("kld", "cpu_seconds")
+            if theirs.get(key) and key in mean
         }
-        base = found.get((bits, BASELINE))
-        ratio = None
-        if base is not None:
-            ratio = mean["kld"] / (sum(row["kld"] for row in base) / len(base))
-        table.append({"bits": bits, "method": method, "seeds": len(group), **mean, "ratio": ratio})
+        about = {"model": model, "bits": bits, "method": method, "seeds": len(group)}
+        table.append({**about, **mean, **ratios})
     return table
 
 
+def averages(rows: list[dict[str, Any]]) -> dict[str, float]:
+    keys = [key for key in ("kld", "bytes", "cpu_seconds", "peak_rss") if key in rows[0]]
+    return {key: round(sum(row[key] for row in rows) / len(rows), 6) for key in keys}
+
+
 def measured(
-    python: str, method: str, model: Path, tokens: Path, target: Path, bits: int
+    python: str | None, method: str, model: Path, tokens: Path, target: Path, bits: int
 ) -> dict[str, Any]:
     """Run one method as a process and take its resources."""
-    child = [method, str(model), str(tokens), str(target)]
-    command = [python, __file__, "--bits", str(bits), "--child", *child]
+    if python is None:
+        return {"not_run": "could not be installed"}
+    command = [python, str(CHILD), method, str(model), str(tokens), str(target), str(bits)]
     log = target.with_suffix(".log")
+    load = os.getloadavg()[0]
     started = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -150,6 +207,7 @@ def measured(
         "seconds": round(time.monotonic() - started, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_rss": usage.ru_maxrss * 1024,
+        "load": round(load, 1),
     }
 
 
@@ -157,19 +215,32 @@ def python_of(method: str, venvs: Path) -> str | None:
     """The interpreter that a method runs in; None where its peer cannot be installed."""
     if method in OURS:
         return sys.executable
-    packages = PEERS[method]
-    folder = venvs.resolve() / packages[0]
+    import torch
+
+    package = PEERS[method]
+    folder = venvs.resolve() / package
     python = folder / "bin" / "python"
     try:
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
-        module = packages[0].replace("-", "_")
+            wanted = [f"torch=={torch.__version__}", package]
+            subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
+        module = package.replace("-", "_")
         subprocess.run([python, "-c", f"import {module}"], check=True, capture_output=True)
     except (subprocess.CalledProcessError, OSError) as error:
         print(f"{method}: {error}", file=sys.stderr)
         return None
     return str(python)
+
+
+def peer_versions(venvs: Path) -> dict[str, str]:
+    """What pip put there."""
+    found = {}
+    for package in dict.fromkeys(PEERS.values()):
+        name = package.replace("-", "_")
+        for path in venvs.glob(f"{package}/lib/python*/site-packages/{name}-*.dist-info"):
+            found[package] = path.name.removesuffix(".dist-info").rpartition("-")[2]
+    return found
 
 
 def save_tokens(model: Path, path: Path, options: argparse.Namespace, seed: int) -> None:
@@ -187,8 +258,6 @@ def save_tokens(model: Path, path: Path, options: argparse.Namespace, seed: int)
 
 def with_outliers(model: Path, target: Path) -> Path:
     """A copy with loud channels: powers of two, so that nothing is rounded on the way."""
-    import shutil
-
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -258,101 +327,6 @@ class Divergence:
 
         with torch.no_grad():
             return [self._model(batch).logits.log_softmax(-1) for batch in self._tokens.split(4)]
-
-
-def run_child(method: str, model: str, tokens: str, target: str, bits: int) -> None:
-    """One quantization in this process."""
-    import torch
-
-    torch.set_num_threads(1)
-    if method in OURS:
-        run_ours(method, model, tokens, target, bits)
-    elif method.startswith("llm-compressor"):
-        run_llm_compressor(method, model, torch.load(tokens), target, bits)
-    elif method == "gptqmodel":
-        run_gptqmodel(model, torch.load(tokens), target, bits)
-    else:
-        run_auto_round(method, model, torch.load(tokens), target, bits)
-
-
-def run_ours(method: str, model: str, tokens: str, target: str, bits: int) -> None:
-    """The tokens are drawn again by their seed: the same tensor, and the time it takes counts."""
-    import torch
-
-    from qtool.quantize.pipeline import quantize_model
-    from qtool.recipe import load_recipe
-
-    shape = torch.load(tokens).shape
-    seed = int(Path(tokens).stem.rpartition("-")[2])
-    name = {"rtn": "rtn-int4", "gptq": "gptq"}.get(method, "int4")
-    recipe = load_recipe(name).with_options(
-        effort=method if name == "int4" else None,
-        bits=bits,
-        group_size=GROUP_SIZE,
-        num_samples=shape[0],
-        sequence_length=shape[1],
-        seed=seed,
-    )
-    quantize_model(model, recipe, out=target)
-
-
-def run_llm_compressor(method: str, model: str, tokens: Any, target: str, bits: int) -> None:
-    import torch
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
-    weights: dict[str, Any] = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": GROUP_SIZE,
-    }
-    if method.endswith("imatrix"):
-        weights["observer"] = "imatrix_mse"
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    oneshot(
-        model=loaded,
-        dataset=Dataset.from_dict(rows),
-        recipe=[GPTQModifier(ignore=["lm_head"], config_groups=groups)],
-        num_calibration_samples=tokens.shape[0],
-        max_seq_length=tokens.shape[1],
-    )
-    loaded.save_pretrained(target, save_compressed=True)
-
-
-def run_gptqmodel(model: str, tokens: Any, target: str, bits: int) -> None:
-    from gptqmodel import GPTQModel, QuantizeConfig
-
-    config = QuantizeConfig(bits=bits, group_size=GROUP_SIZE, sym=True, desc_act=False)
-    loaded = GPTQModel.load(model, config)
-    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens.tolist()]
-    loaded.quantize(rows, batch_size=8)
-    loaded.save(target)
-
-
-def run_auto_round(method: str, model: str, tokens: Any, target: str, bits: int) -> None:
-    from auto_round import AutoRound
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    AutoRound(
-        loaded,
-        AutoTokenizer.from_pretrained(model),
-        bits=bits,
-        group_size=GROUP_SIZE,
-        sym=True,
-        iters=50 if method.endswith("light") else 200,
-        nsamples=tokens.shape[0],
-        seqlen=tokens.shape[1],
-        dataset=[{"input_ids": row.unsqueeze(0)} for row in tokens],
-        enable_torch_compile=False,
-        device_map="cpu",
-    ).quantize_and_save(target, format="auto_gptq")
 
 
 def processor() -> str:
