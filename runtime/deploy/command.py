@@ -61,10 +61,17 @@ class Options:
     vllm_python: str | None
     address: str | None
     router: str
+    extra: tuple[str, ...]
+
+
+# Where a context keeps what stands after "--".
+EXTRA = "qtool.deploy.extra"
 
 
 class DeployCommand(click.Command):
-    """Takes the flags of this command; all others, and MODEL, are `qtool serve`'s."""
+    """Takes the flags of this command; all others, and MODEL, are `qtool serve`'s; what stands
+    after "--" is vLLM's.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {
@@ -74,7 +81,9 @@ class DeployCommand(click.Command):
             for name in parameter.opts
         }
         own |= dict.fromkeys(("--help", "-h"), False)
-        mine, others = split(args, own)
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta[EXTRA] = tuple(args[end + 1 :])
+        mine, others = split(args[:end], own)
         return super().parse_args(ctx, [*mine, "--", *others])
 
 
@@ -186,21 +195,22 @@ def deploy(
 ) -> None:
     """Serve MODEL on Ray, with vLLM, in containers or as a service.
 
-    Every flag of `qtool serve` is taken too and means the same there. Nothing of the weights is
-    read before all that can be checked has been: sizes, ports, versions, the cluster.
+    Every flag of `qtool serve` is taken too and means the same there; with --to vllm, what stands
+    after "--" is vLLM's own. Nothing of the weights is read before all that can be checked has
+    been: sizes, ports, versions, the cluster.
 
     \b
     Examples:
       qtool deploy --to ray Qwen/Qwen3-0.6B --replicas 2                  # on this machine
       qtool deploy --to ray Qwen/Qwen3-0.6B --autoscale 1:8 --dry-run     # for `serve deploy`
-      qtool deploy --to vllm ./Qwen3-0.6B-int4 -tp 2 --max-model-len 8192
+      qtool deploy --to vllm ./Qwen3-0.6B-int4 -tp 2 --max-model-len 8192 -- --enforce-eager
       qtool deploy --to compose ./Qwen3-0.6B-int4 --host 0.0.0.0 --api-key secret
       qtool deploy --to k8s Qwen/Qwen3-0.6B --device cuda --autoscale 1:8 --service-monitor
       qtool deploy --to systemd ./Qwen3-0.6B-int4 --cpus 8 --memory 16G
     """
     if to not in TARGETS:
         raise UnknownName("target", to, TARGETS)
-    chosen = Options(to=to, **options)
+    chosen = Options(to=to, extra=click.get_current_context().meta[EXTRA], **options)
     _check_options(chosen)
     model, flags = given_to_serve(serve_arguments)
     if (made := store().find(model)) is not None:
@@ -233,13 +243,16 @@ def deploy(
         raise UsageError(
             f"the size of {model} is not known: {facts.missing}", "pass --memory, such as 24G"
         )
-    here = os.cpu_count() or 1 if to in ("ray", "vllm") else DEFAULT_CPUS
+    scale = Scale.parse(replicas, autoscale)
+    here = DEFAULT_CPUS
+    if to in ("ray", "vllm"):
+        here = max((os.cpu_count() or 1) // (scale.most or scale.replicas), 1)
     deployment = Deployment(
         name=name or default_name(model),
         facts=facts,
         flags=flags,
         asked=asked,
-        scale=Scale.parse(replicas, autoscale),
+        scale=scale,
         resources=Resources(cpus or here, bytes_needed, gpus),
         tensor_parallel=tensor_parallel_size,
         pipeline_parallel=pipeline_parallel_size,
@@ -257,6 +270,12 @@ def _check_options(options: Options) -> None:
                 f"--{name.replace('_', '-')} is for --to {' and --to '.join(targets)}",
                 f"leave it out with --to {options.to}",
             )
+
+    if options.extra and options.to != "vllm":
+        raise UsageError(
+            f"what stands after -- goes to vLLM: {options.extra[0]}",
+            "write flags of `qtool serve` before it",
+        )
 
 
 def _to_compose(deployment: Deployment, options: Options) -> None:
@@ -322,7 +341,7 @@ def _to_vllm(deployment: Deployment, options: Options) -> None:
     else:
         vllm = find(interpreter(options.vllm_python, on_path))
     check(deployment, vllm)
-    launch = plan(deployment, vllm)
+    launch = plan(deployment, vllm, options.extra)
     for note in launch.notes:
         click.echo(note, err=True)
     if options.dry_run:
@@ -336,7 +355,21 @@ def _to_vllm(deployment: Deployment, options: Options) -> None:
     os.execvpe(launch.command[0], launch.command, child_environment(**launch.variables))
 
 
+def _to_ray(deployment: Deployment, options: Options) -> None:
+    from qtool.runtime.deploy.prometheus import to_yaml
+    from qtool.runtime.deploy.ray.config import serve_config
+
+    config = serve_config(deployment, router=options.router)
+    if options.dry_run:
+        click.echo(json.dumps(config) if options.as_json else to_yaml(config), nl=False)
+        return
+    from qtool.runtime.deploy.ray.run import run_on_ray
+
+    run_on_ray(deployment, config, options.address)
+
+
 TARGETS: Mapping[str, Callable[[Deployment, Options], None]] = {
+    "ray": _to_ray,
     "vllm": _to_vllm,
     "compose": _to_compose,
     "k8s": _to_kubernetes,

@@ -53,7 +53,7 @@ class Scale:
         must lie in it.
         """
         if autoscale is None:
-            return cls(replicas or 1)
+            return cls(1 if replicas is None else replicas)
         found = re.fullmatch(r"(\d+):(\d+)", autoscale)
         if found is None:
             raise UsageError(

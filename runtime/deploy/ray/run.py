@@ -1,0 +1,158 @@
+"""`qtool deploy --to ray`, from a configuration to a running application: look, start, wait.
+
+Without --address a cluster of one node is started here and ends with this command. With it the
+application is left running on that cluster, and Ray's own commands (`serve status`, `serve
+shutdown`) look after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from qtool.errors import QtoolError, UsageError
+from qtool.progress import bar
+from qtool.runtime.deploy.deployment import Deployment
+from qtool.runtime.deploy.ports import check_free, check_reachable
+from qtool.runtime.deploy.ray.config import ENGINE, SERVER
+
+GCS_PORT = 6379
+OBJECT_STORE_BYTES = 100_000_000  # the least that Ray takes is 75 MB; tokens are small
+NO_RAY = (
+    "Ray is not installed",
+    "pip install 'qtool[ray]', or print the configuration for a cluster with --dry-run",
+)
+
+
+def run_on_ray(deployment: Deployment, config: Mapping[str, Any], address: str | None) -> None:
+    (application,) = config["applications"]
+    options = {entry["name"]: _options(entry) for entry in application["deployments"]}
+    http = config["http_options"]
+    if address is None:
+        check_free(http["host"], http["port"])
+    elif address != "auto":
+        check_reachable(address.removeprefix("ray://"), GCS_PORT)
+    with _connected(address, _needed(deployment)):
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        from qtool.runtime.deploy.ray.app import application as built
+
+        app = built(application["args"], options)  # refuses what cannot work, before any weight
+        serve.start(proxy_location=config["proxy_location"], http_options=dict(http))
+        try:
+            with bar(f"Starting {deployment.scale.replicas} x {deployment.facts.name}"):
+                serve.run(app, name=application["name"], route_prefix="/")
+        except (RuntimeError, RayServeException) as error:
+            raise QtoolError(
+                f"the application did not start: {_reason(serve, application['name'], error)}",
+                "the replicas' logs are in /tmp/ray/session_latest/logs/serve",
+            ) from None
+        url = f"http{'s' if 'ssl_certfile' in http else ''}://{http['host']}:{http['port']}"
+        click.echo(f"Serving {deployment.served_name} at {url}/v1")
+        if address is not None:
+            click.echo(f"it stays: serve status; serve shutdown; name {application['name']}")
+            return
+        _wait_for_signal()
+        serve.shutdown()
+
+
+def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != "name"}
+
+
+def _needed(deployment: Deployment) -> Mapping[str, float]:
+    """What the least number of replicas takes of a cluster, and the server beside them."""
+    resources, replicas = deployment.resources, deployment.scale.replicas
+    return {
+        "CPU": replicas * resources.cpus + 1,
+        "GPU": replicas * resources.gpus,
+        "memory": replicas * resources.memory_bytes,
+    }
+
+
+@contextmanager
+def _connected(address: str | None, needed: Mapping[str, float]) -> Iterator[None]:
+    """In a cluster that has what is needed; one that was started here is ended."""
+    try:
+        import ray
+    except ImportError:
+        raise QtoolError(*NO_RAY) from None
+    try:
+        if address is None:
+            ray.init(
+                num_cpus=int(needed["CPU"]),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
+        else:
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    except ConnectionError as error:
+        raise QtoolError(
+            f"no Ray cluster at {address}: {_first_line(error)}",
+            "start one with `ray start --head`, or leave --address out to start one here",
+        ) from None
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        raise QtoolError(
+            f"the cluster at {address} and this machine differ: {' '.join(str(error).split())}",
+            "use the cluster's versions of Ray and Python here: pip install 'ray[serve]==VERSION'",
+        ) from None
+    try:
+        check_resources(needed, ray.cluster_resources(), address)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(
+    needed: Mapping[str, float], there: Mapping[str, float], address: str | None
+) -> None:
+    """Raise UsageError where the replicas would wait for ever for what no node has."""
+    flags = {"CPU": "--cpus", "GPU": "--gpus", "memory": "--memory"}
+    for name, amount in needed.items():
+        found = there.get(name, 0.0)
+        if amount > found:
+            where = "this machine has" if address is None else f"the cluster at {address} has"
+            raise UsageError(
+                f"the replicas need {_amount(name, amount)}, and {where} {_amount(name, found)}",
+                f"lower {flags[name]} or --replicas",
+            )
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{amount / 1e9:.1f} GB of memory" if name == "memory" else f"{amount:g} {name}s"
+
+
+def _reason(serve: Any, name: str, error: Exception) -> str:
+    """What Ray knows of a failed start: the message of the deployment that is in the way."""
+    application = serve.status().applications.get(name)
+    for deployment in (ENGINE, SERVER):
+        status = application and application.deployments.get(deployment)
+        if status and status.message:
+            message = str(status.message)
+            lines = [line.strip() for line in message.splitlines() if line.strip()]
+            named = [line for line in lines if "rror" in line]
+            return (named or lines)[-1]
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _wait_for_signal() -> None:
+    """Until SIGTERM or Ctrl-C."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
