@@ -9,6 +9,8 @@ QTOOL_NATIVE       0: do not compile or use C++ code: kernels for CPUs, quantize
 QTOOL_ACTIVATIONS  int8: quantized linears on CPUs round their inputs to 8 bits and use VNNI or
                    AVX2; bf16: they do not
 GOMP_SPINCOUNT     read by torch's OpenMP; made small where neither it nor OMP_WAIT_POLICY is set
+RANK, WORLD_SIZE   which of how many processes this is, and where they meet: set by torchrun, and
+MASTER_ADDR, MASTER_PORT  read by torch.distributed as well
 XDG_DATA_HOME      folder whose qtool/ keeps the names of models made with `qtool create`
                    (~/.local/share)
 XDG_STATE_HOME     folder whose qtool/ keeps what was typed at `qtool chat` (~/.local/state)
@@ -24,7 +26,7 @@ import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qtool.errors import UsageError
 
@@ -93,6 +95,30 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
         notify_socket=env.get("NOTIFY_SOCKET") or None,
         watchdog_seconds=int(watchdog) / 1e6 if watchdog.isdigit() else None,
     )
+
+
+class Launched(NamedTuple):
+    """This process as torchrun has started it; meeting: where it meets the others."""
+
+    rank: int
+    size: int
+    meeting: str
+
+
+def launched(environment: Mapping[str, str] | None = None) -> Launched | None:
+    """None for a process that was started alone."""
+    env = os.environ if environment is None else environment
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
+        return None
+    rank, size = env["RANK"], env["WORLD_SIZE"]
+    if not rank.isdigit() or not size.isdigit() or int(rank) >= int(size):
+        raise UsageError(
+            f"RANK is {rank!r} and WORLD_SIZE {size!r}, which is no rank of so many",
+            "they are set by torchrun; unset them to run one process",
+        )
+    if int(size) == 1:
+        return None
+    return Launched(int(rank), int(size), f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}")
 
 
 def _activations(value: str | None) -> Activations | None:

@@ -126,12 +126,15 @@ def quantize(
       qtool quantize ./my-model --bits 3 --effort best
       qtool quantize ./my-model --target-bits 4.25 --dry-run
       qtool quantize ./my-model --keep '*.down_proj' --dry-run
+      torchrun --nproc-per-node 2 -m qtool quantize ./my-model --num-samples 1024
     """
     import json
     import time
 
+    from qtool.calibration.ranks import joined_ranks
+    from qtool.progress import console
     from qtool.quantize.allocate import Target
-    from qtool.quantize.pipeline import prepare, run
+    from qtool.quantize.pipeline import follow, prepare, run
     from qtool.quantize.report import (
         ConsoleListener,
         plan_to_dict,
@@ -141,6 +144,7 @@ def quantize(
         result_to_dict,
     )
     from qtool.recipe import load_recipe
+    from qtool.settings import launched
 
     wanted = load_recipe(recipe).with_options(
         effort=effort,
@@ -157,6 +161,9 @@ def quantize(
     target = None
     if target_bits is not None or target_size is not None:
         target = Target(target_bits, target_size)
+    launch = launched()
+    others = launch is not None and launch.rank > 0
+    console.quiet = others  # rank 0 speaks for all
     job = prepare(
         model,
         wanted,
@@ -165,13 +172,19 @@ def quantize(
         trust_remote_code=trust_remote_code,
         target=target,
     )
+    if dry_run and others:
+        return
     if dry_run:
         print_plan(job)
         if as_json:
             click.echo(json.dumps(plan_to_dict(job), indent=2))
         return
     folder = out if out is not None else job.default_out
-    manifest = run(job, folder, force=force, listener=ConsoleListener())
+    with joined_ranks(launch) as ranks:
+        if ranks is not None and others:
+            follow(job, ranks)
+            return
+        manifest = run(job, folder, force=force, listener=ConsoleListener(), ranks=ranks)
     seconds = time.monotonic() - started
     print_result(job, manifest, folder, seconds)
     if as_json:

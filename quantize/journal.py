@@ -67,6 +67,10 @@ class Journal:
         self.threads = found["threads"]
         self.blocks = found["blocks"]
 
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.folder.resolve(), tuple(self.blocks), self.threads)
+
     def add(
         self,
         tensors: Mapping[str, Tensor],
@@ -140,6 +144,47 @@ class Journal:
                 self.restart_reason = f"{block.file} is damaged"
                 return None
         return {"threads": threads, "blocks": blocks}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What other ranks need to know of a journal: where its finished blocks are."""
+
+    folder: Path
+    blocks: tuple[FinishedBlock, ...]
+    threads: int
+
+    @classmethod
+    def none(cls) -> Progress:
+        return cls(Path(), (), 1)
+
+
+class FollowedJournal(Journal):
+    """Another rank's view of a journal: blocks that were finished before are read where they are,
+    which all ranks must see; those that all ranks finish now are on disk once, and not here.
+
+    folder  for this rank's own scratch files
+    """
+
+    def __init__(self, progress: Progress, folder: Path) -> None:
+        self.folder = folder
+        self.blocks = list(progress.blocks)
+        self.threads = progress.threads
+        self.restart_reason = None
+        self._finished = progress.folder
+
+    def add(
+        self,
+        tensors: Mapping[str, Tensor],
+        reports: tuple[LayerReport, ...],
+        digests: Mapping[str, str],
+        changed: tuple[str, ...],
+    ) -> None:
+        self.blocks.append(FinishedBlock("", "", reports, digests, changed))
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        with safe_open(str(self._finished / self.blocks[index].file), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _block(data: Mapping[str, Any]) -> FinishedBlock:

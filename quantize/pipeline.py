@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from qtool.calibration.dataset import CalibrationTokens, load_calibration, load_
 from qtool.calibration.decoded import open_checkpoint
 from qtool.calibration.linears import Linear
 from qtool.calibration.originals import Originals
+from qtool.calibration.ranks import DataRanks, SharedCapture
 from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner, has_fast_bfloat16
 from qtool.calibration.skeleton import Skeleton, assign
 from qtool.convert.formats import Format
@@ -42,7 +44,7 @@ from qtool.progress import bar
 from qtool.quantize.allocate import Target, mixed_plan
 from qtool.quantize.artifact_files import assemble, model_dtype
 from qtool.quantize.block import BlockResult, put_weights, solve_block
-from qtool.quantize.journal import Journal, digest
+from qtool.quantize.journal import FollowedJournal, Journal, Progress, digest
 from qtool.quantize.layouts import layout_for, spec_of
 from qtool.quantize.plan import Plan, make_plan
 from qtool.quantize.verify import Verification, is_finite, verify
@@ -184,9 +186,22 @@ def quantize_model(
     )
 
 
-def run(job: Job, out: Path, *, force: bool = False, listener: Listener | None = None) -> Manifest:
-    """Do what was planned."""
+def run(
+    job: Job,
+    out: Path,
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
+    ranks: DataRanks | None = None,
+) -> Manifest:
+    """Do what was planned.
+
+    ranks  that the calibration data is shared out among; this is rank 0, which alone writes, and
+           the others call `follow`
+    """
     listener = listener or Silent()
+    if ranks is not None:
+        require_shareable(job)
     output = OutputFolder(out, force=force, resumable=True, needed_bytes=job.plan.working_bytes)
     listener.planned(job)
     tokens = _calibration_tokens(job) if job.recipe.needs_calibration else None
@@ -194,7 +209,7 @@ def run(job: Job, out: Path, *, force: bool = False, listener: Listener | None =
         listener.note(f"warning: {warning}")
     threads = torch.get_num_threads()
     with output as stage:
-        journal = Journal(stage.path, _fingerprint(job, tokens))
+        journal = Journal(stage.path, _fingerprint(job, tokens, ranks))
         if journal.restart_reason is not None:
             listener.note(
                 f"an unfinished run was found but not continued: {journal.restart_reason}"
@@ -202,8 +217,12 @@ def run(job: Job, out: Path, *, force: bool = False, listener: Listener | None =
         elif journal.blocks:
             listener.note(f"going on after block {len(journal.blocks)} of {job.num_blocks}")
         torch.set_num_threads(journal.threads)
+        if ranks is not None:
+            ranks.from_first(journal.progress)
         try:
-            _quantize_blocks(job, tokens, journal, listener)
+            _quantize_blocks(job, tokens, journal, listener, ranks)
+            if ranks is not None:
+                ranks.leave()
             assemble(
                 stage.path,
                 job.skeleton,
@@ -226,6 +245,34 @@ def run(job: Job, out: Path, *, force: bool = False, listener: Listener | None =
             raise
         finally:
             torch.set_num_threads(threads)
+
+
+def follow(job: Job, ranks: DataRanks) -> None:
+    """What ranks other than 0 do while that one runs: their part of the data, and the same blocks.
+    Nothing is written but scratch files.
+    """
+    require_shareable(job)
+    tokens = _calibration_tokens(job)
+    progress: Progress = ranks.from_first(Progress.none())
+    torch.set_num_threads(progress.threads)
+    with tempfile.TemporaryDirectory(prefix="qtool-quantize-") as folder:
+        journal = FollowedJournal(progress, Path(folder))
+        _quantize_blocks(job, tokens, journal, Silent(), ranks)
+
+
+def require_shareable(job: Job) -> None:
+    """Raise UsageError for recipes to which more ranks bring nothing, or which they cannot do."""
+    method = job.recipe.method
+    if not job.recipe.needs_calibration:
+        raise UsageError(
+            f"recipe {job.recipe.name} takes no calibration data that ranks could share",
+            "start it once, without torchrun",
+        )
+    if isinstance(method, Gptq) and method.tuning_steps:
+        raise UsageError(
+            "gradient steps (--effort best) are not shared by ranks",
+            "use --effort default, or start it once, without torchrun",
+        )
 
 
 def _within_context(recipe: Recipe, skeleton: Skeleton, warnings: list[str]) -> Recipe:
@@ -251,7 +298,9 @@ def _tokens(
     return load_calibration(recipe.calibration, tokenizer, vocab_size=vocab_size)
 
 
-def _fingerprint(job: Job, tokens: CalibrationTokens | None) -> dict[str, Any]:
+def _fingerprint(
+    job: Job, tokens: CalibrationTokens | None, ranks: DataRanks | None
+) -> dict[str, Any]:
     """All that the packed bytes depend on."""
     files = sorted({info.file for info in job.skeleton.checkpoint.tensors.values()})
     return {
@@ -264,6 +313,7 @@ def _fingerprint(job: Job, tokens: CalibrationTokens | None) -> dict[str, Any]:
         "schemes": {linear.name: str(scheme) for linear, scheme in job.plan.quantized.items()},
         "calibration": tokens.to_dict() if tokens is not None else None,
         "chunk_tokens": CHUNK_TOKENS,
+        "ranks": 1 if ranks is None else ranks.size,
         "bfloat16": _in_bfloat16(job),
         "versions": tool_versions(),
     }
@@ -289,11 +339,12 @@ def _quantize_blocks(
     tokens: CalibrationTokens | None,
     journal: Journal,
     listener: Listener,
+    ranks: DataRanks | None = None,
 ) -> None:
     """Solve every block that the journal does not hold."""
     if len(journal.blocks) == job.num_blocks:
         return
-    calibrated = _Calibrated(job, tokens, journal) if tokens is not None else None
+    calibrated = _Calibrated(job, tokens, journal, ranks) if tokens is not None else None
     with bar("Quantizing", job.num_blocks) as progress:
         for index in range(job.num_blocks):
             progress.describe(f"Quantizing {job.skeleton.block_name(index)}")
@@ -303,7 +354,7 @@ def _quantize_blocks(
                 planned = {linear: job.plan.quantized[linear] for linear in job.plan.block(index)}
                 originals = calibrated.originals if calibrated is not None else None
                 result = solve_block(index, planned, job.recipe, job.skeleton, capture, originals)
-                _record(job, result, journal)
+                _record(job, result, journal, ranks)
             if calibrated is not None and capture is not None:
                 calibrated.close(capture)
             reports = journal.blocks[index].reports
@@ -314,14 +365,22 @@ def _quantize_blocks(
 class _Calibrated:
     """The calibration data on its way through the blocks."""
 
-    def __init__(self, job: Job, tokens: CalibrationTokens, journal: Journal) -> None:
+    def __init__(
+        self,
+        job: Job,
+        tokens: CalibrationTokens,
+        journal: Journal,
+        ranks: DataRanks | None = None,
+    ) -> None:
         self._job = job
         self._journal = journal
+        self._ranks = ranks
         job.skeleton.load_outside()
         chunk_tokens = min(CHUNK_TOKENS, tokens.tokens.numel() // _FEWEST_CHUNKS)
-        self._runner = BlockRunner(
-            job.skeleton, tokens.tokens, chunk_tokens, bfloat16=_in_bfloat16(job)
-        )
+        own = tokens.tokens
+        if ranks is not None:
+            own = ranks.own_chunks(own, max(1, chunk_tokens // own.shape[1]))
+        self._runner = BlockRunner(job.skeleton, own, chunk_tokens, bfloat16=_in_bfloat16(job))
         file = journal.folder / "activations.bin"
         self._activations = Activations(self._runner.num_chunks, file)
         method = job.recipe.method
@@ -336,7 +395,8 @@ class _Calibrated:
             if self.originals is not None:
                 self.originals.record(index, ())
             restore_block(self._job, index, self._journal)
-        return BlockCapture(skeleton, self._runner, self._activations, index, self._journal.folder)
+        place = skeleton, self._runner, self._activations, index, self._journal.folder
+        return BlockCapture(*place) if self._ranks is None else SharedCapture(self._ranks, *place)
 
     def close(self, capture: BlockCapture) -> None:
         """Run the data on through the block, and give its memory back."""
@@ -352,7 +412,9 @@ class _Calibrated:
         self._job.skeleton.free_block(capture.index)
 
 
-def _record(job: Job, result: BlockResult, journal: Journal) -> None:
+def _record(
+    job: Job, result: BlockResult, journal: Journal, ranks: DataRanks | None = None
+) -> None:
     """Pack a solved block and put it on disk."""
     tensors: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
@@ -361,6 +423,8 @@ def _record(job: Job, result: BlockResult, journal: Journal) -> None:
         packed = job.layout.pack(weight, model_dtype(job.skeleton, linear.tensor))
         tensors |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
         digests[linear.name] = digest(solved.dequantized)
+    if ranks is not None:
+        ranks.require_same(digests)
     packed_tensors = {linear.tensor for linear in result.weights}
     changed = {
         name: tensor for name, tensor in result.changed.items() if name not in packed_tensors
