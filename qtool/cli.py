@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ps": ("qtool.runtime.model_commands:ps", "Show the models that a server holds."),
     "bench": ("qtool.runtime.bench.command:bench", "Measure speed, of models and of servers."),
     "deploy": ("qtool.runtime.deploy.command:deploy", "Serve on Ray, vLLM, k8s, compose, systemd."),
+    "plan": ("qtool.runtime.plan.command:plan", "What a model takes: memory, GPUs, replicas."),
     "inspect": ("qtool.convert.inspect_command:inspect", "What a model file or folder holds."),
     "verify": ("qtool.verify_command:verify", "Check an artifact against its manifest."),
     "demo": ("qtool.runtime.demo:demo", "Run the whole product on the bundled model."),

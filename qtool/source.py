@@ -31,9 +31,11 @@ class Source:
         return Path(name).name or self.path.name
 
 
-def resolve(model: str, revision: str | None = None) -> Source:
+def resolve(model: str, revision: str | None = None, *, config_only: bool = False) -> Source:
     """Find a model: a folder, a .gguf file, ``builtin:NAME``, or a Hub id (the local cache alone
     when offline).
+
+    config_only  of a model on the Hub, take config.json and no weights
     """
     if model.startswith(PREFIX):
         return Source(model, builtin_model(model.removeprefix(PREFIX)))
@@ -52,10 +54,10 @@ def resolve(model: str, revision: str | None = None) -> Source:
                 "name the model's folder instead",
             )
         return Source(model, path.resolve())
-    return _resolve_hub(model, revision)
+    return _resolve_hub(model, revision, config_only=config_only)
 
 
-def _resolve_hub(model: str, revision: str | None) -> Source:
+def _resolve_hub(model: str, revision: str | None, *, config_only: bool) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -81,9 +83,12 @@ def _resolve_hub(model: str, revision: str | None) -> Source:
         )
 
     try:
-        path = download("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*")
-        if not any(path.glob("*.safetensors")):
-            path = download("*.json", "pytorch_model*.bin")
+        if config_only:
+            path = download("config.json")
+        else:
+            path = download("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*")
+            if not any(path.glob("*.safetensors")):
+                path = download("*.json", "pytorch_model*.bin")
     except HFValidationError as error:
         raise UsageError(f"{model!r} is neither a path nor a Hub id", str(error)) from error
     except GatedRepoError as error:

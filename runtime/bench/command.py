@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import get_args
 
 import click
 
-from qtool.errors import UsageError
+from qtool.runtime.bench.options import (
+    MODEL_OPTIONS,
+    OUTPUT_OPTIONS,
+    Numbers,
+    length_range,
+    with_options,
+)
 from qtool.runtime.config import Device, Dtype
-
-MODEL_OPTIONS = (
-    click.argument("model"),
-    click.option("--dtype", type=click.Choice(get_args(Dtype)), default="auto", show_default=True),
-    click.option("--device", type=click.Choice(get_args(Device)), default="auto"),
-)
-OUTPUT_OPTIONS = (
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    click.option(
-        "--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write it there."
-    ),
-)
-
-
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-
-def _with(options: Sequence[Callable[[Any], Any]]) -> Callable[[Decorated], Decorated]:
-    """Several options as one decorator."""
-
-    def decorate(function: Decorated) -> Decorated:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-class Numbers(click.ParamType[tuple[float, ...]]):
-    """ "1,4,8" -> (1, 4, 8); "inf" where kind is float."""
-
-    def __init__(self, kind: type[int] | type[float]) -> None:
-        self.kind = kind
-        self.name = "N,N,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(self.kind(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of numbers such as 1,4,8", param, ctx)
-        if not all(number > 0 for number in numbers):
-            self.fail(f"{value!r} has numbers that are not above 0", param, ctx)
-        return numbers
 
 
 @click.group(name="bench")
@@ -72,7 +30,7 @@ def bench() -> None:
 
 
 @bench.command()
-@_with(MODEL_OPTIONS)
+@with_options(MODEL_OPTIONS)
 @click.option(
     "--batch-sizes", type=Numbers(int), default="1,4,8,16", show_default=True, metavar="N,N,..."
 )
@@ -80,7 +38,7 @@ def bench() -> None:
 @click.option("--output-len", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--num-runs", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--num-warmups", type=click.IntRange(min=0), default=1, show_default=True)
-@_with(OUTPUT_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
 def latency(
     model: str,
     dtype: Dtype,
@@ -137,13 +95,13 @@ def latency(
 
 
 @bench.command()
-@_with(MODEL_OPTIONS)
+@with_options(MODEL_OPTIONS)
 @click.option("--num-prompts", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--input-len", type=Numbers(int), default="64,256", show_default=True)
 @click.option("--output-len", type=Numbers(int), default="32,128", show_default=True)
 @click.option("--max-num-seqs", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@_with(OUTPUT_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
 def throughput(
     model: str,
     dtype: Dtype,
@@ -170,8 +128,8 @@ def throughput(
         load = measure(
             llm,
             num_prompts=num_prompts,
-            input_lens=_range("input-len", input_len),
-            output_lens=_range("output-len", output_len),
+            input_lens=length_range("input-len", input_len),
+            output_lens=length_range("output-len", output_len),
             seed=seed,
         )
         conditions = {
@@ -214,7 +172,7 @@ def throughput(
 @click.option("--num-prefixes", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@_with(OUTPUT_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
 def serve(
     url: str,
     model: str | None,
@@ -283,12 +241,12 @@ def serve(
 
 
 @bench.command()
-@_with(MODEL_OPTIONS)
+@with_options(MODEL_OPTIONS)
 @click.option("--tokens", type=Numbers(int), default="1,16,256", show_default=True)
 @click.option(
     "--tune", is_flag=True, help="On a GPU: find the fastest tile for each linear, and keep it."
 )
-@_with(OUTPUT_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
 def kernels(
     model: str,
     dtype: Dtype,
@@ -321,7 +279,7 @@ def kernels(
 @click.argument("model")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="auto", show_default=True)
 @click.option("--num-runs", type=click.IntRange(min=1), default=3, show_default=True)
-@_with(OUTPUT_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
 def startup(model: str, dtype: Dtype, num_runs: int, as_json: bool, out: Path | None) -> None:
     """From the start of a process to its first token, and where the time goes."""
     from qtool.progress import bar
@@ -334,12 +292,3 @@ def startup(model: str, dtype: Dtype, num_runs: int, as_json: bool, out: Path | 
             rows.append(row)
             shown.advance()
     emit("startup", {"model": model}, rows, startup_table(rows), as_json=as_json, out=out)
-
-
-def _range(name: str, values: tuple[int, ...]) -> tuple[int, int]:
-    if len(values) > 2 or values[0] > values[-1]:
-        raise UsageError(
-            f"--{name} {','.join(map(str, values))} is neither a length nor a range",
-            f"write --{name} 128, or --{name} 64,256",
-        )
-    return values[0], values[-1]

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import rich.table
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from qtool.convert.formats import open_weights
 from qtool.runtime.bench.conditions import environment, write_whole
@@ -30,12 +30,12 @@ def emit(
     kind: str,
     conditions: Mapping[str, Any],
     rows: Sequence[Any],
-    table: rich.table.Table,
+    shown: RenderableType,
     *,
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """The table to stdout, or the JSON; the JSON also to `out`, complete or not at all."""
+    """What is shown to stdout, or the JSON; the JSON also to `out`, complete or not at all."""
     result = {
         "qtool_bench": VERSION,
         "kind": kind,
@@ -50,8 +50,9 @@ def emit(
         click.echo(text, nl=False)
     else:
         console = Console(highlight=False)
-        # A pipe has no width, and rich would fold the table into its 80 columns.
-        console.print(table, width=None if console.is_terminal else 160)
+        if not console.is_terminal:
+            console.width = 160  # a pipe has no width, and rich would fold the table into 80
+        console.print(shown)
 
 
 def plain(value: Any) -> Any:
@@ -87,7 +88,7 @@ def latency_table(rows: Sequence[LatencyRow], roofs: Roofs) -> rich.table.Table:
         f"{roofs.operations_per_second / 1e9:.0f} GOP/s in {roofs.dtype}, both measured here "
         f"on {roofs.threads} thread{'s' * (roofs.threads > 1)}"
     )
-    table = _table(
+    table = new_table(
         "batch tokens_/s latency_ms TTFT_ms TPOT_ms ITL_p99 prefill_/s MBU MFU runs",
         caption,
     )
@@ -109,7 +110,7 @@ def latency_table(rows: Sequence[LatencyRow], roofs: Roofs) -> rich.table.Table:
 
 def load_table(loads: Sequence[tuple[str, Load]]) -> rich.table.Table:
     errors = [error for _, load in loads for error in load.errors]
-    table = _table(
+    table = new_table(
         "rate sent failed s req_/s tokens_/s TTFT_ms TPOT_ms ITL_p99 cached",
         "; ".join(["TTFT, TPOT: medians in ms, p95 under them", *errors]),
     )
@@ -131,7 +132,7 @@ def load_table(loads: Sequence[tuple[str, Load]]) -> rich.table.Table:
 
 
 def kernel_table(rows: Sequence[KernelRow]) -> rich.table.Table:
-    table = _table("out in layers stored kernel tokens µs GB/s GOP/s", "medians")
+    table = new_table("out in layers stored kernel tokens µs GB/s GOP/s", "medians")
     for row in rows:
         table.add_row(
             str(row.out_features),
@@ -148,14 +149,14 @@ def kernel_table(rows: Sequence[KernelRow]) -> rich.table.Table:
 
 
 def startup_table(rows: Sequence[Startup]) -> rich.table.Table:
-    table = _table("run python imports loading first_token total", "seconds")
+    table = new_table("run python imports loading first_token total", "seconds")
     for number, row in enumerate(rows, start=1):
         values = (row.python, row.imports, row.loading, row.first_token, row.total)
         table.add_row(str(number), *(f"{value:.2f}" for value in values))
     return table
 
 
-def _table(header: str, caption: str) -> rich.table.Table:
+def new_table(header: str, caption: str | None = None) -> rich.table.Table:
     table = rich.table.Table(
         box=SIMPLE_HEAD,
         show_edge=False,
