@@ -31,7 +31,6 @@ from transformers import (
     AttentionInterface,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from qtool.convert.formats import WeightReader
@@ -40,6 +39,7 @@ from qtool.progress import bar
 from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.models.attention_spec import AttentionSpec
 from qtool.runtime.models.build import KernelUse
+from qtool.runtime.models.fallback_rotary import Turn, settle_turns
 from qtool.runtime.models.model import Attend
 from qtool.runtime.models.packed_modules import (
     called_linears,
@@ -65,7 +65,7 @@ _calls: ContextVar["_Calls"] = ContextVar("calls")
 class TransformersModel:
     """base gives hidden states, head turns them into logits by the model's own last steps.
 
-    turns  inverse frequencies of the rotary modules for which they depend on the context
+    turns  of the rotary modules that depend on the context
     """
 
     base: nn.Module
@@ -74,17 +74,15 @@ class TransformersModel:
     vocab_size: int
     dtype: torch.dtype
     device: torch.device
-    turns: tuple[tuple[nn.Module, Tensor], ...] = ()
+    turns: tuple[Turn, ...] = ()
 
     def for_context(self, num_tokens: int) -> "TransformersModel":
-        turns = tuple(
-            (module, _frequencies(module, num_tokens, self.device)) for module, _ in self.turns
-        )
+        turns = tuple(turn.for_context(num_tokens, self.device) for turn in self.turns)
         return dataclasses.replace(self, turns=turns)
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        for module, frequencies in self.turns:
-            module.inv_freq = frequencies
+        for turn in self.turns:
+            turn.apply()
         token = _calls.set(_Calls(attend))
         try:
             output = self.base(
@@ -99,26 +97,6 @@ class TransformersModel:
         output = self.head(inputs_embeds=hidden[None], use_cache=False)
         logits: Tensor = output.logits[0].float()
         return logits
-
-
-def _settle_turns(base: nn.Module, device: torch.device) -> tuple[tuple[nn.Module, Tensor], ...]:
-    """Rotary modules that choose their frequencies by the longest position of a step, which would
-    turn one sequence by the length of another: they keep what they are given from now on.
-    """
-    found: list[tuple[nn.Module, Tensor]] = []
-    module: Any
-    for module in base.modules():
-        kind = getattr(module, "rope_type", None)
-        if kind in ("longrope", "dynamic") and hasattr(module, "inv_freq"):
-            module.settled_rope_type, module.rope_type = kind, "default"
-            found.append((module, _frequencies(module, 1, device)))
-    return tuple(found)
-
-
-def _frequencies(module: Any, num_tokens: int, device: torch.device) -> Tensor:
-    init = ROPE_INIT_FUNCTIONS[module.settled_rope_type]
-    frequencies: Tensor = init(module.config, device, seq_len=num_tokens)[0]
-    return frequencies
 
 
 @dataclass(slots=True, eq=False)
@@ -179,7 +157,7 @@ def load_fallback(
             vocab_size=logits.shape[-1],
             dtype=dtype,
             device=device,
-            turns=_settle_turns(base, device),
+            turns=settle_turns(base, device),
         ),
         max_position_embeddings=_context(text),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),

@@ -22,6 +22,7 @@ from qtool.runtime.engine.sequence import GenerationRequest
 from qtool.runtime.loading import load_model
 from qtool.runtime.models.fallback import TransformersModel
 from qtool.runtime.models.families import NATIVE, TRANSFORMERS, served_families
+from qtool.runtime.models.model import _causal
 
 Greedy = Callable[[Path, Sequence[int], int], list[int]]
 PROMPTS = {"long": range(100, 150), "short": (5, 900, 17)}
@@ -224,6 +225,48 @@ def test_rotary_embeddings_that_depend_on_the_length_take_it_from_the_context(
     few = tokens[:, :20]
     expected = transformers_logits(folder, few)
     torch.testing.assert_close(loaded.logits(few), expected, rtol=0, atol=1e-4)
+
+
+PHIMOE_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 32 for i in range(32)],
+    "long_factor": [1.0 + i / 4 for i in range(32)],
+    "short_mscale": 1.1,
+    "long_mscale": 1.4,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize("context", [32, 100])
+def test_magnitude_and_frequencies_of_phimoe_are_those_of_the_context(
+    context: int,
+    tiny_checkpoint: Callable[..., Path],
+    transformers_logits: Callable[[Path, Tensor], Tensor],
+    tmp_path: Path,
+) -> None:
+    """transformers by itself has the magnitude of each pass, and always the short frequencies."""
+    folder = tiny_checkpoint("phimoe", **_LOCAL_EXPERTS, rope_parameters=PHIMOE_ROPE)
+    size = "short" if context == 32 else "long"
+    settled = PHIMOE_ROPE | {
+        "short_factor": PHIMOE_ROPE[f"{size}_factor"],
+        "short_mscale": PHIMOE_ROPE[f"{size}_mscale"],
+        "long_mscale": PHIMOE_ROPE[f"{size}_mscale"],
+    }
+    reference = Path(shutil.copytree(folder, tmp_path / "reference"))
+    config = json.loads((folder / "config.json").read_text())
+    (reference / "config.json").write_text(json.dumps(config | {"rope_parameters": settled}))
+    model = load_model(str(folder), dtype="float32").decoder
+    tokens = torch.arange(context)[None] * 31
+    shared = model.for_context(context)
+    model.for_context(7)  # the same weights, for a shorter context
+    for length in (context, 20):  # a pass over few tokens is turned as the longest one is
+        positions = torch.arange(length)
+        with torch.inference_mode():
+            hidden = shared.hidden(tokens[0, :length], positions, _causal(shared, 1, length))
+            logits = shared.logits(hidden)
+        expected = transformers_logits(reference, tokens[:, :length])[0]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
