@@ -77,6 +77,8 @@ class CheckpointWeights:
                 spec = dataclasses.replace(found.spec, file=modules[module])
                 packed[module] = _checked(checkpoint, Packed(found.layout, spec))
             _require_no_lost_scales(checkpoint, packed)
+            if not packed:
+                raise _nothing_packed(checkpoint, name, where)
         return cls(source, name, config, checkpoint, packed)
 
     def modules(self) -> list[str]:
@@ -185,6 +187,16 @@ def _format_name(quantization: Mapping[str, Any], where: str) -> str:
     raise UnsupportedModel(
         f"{where}: quantization method {method!r} is not read",
         f"read: {known}, GGUF files, and models in 16 or 32 bit",
+    )
+
+
+def _nothing_packed(checkpoint: Checkpoint, name: str, where: str) -> FormatError:
+    """Read as they are, the linears would be another model's."""
+    return FormatError(
+        f"{where} says that linears are packed by {name}, and {checkpoint.folder.name} holds none "
+        "that is",
+        "fetch the packed weights; or, if these are the model's in 16 bits, take "
+        f"quantization_config out of {where}",
     )
 
 

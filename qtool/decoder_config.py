@@ -27,6 +27,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
+# Of any dimension; larger ones are a damaged header.
+LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,9 +364,18 @@ class _Reader:
 
 
 def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A size of config.json; raises FormatError for what cannot be one."""
     value = config.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+    if value is None:
+        raise FormatError(f"config.json has no {key}, which the model's shape needs")
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise FormatError(f"config.json: {key} is {value!r}, a positive whole number is needed")
+    if value > LARGEST_SIZE:
+        raise FormatError(
+            f"config.json: {key} is {value}, larger than any model's: at most {LARGEST_SIZE} is "
+            "taken",
+            "the file is damaged, or is not a model's; fetch it again",
+        )
     return value

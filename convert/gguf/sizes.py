@@ -14,6 +14,7 @@ from qtool.arch import Architecture, Role
 from qtool.convert.gguf.config_keys import family_of
 from qtool.convert.gguf.entries import head_dim
 from qtool.convert.gguf.family import Family
+from qtool.decoder_config import whole
 from qtool.errors import FormatError
 
 # Of one matrix: [out, in], whatever a checkpoint's order; stacks have one an expert.
@@ -107,15 +108,7 @@ class _Reader:
     config: Mapping[str, Any]
 
     def whole(self, key: str, default: int | None = None) -> int:
-        name = self.family.aliases.get(key, key)
-        value = self.config.get(name)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise FormatError(
-                f"config.json: {name} is {value!r}, a positive whole number is needed"
-            )
-        return value
+        return whole(self.config, self.family.aliases.get(key, key), default)
 
     def count(self, *keys: str) -> int:
         """The first key that is there; 0 where none is."""

@@ -225,3 +225,20 @@ def test_nothing_is_read_but_headers_when_a_folder_is_opened(
     assert read == []
     opened(packed_checkpoint("compressed-tensors", "int4-g64-sym"))
     assert {name.rpartition(".")[2] for name in read} == {"weight_shape"}
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "compressed-tensors"])
+def test_a_config_of_packed_linears_over_plain_ones_is_refused(
+    name: str,
+    packed_checkpoint: PackedCheckpoint,
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    plain, said = tiny_checkpoint("llama"), packed_checkpoint(name, "int4-g128-sym")
+    folder = Path(shutil.copytree(plain, tmp_path / "model"))
+    config = read_json(folder / "config.json")
+    config["quantization_config"] = read_json(said / "config.json")["quantization_config"]
+    write_json(folder / "config.json", config)
+    with pytest.raises(FormatError, match="and model holds none that is") as raised:
+        opened(folder)
+    assert "take quantization_config out of config.json" in str(raised.value.hint)

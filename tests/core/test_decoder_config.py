@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qtool.decoder_config import DecoderConfig
+from qtool.decoder_config import DecoderConfig, whole
 from qtool.errors import FormatError, UnsupportedModel
 from qtool.rope import Rope
 
@@ -134,7 +134,7 @@ def test_a_null_is_no_value_even_where_the_family_has_a_default() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": None}, "hidden_size is None"),
+        ({"hidden_size": None}, "has no hidden_size"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
@@ -153,7 +153,7 @@ def test_a_null_is_no_value_even_where_the_family_has_a_default() -> None:
             {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
             "5 of 4 experts",
         ),
-        ({"model_type": "deepseek_v2"}, "kv_lora_rank is None"),
+        ({"model_type": "deepseek_v2"}, "has no kv_lora_rank"),
     ],
 )
 def test_a_bad_config_names_the_key(change: dict[str, Any], message: str) -> None:
@@ -340,3 +340,21 @@ def test_qwen3_and_deepseek_experts_as_they_are_published() -> None:
     assert deepseek.attention_scale == pytest.approx(192**-0.5 * magnitude**2)
     assert deepseek.layers[0].rope is not None
     assert deepseek.layers[0].rope.attention_factor == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (10**20, "hidden_size is 100000000000000000000, larger than any model's"),
+        (2**31, "larger than any model's: at most 2147483647"),
+        (0, "hidden_size is 0, a positive whole number is needed"),
+        (-5, "hidden_size is -5, a positive whole number"),
+        (True, "hidden_size is True, a positive whole number"),
+        ("64", "hidden_size is '64', a positive whole number"),
+        (None, "has no hidden_size"),
+    ],
+)
+def test_a_size_that_cannot_be_one_is_refused_for_what_it_is(value: object, words: str) -> None:
+    with pytest.raises(FormatError, match=words):
+        whole({"hidden_size": value}, "hidden_size")
+    assert whole({"hidden_size": 2**31 - 1}, "hidden_size") == 2**31 - 1
