@@ -18,12 +18,13 @@ PIP   := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint format clean
+.PHONY: help install demo bench test test-slow test-all lint format clean
 
 help:
 	@echo 'make demo       quantize, convert, evaluate and serve the bundled model (about 3 minutes after the install)'
 	@echo 'make test       the tests                       (ARGS="-k gptq" goes to pytest)'
 	@echo 'make test-all   the tests, with the slow ones'
+	@echo 'make bench      the benchmarks, beside their peers: hours (ARGS="--quick --only claims")'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make format     let ruff rewrite what it can'
 	@echo 'make clean      remove the environment, caches and build output'
@@ -39,6 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(VENV)/bin/qtool demo $(ARGS)
+
+bench: $(STAMP)
+	$(VENV)/bin/python benchmarks/all.py $(ARGS)
 
 # One thread each: the models here are so small that a second one only adds waiting.
 test test-slow test-all: export OMP_NUM_THREADS := 1
