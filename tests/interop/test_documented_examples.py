@@ -14,7 +14,8 @@ import statistics
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -226,3 +227,68 @@ def test_several_agents_at_once(url: str) -> None:
     counts = asyncio.run(main())
     assert counts[0] == 3
     assert all(count > 3 for count in counts[1:])
+
+
+def test_the_asynchronous_engine_in_python() -> None:
+    from qtool import AsyncEngineArgs, AsyncLLMEngine, SamplingParams
+
+    async def generate(prompt: str) -> str:
+        args = AsyncEngineArgs(model=MODEL, max_model_len=512, gpu_memory_utilization=0.90)
+        engine = AsyncLLMEngine.from_engine_args(args)
+        sampling = SamplingParams(temperature=0.7, max_tokens=16)
+        text = ""
+        async for output in engine.generate(prompt, sampling, request_id="req1"):
+            assert output.outputs[0].text.startswith(text), "each output has all of the text"
+            text = output.outputs[0].text
+        return text
+
+    assert asyncio.run(generate("Explain the sea."))
+
+
+def test_the_engine_in_python() -> None:
+    from qtool import LLM, SamplingParams
+
+    llm = LLM(model=MODEL, max_model_len=512)
+    outputs = llm.generate(["The sea", "The fire"], SamplingParams(temperature=0.8, max_tokens=8))
+    assert [bool(output.outputs[0].text) for output in outputs] == [True, True]
+
+
+def test_llama_cpps_python(as_gguf: Callable[[Path, str], Path], books_7m: Path) -> None:
+    from qtool import Llama
+
+    path = as_gguf(books_7m, "Q4_K_M")
+    llm = Llama(model_path=str(path), n_ctx=512, n_gpu_layers=-1, n_threads=2)
+    response = llm.create_chat_completion(
+        messages=[{"role": "user", "content": "Tell me a story."}], max_tokens=8
+    )
+    assert response["choices"][0]["message"]["content"]
+
+
+def test_an_agent_calls_a_tool_and_reads_its_result(url: str) -> None:
+    client = OpenAI(base_url=f"{url}/v1", api_key="EMPTY")
+    tool: Any = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "enum": ["Oslo", "Rome"]}},
+                "required": ["city"],
+            },
+        },
+    }
+    messages: list[Any] = [{"role": "user", "content": "How is the weather in Oslo?"}]
+    response = client.chat.completions.create(
+        model=MODEL, messages=messages, tools=[tool], tool_choice="required", max_tokens=64
+    )
+    [call, *_] = response.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+    messages += [
+        response.choices[0].message,
+        {"role": "tool", "tool_call_id": call.id, "content": "Sunny, 21 degrees"},
+    ]
+    response = client.chat.completions.create(
+        model=MODEL, messages=messages, tools=[tool], tool_choice="none", max_tokens=8
+    )
+    assert response.choices[0].message.content
