@@ -320,10 +320,10 @@ def _packed(
 
 
 def _codes(native: Native, out_features: int, in_features: int, bits: int) -> Tensor:
+    """Zeros for the codes."""
     panels = -(-out_features // PANEL_ROWS)
-    return torch.empty(
-        panels, in_features // STRIP, STRIP * PANEL_ROWS * bits // 8, dtype=torch.uint8
-    )
+    shape = (panels, in_features // STRIP, STRIP * PANEL_ROWS * bits // 8)
+    return native.memory.zeros(shape, torch.uint8)
 
 
 def _in_panels(native: Native, per_group: Tensor) -> Tensor:

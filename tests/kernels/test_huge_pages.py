@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from qtool import grid
 from qtool.kernels.cpu.huge_pages import ALIGNMENT, PAGE_BYTES, HugePages
+from qtool.kernels.cpu.native import Native
+from qtool.kernels.cpu.native_linear import pack_for, pack_matrix
+from qtool.scheme import QuantScheme
+from qtool.weights import QuantizedWeight
 
 
 def test_tensors_follow_each_other_in_a_chunk_that_begins_at_a_page() -> None:
@@ -59,6 +64,19 @@ def test_huge_pages_are_asked_for() -> None:
         pytest.skip("this kernel has no transparent huge pages")
     held = HugePages().zeros((10,), torch.uint8)
     assert "hg" in _flags_at(held.data_ptr())
+
+
+@pytest.mark.parametrize("word", ["int4-g32-sym", "int4-g32-asym", "int8-row-sym"])
+def test_packed_weights_lie_in_them(native: Native, word: str) -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    values = torch.randn(40, 64, generator=torch.manual_seed(0))
+    scheme = QuantScheme.parse(word)
+    found = grid.fit(values, scheme)
+    weight = QuantizedWeight(grid.codes(values, found, scheme), found.scales, found.zeros, scheme)
+    for packed in (pack_for(native, weight), pack_matrix(native, values)):
+        parts = [part for part in (packed.codes, packed.scales, packed.zeros) if part is not None]
+        assert all("hg" in _flags_at(part.data_ptr()) for part in parts)
 
 
 def _flags_at(address: int) -> list[str]:
