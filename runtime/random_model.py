@@ -42,6 +42,7 @@ QWEN_05B: Mapping[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+CPU = torch.device("cpu")
 # Outside the blocks, and one number a channel: kept as they are.
 PLAIN = ("embed", "norm", "bias")
 
@@ -51,7 +52,15 @@ class RandomReader:
 
     format = "random"
 
-    def __init__(self, config: Mapping[str, Any], scheme: QuantScheme | None, seed: int) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        scheme: QuantScheme | None,
+        seed: int,
+        *,
+        repeat: bool = False,
+    ) -> None:
+        self._made: dict[tuple[int, ...], QuantizedWeight] | None = {} if repeat else None
         self.config = dict(config)
         self.source = Source("random", Path("random"))
         self._scheme = scheme
@@ -86,13 +95,18 @@ class RandomReader:
         shape = self._shapes[f"{module}.weight"]
         if self._scheme is None or "embed" in module:
             return DenseWeight(self.tensor(f"{module}.weight"))
+        if self._made is not None and shape in self._made:
+            return self._made[shape]
         scheme = self._scheme
         codes = torch.randint(scheme.num_codes, shape, generator=self._generator, dtype=torch.uint8)
         groups = (shape[0], scheme.num_groups(shape[1]))
         # Weights of a standard deviation of about 0.02, as trained ones have.
         scales = torch.rand(groups, generator=self._generator) * 0.002 + 0.003
         zeros = None if scheme.symmetric else torch.full(groups, 8, dtype=torch.uint8)
-        return QuantizedWeight(codes, scales.to(torch.bfloat16).float(), zeros, scheme)
+        weight = QuantizedWeight(codes, scales.to(torch.bfloat16).float(), zeros, scheme)
+        if self._made is not None:
+            self._made[shape] = weight
+        return weight
 
     def tensor(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -110,13 +124,15 @@ def random_model(
     seed: int = 0,
     *,
     rules: PackingRules = DEFAULT_RULES,
+    device: torch.device = CPU,
+    repeat: bool = False,
 ) -> LoadedModel:
     """scheme  of the linears; None: bfloat16
     rules   how they are packed
+    repeat  whether linears of one shape are equal: large models are made in less time
     """
     parsed = None if scheme is None else QuantScheme.parse(scheme)
-    reader = RandomReader(config, parsed, seed)
-    device = torch.device("cpu")
+    reader = RandomReader(config, parsed, seed, repeat=repeat)
     with torch.inference_mode():
         built = plan_decoder(reader).load(torch.bfloat16, device, rules)
     return LoadedModel(

@@ -29,6 +29,12 @@ if not torch.cuda.is_available():
     # Triton decides when it is imported whether kernels are compiled or interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
 TINY: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 256,

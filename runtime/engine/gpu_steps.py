@@ -59,7 +59,7 @@ class GpuSteps:
         cls, model: Model, pool: KVPool, *, max_model_len: int | None, enforce_eager: bool
     ) -> GpuSteps | None:
         """None where the kernels do not serve this model."""
-        if attention_obstacle(model.attention, model.device) is not None:
+        if attention_obstacle(model.attention, model.dtype, model.device) is not None:
             return None
         return cls(model, pool, max_model_len=max_model_len, enforce_eager=enforce_eager)
 

@@ -47,11 +47,15 @@ from qtool.runtime.models.parts import GATED, HeadNorm, Norm, RmsNorm, WideRmsNo
 ACTIVATIONS: tuple[fused.Activation, ...] = ("silu", "gelu_tanh")
 
 
-def attention_obstacle(specs: Sequence[AttentionSpec], device: torch.device) -> str | None:
+def attention_obstacle(
+    specs: Sequence[AttentionSpec], dtype: torch.dtype, device: torch.device
+) -> str | None:
     """Why Triton's attention does not serve layers like these; None if it does."""
     found = obstacle(device)
     if found is not None:
         return found
+    if device.type == "cuda" and dtype == torch.float32:
+        return "computes in 16 bits, and activations are float32"
     for spec in specs:
         widest = max(spec.key_dim, spec.value_dim)
         if widest > paged_attention.MAX_HEAD_DIM:
@@ -63,7 +67,7 @@ def attention_obstacle(specs: Sequence[AttentionSpec], device: torch.device) -> 
 
 def why_not(decoder: Decoder) -> str | None:
     """Why a decoder's blocks are not fused; None if they are."""
-    found = attention_obstacle(decoder.attention, decoder.device)
+    found = attention_obstacle(decoder.attention, decoder.dtype, decoder.device)
     if found is not None:
         return found
     if decoder.ranks is not None:
