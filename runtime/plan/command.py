@@ -14,7 +14,7 @@ from qtool.runtime.bench.options import OUTPUT_OPTIONS, Numbers, length_range, w
 if TYPE_CHECKING:
     from qtool.runtime.plan.answer import Load
     from qtool.runtime.plan.costs import StepCosts
-    from qtool.runtime.plan.fit import Setting
+    from qtool.runtime.plan.fit import Setting, choose_context
     from qtool.runtime.plan.fleet import Targets
     from qtool.runtime.plan.hardware import Gpu
     from qtool.runtime.plan.measure import Measurement
@@ -40,7 +40,11 @@ Place = tuple[str, str, "Callable[[], tuple[StepCosts, Limits]]"]
 )
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="Only this; may be repeated.")
 @click.option("--tensor-parallel-size", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--context", type=click.IntRange(min=2), default=4096, show_default=True)
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    help="Tokens of a sequence.  [default: 4096, or the model's]",
+)
 @click.option("--max-num-seqs", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--gpu-memory-utilization", type=float, default=0.9, show_default=True)
 @click.option("--kv-cache-dtype", type=click.Choice(["auto", "int8"]), default="auto")
@@ -67,7 +71,7 @@ def plan(
     forms: tuple[str, ...],
     gpus: tuple[str, ...],
     tensor_parallel_size: int,
-    context: int,
+    context: int | None,
     max_num_seqs: int,
     gpu_memory_utilization: float,
     kv_cache_dtype: str,
@@ -102,7 +106,7 @@ def plan(
     """
     from qtool.runtime.bench.output import emit
     from qtool.runtime.plan.answer import Facts, fits
-    from qtool.runtime.plan.fit import Setting
+    from qtool.runtime.plan.fit import Setting, choose_context
     from qtool.runtime.plan.fleet import Targets
     from qtool.runtime.plan.hardware import GPUS, find_gpu
     from qtool.runtime.plan.output import pages
@@ -119,6 +123,8 @@ def plan(
     setting = Setting(
         max_num_seqs, gpu_memory_utilization, kv_cache_dtype == "int8", tensor_parallel_size
     )
+    longest = paper.config.max_position_embeddings
+    context = choose_context(longest, context)
     devices = [find_gpu(name) for name in gpus] or list(GPUS.values())
     chosen = [find_variant(paper, form) for form in forms or DEFAULT_FORMS]
     measured = None
@@ -144,6 +150,7 @@ def plan(
             shared_prefix_len,
             seed,
         )
+        choose_context(longest, workload.input_lens[1] + workload.output_lens[1])
         targets = Targets.in_milliseconds(ttft_ms, tpot_ms)
         places: Iterable[Place] = _on_paper(paper, chosen, devices, setting, context)
         if measured is not None:

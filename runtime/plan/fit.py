@@ -15,6 +15,7 @@ from qtool.runtime.plan.variants import Variant
 # Tokens of a block on CUDA, and of a step where prompts are computed.
 BLOCK_SIZE = 16
 MAX_NUM_BATCHED_TOKENS = 2048
+DEFAULT_CONTEXT = 4096
 # What a driver, its libraries and a graph take, and no setting gives back.
 OVERHEAD_BYTES = 1_000_000_000
 
@@ -130,6 +131,16 @@ def check_room(limits: Limits, longest: int) -> None:
             f"a request of {longest} tokens does not fit into a KV cache of {room}",
             "choose shorter lengths, fewer bits, or a device with more memory",
         )
+
+
+def choose_context(longest: int, asked: int | None) -> int:
+    """Tokens of a sequence, of at most the model's `longest`; raises UsageError beyond it."""
+    if asked is not None and asked > longest:
+        raise UsageError(
+            f"{asked} tokens are asked for, and the model was made for {longest}",
+            "choose a smaller --context, or shorter --input-len and --output-len",
+        )
+    return min(DEFAULT_CONTEXT, longest) if asked is None else asked
 
 
 def check_shares(model: PaperModel, num_gpus: int) -> None:

@@ -84,10 +84,11 @@ def test_a_device_that_cannot_is_named_among_others(config: str) -> None:
         (("--rate", "-1"), "--rate is -1, must be above 0"),
         (("--tensor-parallel-size", "4"), "4 GPUs cannot share 14 heads"),
         (("--gpu-memory-utilization", "1.5"), "must be above 0 and at most 1"),
+        (("--context", "40000"), "40000 tokens are asked for"),
         (("--gpu", "T4", "--as", "bf16", "--rate", "1", "--input-len", "9,3"), "neither a length"),
         (
             ("--gpu", "T4", "--as", "int4", "--rate", "1", "--input-len", "9999999"),
-            "does not fit into a KV cache",
+            "the model was made for 32768",
         ),
     ],
 )

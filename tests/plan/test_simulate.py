@@ -17,6 +17,7 @@ from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.sequence import GenerationRequest
 from qtool.runtime.loading import load_model
 from qtool.runtime.plan import fleet
+from qtool.runtime.plan.answer import answer_load
 from qtool.runtime.plan.costs import MeasuredCosts, RooflineCosts, StepCosts, StepShape
 from qtool.runtime.plan.fleet import Targets, required_replicas, simulate
 from qtool.runtime.plan.measure import Measurement
@@ -195,6 +196,11 @@ def test_targets_that_no_fleet_meets_are_refused() -> None:
     with pytest.raises(UsageError, match="a request that is alone waits") as caught:
         required_replicas(workload, COSTS, LIMITS, Targets(0.5, 0.001))
     assert "more replicas do not help" in (caught.value.hint or "")
+
+
+def test_a_request_larger_than_the_pool_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not fit into a KV cache of 3200"):
+        answer_load(COSTS, LIMITS, Workload(1.0, 30, (3190, 3190), (20, 20)), Targets(), 1, print)
 
 
 def test_measurements_are_kept(tmp_path: Path) -> None:
