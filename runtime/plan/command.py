@@ -14,7 +14,7 @@ from qtool.runtime.bench.options import OUTPUT_OPTIONS, Numbers, length_range, w
 if TYPE_CHECKING:
     from qtool.runtime.plan.answer import Load
     from qtool.runtime.plan.costs import StepCosts
-    from qtool.runtime.plan.fit import Setting, choose_context
+    from qtool.runtime.plan.fit import Setting
     from qtool.runtime.plan.fleet import Targets
     from qtool.runtime.plan.hardware import Gpu
     from qtool.runtime.plan.measure import Measurement
