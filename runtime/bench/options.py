@@ -19,7 +19,9 @@ MODEL_OPTIONS = (
 OUTPUT_OPTIONS = (
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     click.option(
-        "--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write it there."
+        "--out",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Also write the JSON there, and its plot beside it, as .svg.",
     ),
 )
 

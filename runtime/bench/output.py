@@ -18,6 +18,7 @@ from qtool.runtime.bench.conditions import environment, write_whole
 from qtool.runtime.bench.kernels import KernelRow
 from qtool.runtime.bench.machine import Roofs
 from qtool.runtime.bench.offline import LatencyRow
+from qtool.runtime.bench.plots import plot
 from qtool.runtime.bench.startup import Startup
 from qtool.runtime.bench.timing import Load, Spread
 from qtool.runtime.evaluate.sizes import measure as measure_size
@@ -35,7 +36,9 @@ def emit(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """What is shown to stdout, or the JSON; the JSON also to `out`, complete or not at all."""
+    """What is shown to stdout, or the JSON; the JSON also to `out`, complete or not at all, and
+    its plot beside it, as .svg.
+    """
     result = {
         "qtool_bench": VERSION,
         "kind": kind,
@@ -46,6 +49,9 @@ def emit(
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     if out is not None:
         write_whole(out, text)
+        drawn = plot(kind, result["rows"])
+        if drawn is not None:
+            write_whole(out.with_suffix(".svg"), drawn)
     if as_json:
         click.echo(text, nl=False)
     else:

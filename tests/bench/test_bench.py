@@ -5,6 +5,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
@@ -12,7 +13,9 @@ from click.testing import CliRunner
 from qtool.cli import qtool
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.bench.client import Work, arrivals, prompts, send_all, served_model
+from qtool.runtime.bench.conditions import cpu_name, write_result
 from qtool.runtime.bench.machine import Roofs, arithmetic_use, bandwidth_use
+from qtool.runtime.bench.plots import plot
 from qtool.runtime.bench.timing import Answer, load_of, spread
 from qtool.runtime.server.process import running_server
 
@@ -108,6 +111,10 @@ def test_latency_reports_every_field_that_others_look_for(books_7m: Path, tmp_pa
         for name in ("p50_latency_ms", "p95_latency_ms", "avg_tokens_per_sec", "mbu", "mfu"):
             assert row[name] > 0, name
     assert not list(tmp_path.glob(".*.partial"))
+    drawn = ElementTree.fromstring((tmp_path / "latency.svg").read_text(encoding="utf-8"))
+    titles = [title.text or "" for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) == 4  # two batch sizes in two panels
+    assert f"decode, 2: {found['rows'][1]['decode_tokens_per_second']:.4g}" in titles[1]
 
 
 def test_throughput_counts_every_token(books_7m: Path) -> None:
@@ -174,3 +181,38 @@ def test_startup_adds_up(books_7m: Path) -> None:
     assert sum(parts) == pytest.approx(row["total"])
     with pytest.raises(QtoolError, match="failed"):
         run("startup", "/no/such/model", "--num-runs", "1")
+
+
+def test_points_stand_where_their_values_are() -> None:
+    spreads = {"p50": 100.0, "smallest": 50.0, "p95": 200.0}
+    rows = [
+        {
+            "request_rate": rate,
+            "load": {"tokens_per_second": 10.0 * (n + 1), "ttft_ms": spreads, "tpot_ms": None},
+        }
+        for n, rate in enumerate(("1", "inf"))
+    ]
+    drawn = plot("serve", rows)
+    assert drawn is not None
+    tree = ElementTree.fromstring(drawn)
+    space = "{http://www.w3.org/2000/svg}"
+    marks = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in tree.iter(f"{space}circle")]
+    assert len(marks) == 4
+    # Twice the speed stands higher, equal medians level, a later rate to the right.
+    assert marks[1][1] < marks[0][1]
+    assert marks[2][1] == marks[3][1]
+    assert marks[0][0] < marks[1][0]
+    ranges = [found for found in tree.iter(f"{space}line") if "range" in found.get("class", "")]
+    assert [found.get("class") for found in ranges] == ["c0 range", "c0 range"]
+    assert plot("throughput", rows) is None
+
+
+def test_a_result_has_the_conditions_it_was_measured_under(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "speed.json"
+    write_result(path, {"ratio": 2.0}, load_before=0.5, versions={"peer": "1.2"})
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert (found["ratio"], found["load_average"]["before"]) == (2.0, 0.5)
+    assert found["environment"]["peer"] == "1.2"
+    assert found["environment"]["cpu"] == cpu_name()
+    assert {"command", "date"} <= set(found)
+    assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
