@@ -29,7 +29,7 @@ STYLE = """
 :root { color-scheme: light dark;
   --page: #fbfaf8; --card: #ffffff; --ink: #1d1f23; --soft: #636973; --line: #e4e2dd;
   --accent: #2f66c9; --bar: #6f9ae3; --mark: #d2611c; --grid: #eceae5; }
-@media (prefers-color-scheme: dark) { :root {
+@media screen and (prefers-color-scheme: dark) { :root {
   --page: #141619; --card: #1b1e22; --ink: #e7e8ea; --soft: #9aa1ab; --line: #2d3138;
   --accent: #8db4ff; --bar: #4f7fd1; --mark: #ff9a57; --grid: #262a30; } }
 * { box-sizing: border-box; }
@@ -88,6 +88,13 @@ pre { margin: 0; padding: 14px 16px; overflow-x: auto; background: var(--card);
   border: 1px solid var(--line); border-radius: 10px;
   font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 code { font: 12.5px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+@media print { :root { color-scheme: light; --page: #ffffff; }
+  body { font-size: 12px; } main { max-width: none; padding: 0; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  th, td { padding: 5px 8px; } pre { white-space: pre-wrap; } .scroll { overflow: visible; }
+  figure, tr, .verdict, ul.notes { break-inside: avoid; } h2, summary { break-after: avoid; }
+  td code { white-space: normal; overflow-wrap: anywhere; }
+  details::details-content { content-visibility: visible; block-size: auto; } }
 """
 
 
@@ -213,7 +220,7 @@ def _layer_section(model: ModelReport, names: str) -> str:
     if panels:
         parts.append(
             f"<figure>{error_map(model.layers)}<figcaption>Relative error of each linear's output "
-            "on the calibration text: blocks down, linears across, darker is larger.</figcaption>"
+            "on the calibration text: blocks down, linears across, stronger is larger.</figcaption>"
             "</figure>"
         )
         figures = "".join(f"<div>{panel}</div>" for panel in panels)

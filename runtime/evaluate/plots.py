@@ -121,16 +121,18 @@ def error_map(layers: Sequence[LayerReport]) -> str:
         return ""
     blocks = list(dict.fromkeys(block for block, _ in errors))
     kinds = list(dict.fromkeys(kind for _, kind in errors))
-    left, top, width = 60, 64, 760
+    left, width = 60, 760
     across = min(110.0, (width - left) / len(kinds))
     down = max(12.0, min(26.0, 560 / len(blocks)))
     parts = []
     every = max(1, math.ceil(16 / down))
-    for column, kind in enumerate(kinds):
-        center = left + across * (column + 0.5)
-        words = kind.split(".")[-1]
-        level = top - 10 - (18 * (column % 2) if across < 8 * len(words) else 0)
-        parts.append(text(center, level, shortened(words, 18), "tick", anchor="middle"))
+    names = [shortened(kind.split(".")[-1], 18) for kind in kinds]
+    # Names wider than their columns stand on two levels in turn.
+    crowded = any(8 * len(name) > across for name in names)
+    top = 46 if crowded else 28
+    for column, name in enumerate(names):
+        level = top - 10 - (18 if crowded and column % 2 else 0)
+        parts.append(text(left + across * (column + 0.5), level, name, "tick", anchor="middle"))
     for row, block in enumerate(blocks):
         y = top + down * row
         if row % every == 0:
@@ -148,8 +150,8 @@ def error_map(layers: Sequence[LayerReport]) -> str:
             parts.append(rectangle(x + 1, y + 1, across - 2, down - 2, title, shade))
             if down >= 20:
                 kind_of_text = "on-dark" if error > 0.55 * highest else "tick"
-                words = _error_text(error)
                 place = (x + across / 2, y + down / 2 + 4)
+                words = f"{100 * error:.2f} %"
                 parts.append(text(*place, words, kind_of_text, anchor="middle"))
     height = top + down * len(blocks) + 6
     return svg(width, height, "Relative error of each layer", parts)
