@@ -193,20 +193,27 @@ def ps(server: str) -> None:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.argument("prompt", nargs=-1)
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(min=0))
 @click.option("--seed", type=int)
+@click.option(
+    "--chat-template", metavar="TEMPLATE", help="A file, a template, or a name such as llama3."
+)
+# llama-cli's names, so that its command lines work.
+@click.option("-m", "--model", "model_option", hidden=True)
 @click.option("-p", "--prompt", "prompt_option", hidden=True)
 @click.pass_context
 def run(
     context: click.Context,
     /,
-    model: str,
+    model: str | None,
     prompt: tuple[str, ...],
+    model_option: str | None,
     prompt_option: str | None,
+    chat_template: str | None,
     **options: Any,
 ) -> None:
     """Answer PROMPT with MODEL and end; what is piped in is part of the question.
@@ -217,9 +224,15 @@ def run(
     Examples:
       qtool run builtin:books-7m "Tell me a story."
       git diff | qtool run ./Qwen3-0.6B-int4 "Describe this change."
+      qtool run -m Llama-3.gguf --chat-template llama3 -n 200 -p "Why is the sky blue?"
     """
     from qtool.runtime.command import chat
 
+    if model_option is not None:
+        # What stands first is then the prompt's first word.
+        model, prompt = model_option, (*([] if model is None else [model]), *prompt)
+    if model is None:
+        raise click.MissingParameter(param_hint="'MODEL'", param_type="argument")
     words = " ".join(prompt) or (prompt_option or "")
     piped = "" if sys.stdin.isatty() else sys.stdin.read()
     question = "\n\n".join(part for part in (words, piped.strip()) if part)
@@ -237,6 +250,8 @@ def run(
         name: value for name, value in options.items() if name != "system" and value is not None
     }
     made = store().find(model)
+    if chat_template is not None:
+        made = replace(made or Modelfile(model), template=chat_template)
     config = EngineConfig(made.base if made else model, max_num_seqs=1)
     backend = LocalChat(with_adapter(config, made), made)
     try:

@@ -3,7 +3,7 @@
 The body is always ``{"error": {"message", "type", "param", "code"}}``. openai-python retries 408,
 409, 429 and every 5xx, so bad input must never be a 5xx (it would be sent three times), and an
 overloaded server must say `Retry-After`. LangChain looks for the text `context_length_exceeded`
-in a 400 to tell an overlong prompt from other mistakes.
+in the message of a 400 to tell an overlong prompt from other mistakes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def context_length_exceeded(
             f"({num_prompt_tokens} in the prompt, {max_tokens} in the completion)"
         )
         cure = "shorten the prompt or lower max_tokens"
-    message = f"This model's maximum context length is {limit} tokens, but {asked}. Please {cure}."
+    message = (
+        f"This model's maximum context length is {limit} tokens, but {asked}. Please {cure} "
+        "(context_length_exceeded)."
+    )
     return invalid(message, param=param, code="context_length_exceeded")
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -52,7 +52,17 @@ def running_server(
 
     verify  for TLS: the file of the certificate to trust
     """
-    command = [sys.executable, "-m", "qtool", "serve", model, "--port", "0", *flags]
+    command = ["-m", "qtool", "serve", model, "--port", "0", *flags]
+    with started_server(command, start_seconds=start_seconds, verify=verify) as server:
+        yield server
+
+
+@contextmanager
+def started_server(
+    arguments: Sequence[str], *, start_seconds: float = 120.0, verify: str | bool = True
+) -> Iterator[RunningServer]:
+    """The same for any command line of this Python that serves."""
+    command = [sys.executable, *arguments]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command,

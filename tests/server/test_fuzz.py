@@ -14,6 +14,7 @@ from qtool.runtime.server.anthropic import MessagesBody
 from qtool.runtime.server.chat_protocol import ChatBody
 from qtool.runtime.server.embeddings import EmbeddingBody
 from qtool.runtime.server.ollama import OllamaChatBody, OllamaEmbedBody, OllamaGenerateBody
+from qtool.runtime.server.ollama_names import OllamaCopyBody, OllamaCreateBody
 from qtool.runtime.server.plain import PlainBody
 from qtool.runtime.server.protocol import CompletionBody
 from qtool.runtime.server.responses_protocol import ResponsesBody
@@ -134,6 +135,14 @@ ROUTES: dict[str, tuple[set[str], dict[str, Any]]] = {
         {"prompt": st.text(max_size=9), "options": st.just({"num_predict": 2})},
     ),
     "/api/embed": ({*OllamaEmbedBody.model_fields}, {"input": st.text(max_size=20)}),
+    "/api/create": (
+        {"from", *OllamaCreateBody.model_fields},
+        {"model": st.text(max_size=9), "from": st.sampled_from(["builtin:books-7m", "x", ""])},
+    ),
+    "/api/copy": (
+        {*OllamaCopyBody.model_fields},
+        {"source": st.just("builtin:books-7m"), "destination": st.text(max_size=9)},
+    ),
     "/generate": (
         {*TgiBody.model_fields, *TgiParameters.model_fields},
         {"inputs": st.text(max_size=20), "parameters": st.just({"max_new_tokens": 2})},
