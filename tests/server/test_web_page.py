@@ -229,7 +229,8 @@ def test_markup_of_a_model_stays_text(page: Page, serve: Callable[..., Any]) -> 
         page.run(
             "globalThis.into = document.createElement('div');"
             "markdown('# A\\n\\n<img src=x onerror=alert(1)> **b** `c`\\n\\n```py\\n<d>\\n```\\n"
-            "- one\\n- two\\n\\n| a | <b> |\\n|---|:-:|\\n| `1` | 2 |\\n\\n[x](javascript:alert(1)) [y](https://y.example)', into)"
+            "- one\\n- two\\n\\n| a | <b> |\\n|---|:-:|\\n| `1` | 2 |\\n\\n"
+            "[x](javascript:alert(1)) [y](https://y.example)', into)"
         )
         assert page.run("into.querySelector('img')") is None
         assert page.run("into.querySelector('pre code').textContent") == "<d>"
