@@ -97,7 +97,17 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedWei
     )
 
 
-LAYOUT = Layout(SUFFIXES, shape_of, unpack_layer, zeros_of=zeros_of)
+LAYOUT = Layout(
+    SUFFIXES,
+    shape_of,
+    unpack_layer,
+    zeros_of=zeros_of,
+    axes={
+        "qweight": ("in", "out words"),
+        "qzeros": ("groups", "out words"),
+        "scales": ("groups", "out"),
+    },
+)
 
 
 def quantization_config(

@@ -62,4 +62,9 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: FloatSpec) -> CodebookWeig
     return CodebookWeight(codes, codebook, scales.flatten(), spec.scheme, scale_bits=8)
 
 
-LAYOUT = Layout(SUFFIXES, shape_of, unpack_layer)
+LAYOUT = Layout(
+    SUFFIXES,
+    shape_of,
+    unpack_layer,
+    axes={"weight_packed": ("out", "in pairs"), "weight_scale": ("out", "groups")},
+)

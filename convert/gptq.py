@@ -133,7 +133,18 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedWei
     )
 
 
-LAYOUT = Layout(SUFFIXES, shape_of, unpack_layer, zeros_of=zeros_of, group_index="g_idx")
+LAYOUT = Layout(
+    SUFFIXES,
+    shape_of,
+    unpack_layer,
+    zeros_of=zeros_of,
+    group_index="g_idx",
+    axes={
+        "qweight": ("in words", "out"),
+        "qzeros": ("groups", "out words"),
+        "scales": ("groups", "out"),
+    },
+)
 
 
 def quantization_config(

@@ -26,11 +26,13 @@ from qtool.convert.layer import (
     dequantize_act_order,
     is_act_order,
 )
+from qtool.convert.parts import Cut, cuts_of, part_shape
 from qtool.convert.sources import SOURCES, UNMISTAKABLE
 from qtool.errors import FormatError, UnsupportedModel
 from qtool.json_files import read_json
 from qtool.scheme import FloatScheme, QuantScheme
 from qtool.source import Source
+from qtool.weight_parts import Part, take
 from qtool.weights import DenseWeight, QuantizedWeight, Weight
 
 DENSE = "dense"
@@ -133,6 +135,41 @@ class CheckpointWeights:
                 assert isinstance(in_order, QuantizedWeight), type(in_order)
                 return DenseWeight(dequantize_act_order(in_order, g_idx, spec))
         return layout.unpack(self._tensors(layout, module), spec)
+
+    def part(self, module: str, part: Part) -> Weight:
+        """As `weight`, of these rows and columns; little else is read where the layout allows."""
+        found = self.packed.get(module)
+        checkpoint = self.checkpoint
+        if found is None and (part.rows is None or len(part.rows) == 1):
+            rows = None if part.rows is None else part.rows[0]
+            return DenseWeight(checkpoint.part(f"{module}.weight", (rows, part.columns)))
+        layout_cuts = None if found is None else cuts_of(found, part)
+        if found is None or layout_cuts is None or not self._fits(module, found, layout_cuts):
+            return take(self.weight(module), part)
+        tensors = {
+            suffix: checkpoint.part(f"{module}.{suffix}", cut.runs)
+            for suffix, cut in layout_cuts.items()
+            if f"{module}.{suffix}" in checkpoint
+        }
+        rest = [suffix for suffix in found.layout.suffixes if suffix not in layout_cuts]
+        tensors |= self._tensors(found.layout, module, skip=tuple(layout_cuts)) if rest else {}
+        if found.layout.states_shape in tensors:
+            tensors[str(found.layout.states_shape)] = torch.tensor(part_shape(found.shape, part))
+        if part.columns is not None and found.layout.group_index is not None:
+            tensors.pop(found.layout.group_index, None)  # groups in order say nothing
+        return found.layout.unpack(tensors, found.spec)
+
+    def _fits(self, module: str, found: PackedLinear, cuts: Mapping[str, Cut]) -> bool:
+        """Whether the file's tensors have the axes that the layout says, and groups in order."""
+        if isinstance(found.spec, LayerSpec):
+            if self._act_order(module, found.layout, found.spec) is not None:
+                return False
+        tensors = self.checkpoint.tensors
+        return all(
+            tensors[name].shape == cut.shape
+            for suffix, cut in cuts.items()
+            if (name := f"{module}.{suffix}") in tensors
+        )
 
     def tensor(self, name: str) -> Tensor:
         module, _, suffix = name.rpartition(".")

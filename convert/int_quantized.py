@@ -70,7 +70,16 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedWei
     )
 
 
-LAYOUT = Layout(SUFFIXES, shape_of, unpack_layer)
+LAYOUT = Layout(
+    SUFFIXES,
+    shape_of,
+    unpack_layer,
+    axes={
+        "weight": ("out", "in"),
+        "weight_scale": ("out", "groups"),
+        "weight_zero_point": ("out", "groups"),
+    },
+)
 
 
 def _check_grid(

@@ -10,8 +10,8 @@ checked from its headers before any work starts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 import regex
 import torch
@@ -25,6 +25,11 @@ from qtool.weights import QuantizedWeight, Weight
 # take for ever.
 PATTERN_SECONDS = 1.0
 MAX_PATTERN_LENGTH = 100_000
+
+
+# What a tensor of a packed linear has along an axis: outputs or inputs one by one, packed by 32-bit
+# words or in pairs, or groups of inputs.
+Axis = Literal["out", "in", "out words", "in words", "in pairs", "groups"]
 
 
 class Spec(Protocol):
@@ -80,6 +85,9 @@ class Layout:
     zeros_of     zero points from all tensors but the first, None where all are the midpoint, so
                  that the layer is symmetric whatever the config says; absent where the config tells
     group_index  suffix of the tensor that puts inputs in groups (act-order), or None
+    axes         what the axes of its tensors are, where a part of the weight can be cut out of
+                 them; suffixes that are not listed stay as they are
+    states_shape suffix of a tensor that holds [out, in], or None
     """
 
     suffixes: tuple[str, ...]
@@ -89,6 +97,8 @@ class Layout:
     scheme_of: Callable[[Mapping[str, Tensor], Any], FloatScheme] | None = None
     zeros_of: Callable[[Mapping[str, Tensor], LayerSpec], Tensor | None] | None = None
     group_index: str | None = None
+    axes: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict)
+    states_shape: str | None = None
 
 
 class Packed(NamedTuple):

@@ -134,7 +134,17 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedWei
 
 
 LAYOUT = Layout(
-    SUFFIXES, shape_of, unpack_layer, small=("weight_shape",), group_index="weight_g_idx"
+    SUFFIXES,
+    shape_of,
+    unpack_layer,
+    small=("weight_shape",),
+    group_index="weight_g_idx",
+    axes={
+        "weight_packed": ("out", "in words"),
+        "weight_scale": ("out", "groups"),
+        "weight_zero_point": ("out words", "groups"),
+    },
+    states_shape="weight_shape",
 )
 
 

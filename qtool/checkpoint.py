@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,19 @@ class Checkpoint:
             raise FormatError(f"{info.file.name}: tensor {name!r}: {error}") from error
         return tensor
 
+    def part(self, name: str, runs: Sequence[range | None]) -> Tensor:
+        """A run along each axis of one tensor, None for all of it; the rest is not read."""
+        info = self.tensors.get(name)
+        cuts = tuple(slice(None) if run is None else slice(run.start, run.stop) for run in runs)
+        if info is None or name in self.mapped or info.dtype.itemsize == 1:
+            # Slices of 8-bit types are not in every version of the library.
+            return _byte_wise(self.tensor(name), cuts)
+        try:
+            tensor: Tensor = self._opened(info).get_slice(name)[cuts]
+        except SafetensorError as error:
+            raise FormatError(f"{info.file.name}: tensor {name!r}: {error}") from error
+        return tensor
+
     def _opened(self, info: TensorInfo) -> Any:
         file = self.handles.get(info.file) if info.nbytes <= SMALL_BYTES else None
         if file is None:
@@ -130,6 +143,13 @@ class Checkpoint:
     def generation_config(self) -> dict[str, Any]:
         path = self.folder / "generation_config.json"
         return read_json(path) if path.is_file() else {}
+
+
+def _byte_wise(tensor: Tensor, cuts: tuple[slice, ...]) -> Tensor:
+    """torch does not copy every 8-bit float type."""
+    if tensor.dtype.itemsize > 1:
+        return tensor[cuts].clone()
+    return tensor.view(torch.uint8)[cuts].clone().view(tensor.dtype)
 
 
 def _without_twins(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from qtool.convert.gguf.vocab import end_of_generation_ids
 from qtool.errors import FormatError
 from qtool.scheme import QuantScheme
 from qtool.source import Source
+from qtool.weight_parts import Part, row_numbers, take
 from qtool.weights import BlockWeight, DenseWeight, Weight
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -129,6 +130,10 @@ class GgufWeights:
             return [shape[1:]]
         return [shape if part.expert is None else (self._names.config.num_experts, *shape)]
 
+    def release(self) -> None:
+        """Of what has been read, keep nothing in memory."""
+        self.file.release()
+
     def modules(self) -> list[str]:
         return [
             name.removesuffix(".weight")
@@ -172,6 +177,24 @@ class GgufWeights:
         if isinstance(weight, BlockWeight) and weight.codec.name == "Q4_0":
             return unpack_q4_0(weight)
         return weight
+
+    def part(self, module: str, part: Part) -> Weight:
+        """As `weight`, of these rows and columns; the rest of the file is not touched."""
+        weight = self.stored_part(module, part)
+        if isinstance(weight, BlockWeight) and weight.codec.name == "Q4_0":
+            return unpack_q4_0(weight)
+        return weight
+
+    def stored_part(self, module: str, part: Part) -> Weight:
+        """As `stored`, likewise."""
+        name = f"{module}.weight"
+        found = self._part(name)
+        order = self._names.row_order(module)
+        if self._is_loose(name) or not found.is_quantized or order is None or part.rows is None:
+            return take(self.stored(module), part)
+        in_file = inverse_order(order)[row_numbers(part.rows)]
+        rows = self._blocks(found.entry, found.expert).rows(in_file)
+        return take(rows, Part(columns=part.columns))
 
     def stored(self, module: str) -> Weight:
         """The same with all quantized types as their blocks, for who multiplies by those."""

@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from qtool.convert.formats import Held, WeightReader
+from qtool.convert.partial import read_part
 from qtool.source import Source
+from qtool.weight_parts import Part
 from qtool.weights import Weight
 
 # What a text model is called inside, and the family that it is.
@@ -62,6 +64,9 @@ class TextPart:
 
     def weight(self, module: str) -> Weight:
         return self.whole.weight(self._held(module))
+
+    def part(self, module: str, part: Part) -> Weight:
+        return read_part(self.whole, self._held(module), part)
 
     def tensor(self, name: str) -> Tensor:
         return self.whole.tensor(self._held(name))
