@@ -4,6 +4,8 @@
 
 decode   tokens a second of 1, 4 and 16 sequences with a prompt of 32 tokens behind them
 prefill  tokens a second of a prompt of 512
+memory   GB/s of plain reading, and of the weights that a token of batch 1 reads, by the engines
+         that run the same file; memory's by a peer's is as far as any engine can get ahead of it
 load     seconds from a fresh process to its first token, files in the page cache; of qtool also
          with the packed form that --cache-packed keeps
 idle     CPU time of a process that has served and waits
@@ -50,6 +52,9 @@ WORKER = Path(__file__).parent / "engine_worker.py"
 BATCHES = (1, 4, 16)
 PROMPT, PREFILL = 32, 512
 STEPS = {1: 24, 4: 16, 16: 8}
+READ_MEGABYTES = 256
+# Engines whose token reads the same bytes, qtool first; and what they read them from.
+SAME_FILE, MEMORY, WEIGHTS = ("qtool", "llama_cpp"), "memory itself", "weights, batch 1"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -164,6 +169,7 @@ class Row:
 def measure(workers: Sequence[Worker], rounds: int, loads: dict[str, list[float]]) -> list[Row]:
     seconds: dict[tuple[str, str], list[float]] = {}
     tokens: dict[str, int] = {}
+    reads: list[float] = []
     for turn in range(rounds):
         for batch in BATCHES:
             task = f"decode, batch {batch}"
@@ -176,6 +182,8 @@ def measure(workers: Sequence[Worker], rounds: int, loads: dict[str, list[float]
         for worker in workers:
             taken = worker.ask(do="prefill", tokens=PREFILL)
             seconds.setdefault((task, worker.name), []).append(taken)
+        read = workers[0].ask(do="read", megabytes=READ_MEGABYTES)
+        reads.extend(read["bytes"] / taken / 1e9 for taken in read["seconds"])
         print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     rows = []
     for (task, name), samples in seconds.items():
@@ -183,6 +191,7 @@ def measure(workers: Sequence[Worker], rounds: int, loads: dict[str, list[float]
         best = tokens[task] / min(samples)
         median = tokens[task] / statistics.median(samples)
         rows.append(Row(task, name, best, median, "tokens/s", ours / best))
+    rows += memory_rows(rows, read["token_bytes"], reads)
     for name, taken in loads.items():
         ratio = min(taken) / min(loads["qtool"])
         rows.append(
@@ -192,6 +201,27 @@ def measure(workers: Sequence[Worker], rounds: int, loads: dict[str, list[float]
         share = worker.ask(do="idle", seconds=3.0) / 3.0 * 100
         rows.append(Row("idle", worker.name, share, share, "% of a core", None))
     return rows
+
+
+def memory_rows(rows: Sequence[Row], token_bytes: int, reads: Sequence[float]) -> list[Row]:
+    """Of the engines that read these bytes for a token, and of plain reading, in GB/s."""
+    scale = token_bytes / 1e9
+    found = [
+        Row(WEIGHTS, row.engine, row.best * scale, row.median * scale, "GB/s", row.ratio)
+        for row in rows
+        if row.task == "decode, batch 1" and row.engine in SAME_FILE
+    ]
+    best = max(reads)
+    return [
+        *found,
+        Row(WEIGHTS, MEMORY, best, statistics.median(reads), "GB/s", found[0].best / best),
+    ]
+
+
+def bounds_of(rows: Sequence[Row]) -> dict[str, float]:
+    """By how much an engine that reads as fast as memory gives would be ahead of each peer."""
+    speeds = {row.engine: row.best for row in rows if row.task == WEIGHTS}
+    return {name: speeds[MEMORY] / speeds[name] for name in speeds if name != MEMORY}
 
 
 def commands_of(options: argparse.Namespace) -> list[Command]:
@@ -259,6 +289,9 @@ def main() -> None:
             f"{row.task:20} {row.engine:13} {row.best:9.2f} (median {row.median:9.2f}) "
             f"{row.unit:12} {ratio}"
         )
+    bounds = bounds_of(rows)
+    for name, bound in bounds.items():
+        print(f"{WEIGHTS:20} {name:13} memory alone would allow {bound:.2f} times its speed")
     for name, reason in not_run.items():
         print(f"{'':20} {name:13} not run: {reason}")
     facts = {
@@ -269,6 +302,7 @@ def main() -> None:
         "versions": tool_versions(),
         "engines": {worker.name: worker.about for worker in workers},
         "rows": [asdict(row) for row in rows],
+        "memory_by_engine": bounds,
         "not_run": not_run,
     }
     if options.out is not None:

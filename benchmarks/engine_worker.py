@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 VOCAB = 4000
+READ_BYTES = 16 << 20
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS[sys.argv[4] if len(sys.argv) > 4 else "wall"]
 
@@ -74,6 +75,23 @@ class Qtool:
         while self._engine.has_work:
             self._engine.step()
         return clock() - started
+
+    def read(self, megabytes: int) -> dict[str, Any]:
+        """What a token reads, and the seconds in which each of some stretches of memory is read."""
+        import torch
+
+        from qtool.kernels.cpu.huge_pages import HugePages
+        from qtool.kernels.cpu.native import Native, load
+
+        native = load()
+        assert isinstance(native, Native), native.reason
+        data = HugePages().zeros((megabytes << 20,), torch.uint8).fill_(1)
+        seconds = []
+        for stretch in data.split(READ_BYTES):
+            started = clock()
+            native.read(stretch)
+            seconds.append(clock() - started)
+        return {"token_bytes": self._loaded.token_bytes, "bytes": READ_BYTES, "seconds": seconds}
 
 
 class LlamaCpp:
@@ -299,6 +317,8 @@ def main() -> None:
                 answer = engine.prefill(**asked)
             case "arrival":
                 answer = engine.arrival(**asked)
+            case "read":
+                answer = engine.read(**asked)
             case "idle":
                 answer = idle(**asked)
             case other:

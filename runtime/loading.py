@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qtool.convert.formats import WeightReader, open_weights
+from qtool.convert.partial import MappedReader
 from qtool.errors import UnknownName, UsageError
 from qtool.kernels.cpu.native import measure_bandwidth
 from qtool.runtime.config import Device, Dtype, EngineConfig
@@ -102,10 +103,15 @@ class LoadedModel:
             table.add_row("blocks", "", way, str(len(self.decoder.blocks)), reason)
         return table
 
+    @property
+    def token_bytes(self) -> int:
+        """What decoding reads for a token: all weights but rows that are looked up."""
+        looked_up = self.decoder.looked_up_bytes if isinstance(self.decoder, Decoder) else 0
+        return self.nbytes - looked_up * self.num_ranks
+
     def expected_speed(self) -> str:
         """What a token reads, and how often this machine's memory gives that in a second."""
-        looked_up = self.decoder.looked_up_bytes if isinstance(self.decoder, Decoder) else 0
-        read = self.nbytes - looked_up * self.num_ranks
+        read = self.token_bytes
         bandwidth = measure_bandwidth() if self.device.type == "cpu" else None
         if bandwidth is None:
             return f"a token reads {read / 1e6:,.0f} MB"
@@ -174,6 +180,12 @@ class FoundModel:
     device: torch.device
 
     def load(self, rules: PackingRules, *, cache_packed: bool) -> LoadedDecoder:
+        built = self._load(rules, cache_packed=cache_packed)
+        if isinstance(self.reader, MappedReader):
+            self.reader.release()
+        return built
+
+    def _load(self, rules: PackingRules, *, cache_packed: bool) -> LoadedDecoder:
         plan = self.plan
         if not cache_packed:
             return plan.load(self.dtype, self.device, rules)

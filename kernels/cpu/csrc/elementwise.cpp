@@ -197,16 +197,23 @@ QTOOL_FOR(Bfloat16)
 #undef QTOOL_FOR
 
 uint32_t qtool_read(const void* data, int64_t bytes, int32_t threads) {
-  const int32_t* const from = static_cast<const int32_t*>(data);
+  constexpr int64_t kVector = kLanes * 4, kPiece = 64 << 10;
+  const uint8_t* const from = static_cast<const uint8_t*>(data);
   std::atomic<uint32_t> total{0};
   with_team(threads, [&](Team& team) {
-    team.each_piece(bytes / 4, 16 << 10, [&](int64_t begin, int64_t end) {
-      uint32_t sum = 0;
-      for (int64_t i = begin; i < end; ++i) sum += static_cast<uint32_t>(from[i]);
-      total.fetch_add(sum, std::memory_order_relaxed);
+    team.each_piece(bytes / kVector, kPiece / kVector, [&](int64_t begin, int64_t end) {
+      Ints sum = zero_ints();
+      for (int64_t i = begin * kVector; i < end * kVector; i += kVector) {
+        ask_ahead<8, 1>(from + i);
+        sum = add_ints(sum, load_bits(from + i));
+      }
+      total.fetch_add(static_cast<uint32_t>(reduce_add_ints(sum)), std::memory_order_relaxed);
     });
   });
-  return total.load();
+  uint32_t last = 0;
+  for (int64_t i = bytes / kVector * kVector; i + 4 <= bytes; i += 4)
+    last += static_cast<uint32_t>(load_word(from + i));
+  return total.load() + last;
 }
 
 namespace {

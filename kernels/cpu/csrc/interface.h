@@ -129,7 +129,7 @@ struct QtoolDecoder {
 
 QTOOL_EXPORT const char* qtool_isa();
 
-// Reads all bytes and returns a number that depends on them: for measuring bandwidth.
+// Reads whole words of 32 bits and returns their sum: for measuring bandwidth.
 QTOOL_EXPORT uint32_t qtool_read(const void* data, int64_t bytes, int32_t threads);
 
 // codes [out][in] bytes -> QtoolLinear's codes.

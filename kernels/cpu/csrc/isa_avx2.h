@@ -163,6 +163,12 @@ constexpr int kCodeBias8 = 128;
 constexpr int kMaxRows = 4;
 QTOOL_INLINE constexpr int vectors_at_once(int rows) { return rows == 1 ? 4 : 2; }
 
+// See isa_avx512.h.
+template <int kBits, int kRows>
+QTOOL_INLINE void ask_ahead(const uint8_t* codes) {
+  if constexpr (kBits == 4 && kRows == 1) _mm_prefetch(codes + 8192, _MM_HINT_T0);
+}
+
 // See isa_avx512.h. 16-bit sums of 32 inputs stay below 16 * 15 * 127 = 30480, so they are widened
 // once for eight groups.
 template <int kGroups, int kRows, int kVectors>
@@ -179,8 +185,7 @@ QTOOL_INLINE void add_groups4(Ints (&sum)[kRows][kVectors], const uint8_t* codes
     for (int v = 0; v < kVectors; ++v) {
       const Ints bytes =
           _mm256_loadu_si256(reinterpret_cast<const Ints*>(codes + line * 128 + v * 32));
-      if constexpr (kRows == 1)  // as `ask_ahead` there
-        if (v % 2 == 0) _mm_prefetch(codes + line * 128 + v * 32 + 8192, _MM_HINT_T0);
+      if (v % 2 == 0) ask_ahead<4, kRows>(codes + line * 128 + v * 32);
       low[v] = _mm256_and_si256(bytes, low_bits);
       high[v] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_bits);
     }
