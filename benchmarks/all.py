@@ -51,6 +51,7 @@ AREAS = {
         quick=("--windows", "8", "--speed-windows", "2", "--rounds", "1"),
         peer=lambda peer: (*_python_of(peer), "--llama-perplexity", str(peer.program)),
     ),
+    "tasks": Area("tasks.py", "--out", quick=("--limit", "30")),
     "gguf_blocks": Area(
         "gguf_blocks.py",
         "--out",

@@ -206,6 +206,9 @@ def test_what_is_wrong_is_refused_without_a_partial_report(
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.", encoding="utf-8")
+    empty, malformed = tmp_path / "empty.jsonl", tmp_path / "malformed.jsonl"
+    empty.touch()
+    malformed.write_text("{", encoding="utf-8")
     broken = tmp_path / "broken"
     shutil.copytree(original, broken)
     tensors = load_file(broken / "model.safetensors")
@@ -221,6 +224,9 @@ def test_what_is_wrong_is_refused_without_a_partial_report(
         ([str(original), "--against", wider], 1, "they predict 4224 and 4096 tokens"),
         ([str(broken)], 1, "broken gives logits that are not finite"),
         ([str(original), "--dtype", "float8"], 2, "float8"),
+        ([str(original), "--tasks", str(empty)], 1, "holds no questions"),
+        ([str(original), "--tasks", str(malformed)], 1, "line 1 is not JSON"),
+        ([str(original), "--tasks", "hellaswga"], 2, "hellaswga"),
         ([], 2, "MODEL"),
     ]
     for arguments, code, words in table:
