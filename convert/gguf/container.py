@@ -118,6 +118,13 @@ class GgufFile:
         )
         return flat.view(-1, entry.type.row_bytes(entry.shape[-1]))
 
+    def release(self) -> None:
+        """Give back the memory of what was read; it is read again when somebody looks."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for file in {id(file): file for file in (self, *self.elsewhere.values())}.values():
+            file._map.madvise(mmap.MADV_DONTNEED)
+
 
 class _Parser:
     """One pass over a header. `position` is the next unread byte."""

@@ -43,3 +43,27 @@ def test_of_a_gguf_file_the_table_stays_in_its_blocks(books_7m: Path, tmp_path: 
     assert isinstance(loaded.decoder, Decoder)
     vocab, hidden = loaded.decoder.vocab_size, loaded.decoder.embedding.hidden_size
     assert loaded.decoder.looked_up_bytes == vocab * hidden // 32 * 34
+
+
+def test_what_a_loaded_model_does_not_read_leaves_memory(books_7m: Path, tmp_path: Path) -> None:
+    packed = convert_model(str(books_7m), to="gguf", type="Q8_0", out=tmp_path / "model.gguf")
+    loaded = load_model(str(packed), dtype="bfloat16")
+    before = resident_bytes(packed)
+    loaded.logits(torch.tensor([[1, 2, 3]]))
+    after = resident_bytes(packed)
+    assert before < packed.stat().st_size / 4
+    assert before <= after < packed.stat().st_size / 2  # rows of three tokens have come
+
+
+def resident_bytes(file: Path) -> int:
+    """Of a mapped file, by Linux's account."""
+    maps = Path("/proc/self/smaps")
+    if not maps.exists():
+        pytest.skip("only Linux says what of a map is in memory")
+    total, ours = 0, False
+    for line in maps.read_text(encoding="utf-8").splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total

@@ -114,6 +114,26 @@ def test_rows_of_different_adapters_write_what_merged_weights_write(
     assert texts(tight.generate(PROMPTS, GREEDY, lora_request=LoRARequest("all"))) == whole
 
 
+@pytest.fixture(scope="module")
+def quantized(folders: Path) -> LLM:
+    packed = convert_model("builtin:books-7m", to="gguf", type="Q8_0", out=folders / "b.gguf")
+    modules = {name: str(folders / name) for name in ("all", "some")}
+    return LLM(str(packed), dtype="bfloat16", lora_modules=modules, enable_prefix_caching=False)
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_greedy_text_of_an_adapter_is_the_same_in_any_company(quantized: LLM, count: int) -> None:
+    """On packed linears in bfloat16, adapters and the base by turns."""
+    words = "the sea was dark and cold when he came to her house by night with a lamp".split()
+    asked = [" ".join(words[i % 9 : i % 9 + 2 + i % 7]) for i in range(count)]
+    adapters = [LoRARequest("all", 1), LoRARequest("some", 2), None]
+    order = [adapters[place % 3] for place in range(count)]
+    together = texts(quantized.generate(asked, GREEDY, lora_request=order))
+    for place in range(0, count, 3 if count == 8 else 7):
+        found = quantized.generate(asked[place], GREEDY, lora_request=order[place])
+        assert texts(found) == [together[place]]
+
+
 def test_logprobs_are_those_of_merged_weights(llm: LLM, folders: Path) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     merged = LLM(str(folders / "merged-all"), dtype="float32")
