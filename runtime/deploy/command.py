@@ -359,7 +359,8 @@ def _to_ray(deployment: Deployment, options: Options) -> None:
     from qtool.runtime.deploy.prometheus import to_yaml
     from qtool.runtime.deploy.ray.config import serve_config
 
-    config = serve_config(deployment, router=options.router)
+    on_cluster = options.dry_run or options.address not in (None, "auto")
+    config = serve_config(deployment, router=options.router, on_cluster=on_cluster)
     if options.dry_run:
         click.echo(json.dumps(config) if options.as_json else to_yaml(config), nl=False)
         return

@@ -214,8 +214,14 @@ def test_an_engine_killed_in_its_streams_fails_those_and_no_more(application: Ap
     wait_until(lambda: len(application.engines()) == 2, "the engine was not replaced", 120)
 
 
-def test_sigterm_ends_it_and_ray(application: Application) -> None:
-    application.process.send_signal(signal.SIGTERM)
+def test_sigterm_lets_answers_finish_and_ends_ray(application: Application) -> None:
+    begun = threading.Barrier(2)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stream, application, "At last he", begun)
+        begun.wait(60)
+        application.process.send_signal(signal.SIGTERM)
+        lines = running.result(120)
+    assert lines[-1] == "data: [DONE]"
     assert application.process.wait(90) == 0, application.log.read_text()
     assert application.engines() == []
     with pytest.raises(httpx.ConnectError):

@@ -72,7 +72,7 @@ def test_a_cluster_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) 
         )
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(QtoolError, match=r"Ray: 2\.9\.0") as caught, run._connected("auto", {}):
+    with pytest.raises(QtoolError, match=r"Ray: 2\.9\.0") as caught, run._connected("auto", {}, 1):
         pass
     assert "pip install" in (caught.value.hint or "")
 
@@ -82,5 +82,5 @@ def test_no_cluster_on_this_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConnectionError("Could not find any running Ray instance.")
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(QtoolError, match="no Ray cluster at auto"), run._connected("auto", {}):
+    with pytest.raises(QtoolError, match="no Ray cluster at auto"), run._connected("auto", {}, 1):
         pass

@@ -106,6 +106,16 @@ def test_an_unknown_target_is_guessed(refusal: Refused) -> None:
     assert "k8s" in (refusal(f"--to k9s {MODEL}").hint or "")
 
 
+def test_a_port_is_named(refusal: Refused) -> None:
+    assert "--port 0" in refusal(f"--to ray {MODEL} --port 0").message
+
+
+def test_on_a_cluster_the_proxies_listen_for_other_machines(deploy: Deploy) -> None:
+    assert config(deploy(f"--to ray {MODEL} --dry-run"))["http_options"]["host"] == "0.0.0.0"
+    line = f"--to ray {MODEL} --host 10.0.0.1 --dry-run"
+    assert config(deploy(line))["http_options"]["host"] == "10.0.0.1"
+
+
 def test_a_taken_port_is_found_before_ray_starts(refusal: Refused) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -126,8 +136,11 @@ def test_a_cluster_that_does_not_answer_is_named(refusal: Refused) -> None:
 def test_without_ray_the_way_to_it_is_said(
     refusal: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        free_port = free.getsockname()[1]
     monkeypatch.setitem(sys.modules, "ray", None)  # what an import that fails leaves behind
-    error = refusal(f"--to ray {MODEL} --port 0")
+    error = refusal(f"--to ray {MODEL} --port {free_port}")
     assert "qtool[ray]" in (error.hint or "")
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from qtool.errors import QtoolError
 from qtool.runtime.deploy.systemd import quoted
+from qtool.runtime.server.process import running_server
 from qtool.runtime.server.supervisor import Supervisor
 from qtool.settings import settings
 
@@ -162,3 +163,18 @@ def test_signs_of_life_end_with_the_engine(listening: socket.socket) -> None:
         listening.settimeout(0.05)
         with pytest.raises(TimeoutError):
             listening.recv(100)
+
+
+@pytest.mark.slow
+def test_a_server_says_when_it_is_ready_and_that_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        with running_server(MODEL):
+            heard = [systemd.recv(100) for _ in range(4)]
+    assert heard.count(b"READY=1") == 1
+    assert heard.count(b"WATCHDOG=1") == 3

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray import serve
@@ -119,7 +119,11 @@ class RayEngines:
         return self._snapshot.num_engines > 0
 
     def stats(self) -> EngineStats:
-        return self._snapshot.stats
+        """Of all engines; what waits for one of them to have room is not on any yet."""
+        stats = self._snapshot.stats
+        inside = sum(len(running.unfinished()) for running in self._running.values())
+        waiting = max(stats.num_requests_waiting, inside - stats.num_requests_running)
+        return replace(stats, num_requests_waiting=waiting)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         running = self._running.get(request_id)

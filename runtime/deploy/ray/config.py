@@ -39,14 +39,19 @@ REFUSED = {
 }
 
 
-def serve_config(deployment: Deployment, *, router: str = "auto") -> dict[str, Any]:
-    """ServeDeploySchema as plain values."""
+def serve_config(
+    deployment: Deployment, *, router: str = "auto", on_cluster: bool = False
+) -> dict[str, Any]:
+    """ServeDeploySchema as plain values.
+
+    on_cluster  other machines: where no host is named, its proxies listen for more than their own
+    """
     deployment.refuse("ray", REFUSED)
     if router not in get_args(Router):
         raise UnknownName("router", router, get_args(Router))
     asked, resources = deployment.asked, deployment.resources
     http: dict[str, Any] = {
-        "host": asked.options.host,
+        "host": "0.0.0.0" if on_cluster and "host" not in deployment.flags else asked.options.host,
         "port": asked.options.port,
         "keep_alive_timeout_s": KEEP_ALIVE_SECONDS,
     }

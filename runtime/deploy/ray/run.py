@@ -34,11 +34,14 @@ def run_on_ray(deployment: Deployment, config: Mapping[str, Any], address: str |
     (application,) = config["applications"]
     options = {entry["name"]: _options(entry) for entry in application["deployments"]}
     http = config["http_options"]
+    if http["port"] == 0:
+        raise UsageError("--port 0: Ray's proxies take no port by themselves", "name one")
     if address is None:
         check_free(http["host"], http["port"])
     elif address != "auto":
         check_reachable(address.removeprefix("ray://"), GCS_PORT)
-    with _connected(address, _needed(deployment)):
+    most = deployment.scale.most or deployment.scale.replicas
+    with _connected(address, _needed(deployment), most * deployment.resources.cpus + 1):
         from ray import serve
         from ray.serve.exceptions import RayServeException
 
@@ -50,14 +53,21 @@ def run_on_ray(deployment: Deployment, config: Mapping[str, Any], address: str |
             with bar(f"Starting {deployment.scale.replicas} x {deployment.facts.name}"):
                 serve.run(app, name=application["name"], route_prefix="/")
         except (RuntimeError, RayServeException) as error:
+            reason = _reason(serve, application["name"], error)
+            serve.delete(application["name"])
             raise QtoolError(
-                f"the application did not start: {_reason(serve, application['name'], error)}",
+                f"the application did not start: {reason}",
                 "the replicas' logs are in /tmp/ray/session_latest/logs/serve",
             ) from None
-        url = f"http{'s' if 'ssl_certfile' in http else ''}://{http['host']}:{http['port']}"
+        host = "127.0.0.1" if http["host"] in ("0.0.0.0", "::") else http["host"]
+        url = f"http{'s' if 'ssl_certfile' in http else ''}://{host}:{http['port']}"
         click.echo(f"Serving {deployment.served_name} at {url}/v1")
         if address is not None:
-            click.echo(f"it stays: serve status; serve shutdown; name {application['name']}")
+            click.echo(
+                f"on the cluster at {address}, as application {application['name']}; where Serve "
+                "ran there before, at its port. See `serve status`; `serve shutdown` ends it.",
+                err=True,
+            )
             return
         _wait_for_signal()
         serve.shutdown()
@@ -78,8 +88,11 @@ def _needed(deployment: Deployment) -> Mapping[str, float]:
 
 
 @contextmanager
-def _connected(address: str | None, needed: Mapping[str, float]) -> Iterator[None]:
-    """In a cluster that has what is needed; one that was started here is ended."""
+def _connected(address: str | None, needed: Mapping[str, float], num_cpus: int) -> Iterator[None]:
+    """In a cluster that has what is needed; one that was started here is ended.
+
+    num_cpus  of a cluster that is started here: Ray's unit of placement, and no limit
+    """
     try:
         import ray
     except ImportError:
@@ -87,7 +100,8 @@ def _connected(address: str | None, needed: Mapping[str, float]) -> Iterator[Non
     try:
         if address is None:
             ray.init(
-                num_cpus=int(needed["CPU"]),
+                address="local",  # or Ray would join a cluster of this machine that is running
+                num_cpus=num_cpus,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 logging_level=logging.WARNING,
@@ -98,7 +112,8 @@ def _connected(address: str | None, needed: Mapping[str, float]) -> Iterator[Non
     except ConnectionError as error:
         raise QtoolError(
             f"no Ray cluster at {address}: {_first_line(error)}",
-            "start one with `ray start --head`, or leave --address out to start one here",
+            "start one with `ray start --head`, or leave --address out to start one here; where a "
+            "cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN",
         ) from None
     except RuntimeError as error:
         if "ersion mismatch" not in str(error):
