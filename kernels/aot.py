@@ -74,7 +74,8 @@ def compile_kernel(
     """Compile for "sm_80" .. "sm_120" or "gfx942" and inspect.
 
     arguments  of every parameter. Pointers and the integers "i32/16" are multiples of 16, as they
-               are when PyTorch's tensors are passed
+               are when PyTorch's tensors are passed; a number that is no constant of the kernel
+               becomes one, as Triton does with every 1
     """
     binary = _compile(kernel, arguments, arch, warps, stages)
     if arch.startswith("gfx"):
@@ -96,11 +97,10 @@ def _compile(
     signature, attributes, values = {}, {}, {}
     for place, name in enumerate(names):
         given = arguments[name]
-        if name in constant:
+        if name in constant or not isinstance(given, str):
             signature[name] = "constexpr"
             values[name] = given
         else:
-            assert isinstance(given, str), (name, given)
             signature[name] = given.removesuffix("/16")
             if given.startswith("*") or given.endswith("/16"):
                 attributes[(place,)] = [["tt.divisibility", 16]]

@@ -33,6 +33,7 @@ from qtool.runtime.models.load import (
 )
 from qtool.runtime.models.model import Model, causal_logits
 from qtool.runtime.models.native import why_not
+from qtool.runtime.models.triton_decoder import why_not as why_not_fused
 from qtool.runtime.packed_cache import packed_store, say
 from qtool.runtime.tokenizer import Tokenizer
 from qtool.source import Source, resolve
@@ -97,9 +98,13 @@ class LoadedModel:
             layers = " ".join(use.layer for use in uses)
             table.add_row(layers, weight, kernel, str(count), reason)
         if isinstance(self.decoder, Decoder):
-            obstacle = why_not(self.decoder)
-            way = "one call" if obstacle is None else "one by one"
-            reason = obstacle or "all operations of a step are in the library"
+            if self.device.type == "cuda":
+                obstacle, one = why_not_fused(self.decoder), "fused"
+                reason = obstacle or "all operations of a step have Triton kernels"
+            else:
+                obstacle, one = why_not(self.decoder), "one call"
+                reason = obstacle or "all operations of a step are in the library"
+            way = one if obstacle is None else "one by one"
             table.add_row("blocks", "", way, str(len(self.decoder.blocks)), reason)
         return table
 

@@ -1,7 +1,8 @@
 """How much memory a model and its KV cache may take, decided before either is allocated.
 
     CPU   pool = utilization x memory free at the start - weights - one step's logits
-    GPU   pool = utilization x the device's memory - what is in use - one step's logits
+    GPU   pool = utilization x the device's memory - what is in use - what the largest step takes,
+                 measured (`runtime.engine.step_memory`) - one step's logits
 
 or exactly `kv_cache_memory_bytes`, or, when the user says neither, a share of what is free once the
 weights are there. What a draft model takes counts with the model's own. Free memory on Linux is

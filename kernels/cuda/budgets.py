@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qtool.kernels.aot import Argument, Compiled
@@ -248,6 +248,13 @@ ATTENTION = (
 )
 
 
+def of_one(case: Case) -> Case:
+    """The same for one row, one page: Triton makes a constant of every 1 that it is given."""
+    ones = {"num_rows", "out_rows", "table_width", "row_stride"} & set(case.arguments)
+    arguments = {**case.arguments, **dict.fromkeys(ones, 1)}
+    return replace(case, name=f"{case.name}-of-one", arguments=arguments)
+
+
 def _plain(
     function: str, pointers: Mapping[str, str], values: Mapping[str, Argument], **limits: Any
 ) -> Case:
@@ -335,4 +342,9 @@ FUSED = (
         registers=64,
     ),
 )  # fmt: skip
-CASES: tuple[Case, ...] = (*LINEAR, *ATTENTION, *FUSED)
+CASES: tuple[Case, ...] = (
+    *LINEAR,
+    *ATTENTION,
+    *FUSED,
+    *(of_one(case) for case in (LINEAR[0], LINEAR[3], ATTENTION[0], *FUSED[:2])),
+)

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.kernels.cuda.fused import quantize_rows
-from qtool.kernels.cuda.launch import obstacle
+from qtool.kernels.cuda.launch import FLOAT8_CAPABILITY, has_float8, obstacle
 from qtool.settings import Activations
 from qtool.weights import Float8Weight, QuantizedWeight, Weight
 
-FLOAT8_CAPABILITY = (8, 9)
 # What `torch._scaled_mm` wants inputs and outputs to be a multiple of; `torch._int_mm` wants 8.
 MULTIPLE = 16
 INT8_LEAST_ROWS = 32
@@ -52,10 +51,9 @@ def fp8_refuses(
         return found
     if activations == "bf16":
         return "rounds activations to 8 bits, and bf16 was asked for"
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < FLOAT8_CAPABILITY:
-        found_word = "{}.{}".format(*capability)
-        return f"needs compute capability 8.9, this GPU has {found_word}"
+    if not has_float8(device):
+        least, has = FLOAT8_CAPABILITY, torch.cuda.get_device_capability(device)
+        return "needs compute capability {}.{}, this GPU has {}.{}".format(*least, *has)
     return fp8_refuses_weight(weight, dtype)
 
 

@@ -13,6 +13,7 @@ import torch
 
 # The first of NVIDIA's architectures with bfloat16 products and asynchronous copies.
 LEAST_CAPABILITY = (8, 0)
+FLOAT8_CAPABILITY = (8, 9)
 # From here on products take weights from registers in the order of the words.
 WGMMA_CAPABILITY = (9, 0)
 
@@ -65,6 +66,13 @@ def obstacle(device: torch.device) -> str | None:
         least, found = ("{}.{}".format(*pair) for pair in (LEAST_CAPABILITY, capability))
         return f"needs compute capability {least}, this GPU has {found}"
     return None
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether the GPU knows 8-bit floats (e4m3)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 def architecture(device: torch.device) -> str:

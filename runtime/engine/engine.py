@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Series
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from qtool.runtime.engine.sequence import (
 )
 from qtool.runtime.engine.speculation import SpeculationCounts
 from qtool.runtime.engine.speculators import load_draft, make_speculation
+from qtool.runtime.engine.step_memory import measure_step_bytes
 from qtool.runtime.engine.work import WorkMeter
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import MemoryBudget, PoolPlan, plan_pool
@@ -396,11 +398,16 @@ class Engine:
 
 def _plan(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None) -> PoolPlan:
     weight_bytes = loaded.nbytes + (0 if draft is None else draft.nbytes)
+    longest = config.max_model_len or loaded.max_position_embeddings
+    step_bytes = 0
+    if loaded.device.type == "cuda" and loaded.team is None:
+        step_bytes = measure_step_bytes(loaded.decoder.for_context(longest), config, longest)
+    budget = MemoryBudget.measure(config, loaded.device, weight_bytes=weight_bytes)
     return plan_pool(
         config,
         loaded.decoder,
         loaded.max_position_embeddings,
-        MemoryBudget.measure(config, loaded.device, weight_bytes=weight_bytes),
+        replace(budget, used_bytes=budget.used_bytes + step_bytes),
         None if draft is None else draft.decoder,
     )
 

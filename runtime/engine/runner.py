@@ -26,6 +26,7 @@ from qtool.kernels.cpu.native import (
     make_rule,
     plan_spans,
 )
+from qtool.kernels.cuda.launch import has_float8
 from qtool.runtime.config import KvCacheDtype
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.blocks import Copy
@@ -76,10 +77,10 @@ class ModelRunner:
         self.gpu = GpuSteps.of(
             model, self.pool, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
-        if kv_cache_dtype == "fp8" and self.gpu is None:
+        if kv_cache_dtype == "fp8" and (self.gpu is None or not has_float8(model.device)):
             raise UsageError(
                 f"a KV cache in fp8 is not offered for this model on {model.device.type}",
-                hint="use --kv-cache-dtype int8, or a GPU with Triton",
+                hint="use --kv-cache-dtype int8, or a GPU of compute capability 8.9 with Triton",
             )
         self._native = _NativeAttention.of(model, self.pool)
         self._decoder: NativeDecoder | None = None
