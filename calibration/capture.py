@@ -1,13 +1,9 @@
 """Watch what a block's linears are fed, and keep its statistics.
 
-Inputs are seen by intercepting torch's functions while the block runs: a product with a weight that
-lies in the storage of one of the block's parameters is a call of that linear, be it nn.Linear,
-GPT-2's Conv1D, or one expert's slice of a fused 3-D parameter. Linears fed the same tensor share
-their statistics.
-
-A block is run several times with ever more of its linears quantized. Attention is the same in all
-runs once the linears before it are final, so its output is kept from the first such run; where
-sequences are long beside the width that is most of a run.
+Linears fed the same tensor share their statistics, and each set is looked at when all linears
+before it are quantized. Where the block can be recorded (recording.py), its chunks go from one set
+to the next (steps.py). Where it cannot, it is run from its start for every set. Attention is the
+same in all runs once the linears before it are final, so its output is kept from the first of them.
 """
 
 from __future__ import annotations
@@ -18,9 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qtool.calibration.activations import Activations
 from qtool.calibration.linears import Linear, Site
@@ -39,6 +33,7 @@ from qtool.calibration.runner import BlockRunner, SeenEnough
 from qtool.calibration.skeleton import Skeleton
 from qtool.calibration.statistics import Drift, Moments
 from qtool.calibration.steps import Mark, RecordedBlock, Steps
+from qtool.calibration.watch import Identity, Keep, Watch, identity, ignore
 
 # One chunk in so many is held out, where there are as many.
 HELD_OUT_EVERY = 4
@@ -161,19 +156,19 @@ class BlockCapture:
         never called (its weight is used some other way) is in no group.
         """
         wanted = list(sites)
-        fed: dict[Site, list[_Identity]] = {}
-        sources: dict[_Identity, str] = {}
+        fed: dict[Site, list[Identity]] = {}
+        sources: dict[Identity, str] = {}
         alive: list[Tensor] = []  # what identities are made of must not be freed and reused
 
         def on_input(site: Site, inputs: Tensor) -> None:
             alive.append(inputs)
-            fed.setdefault(site, []).append(_identity(inputs))
+            fed.setdefault(site, []).append(identity(inputs))
 
         def on_norm(name: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 if isinstance(output, Tensor):
                     alive.append(output)
-                    sources[_identity(output)] = name
+                    sources[identity(output)] = name
 
             return hook
 
@@ -182,13 +177,16 @@ class BlockCapture:
             for name, module in self.skeleton.blocks[self.index].named_modules()
             if is_norm(module)
         ]
+        # One sequence shows all, but for experts: these are fed what is routed to them.
+        routed = any(site.expert is not None for site in wanted)
+        sequences = None if routed else slice(0, 1)
         try:
-            with _Watch(self.skeleton, self.index, set(wanted), on_input):
-                self._runner.run(self.index, 0, self._activations.get(0))
+            with Watch(self.skeleton, self.index, set(wanted), on_input):
+                self._runner.run(self.index, 0, self._activations.get(0), sequences=sequences)
         finally:
             for hook in hooks:
                 hook.remove()
-        shared: dict[tuple[_Identity, ...], list[Site]] = {}
+        shared: dict[tuple[Identity, ...], list[Site]] = {}
         for site, identities in fed.items():
             shared.setdefault(tuple(identities), []).append(site)
         groups = [
@@ -205,7 +203,7 @@ class BlockCapture:
         block = self.skeleton.blocks[self.index]
 
         def watched(args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark) -> Tensor | None:
-            watch = _Watch(self.skeleton, self.index, sites, mark)
+            watch = Watch(self.skeleton, self.index, sites, mark)
             with WatchNorms(block, norms(block), mark), self._runner.products(), watch:
                 output = block(*args, **kwargs)
             if isinstance(output, tuple) and not tensors_of(output[1:]):
@@ -233,7 +231,7 @@ class BlockCapture:
             inputs[site] = values.clone()
 
         hidden = self._activations.get(0)
-        with _Watch(self.skeleton, self.index, set(alone), on_input):
+        with Watch(self.skeleton, self.index, set(alone), on_input):
             self._runner.run(self.index, 0, hidden, sequences=slice(0, 1))
         probes = {site.parameter: Probe(weights[site], inputs[site]) for site in alone}
         points = find_points(self.skeleton, self._runner, self.index, hidden, probes)
@@ -293,7 +291,8 @@ class BlockCapture:
         in_features: int,
         pending: set[Site],
     ) -> tuple[Moments, Drift]:
-        """Moments of one group's inputs, and how far they have come from the original stream."""
+        """Second moment of one group's inputs, and how far they have come from the original
+        stream."""
         if self._steps is not None:
             return self._compared_in_steps(self._steps, group, compared, originals, in_features)
         moments = Moments.zeros(in_features)
@@ -308,10 +307,10 @@ class BlockCapture:
             nonlocal seen
             if site != group.first:
                 return
-            moments.add(inputs)
             seen = inputs
             if norm is not None:
-                compare(norm(originals.at(compared.point, chunk)) - inputs)
+                expected = norm(originals.at(compared.point, chunk))
+                compare(expected - inputs.view_as(expected))
                 raise SeenEnough
 
         def on_point(point: Point, values: Tensor) -> None:
@@ -324,7 +323,10 @@ class BlockCapture:
             if drift is None:
                 drift = Drift.zeros(difference.shape[-1], in_features)
             assert seen is not None
-            drift.add(difference, seen, held_out=self.is_held_out(chunk))
+            held_out = self.is_held_out(chunk)
+            drift.add(difference, seen, held_out=held_out)
+            if not held_out:
+                moments.add_squares(seen)
 
         block = self.skeleton.blocks[self.index]
         names = [compared.point.norm] if compared.added and compared.point != OUTPUT else []
@@ -335,6 +337,7 @@ class BlockCapture:
             if output is not None:
                 compare(originals.at(OUTPUT, chunk) - output)
         assert drift is not None
+        moments.include(drift.held)
         return moments, drift
 
     def _compared_in_steps(
@@ -359,12 +362,16 @@ class BlockCapture:
         for chunk, values in steps.go_to(recording.place(number), {number, other}):
             original = originals.at(point, chunk)
             with torch.no_grad(), self._runner.products():
-                difference = (original if norm is None else norm(original)) - values[other]
+                expected = original if norm is None else norm(original)
+                difference = expected - values[other].view_as(expected)
                 if drift is None:
                     drift = Drift.zeros(difference.shape[-1], in_features)
-                moments.add(values[number])
-                drift.add(difference, values[number], held_out=self.is_held_out(chunk))
+                held_out = self.is_held_out(chunk)
+                drift.add(difference, values[number], held_out=held_out)
+                if not held_out:
+                    moments.add_squares(values[number])
         assert drift is not None
+        moments.include(drift.held)
         return moments, drift
 
     def is_held_out(self, chunk: int) -> bool:
@@ -383,7 +390,7 @@ class BlockCapture:
         pending: set[Site],
     ) -> Tensor | None:
         keep = self._keeper(chunk, store=True)
-        watch = _Watch(self.skeleton, self.index, watched, on_input, pending, keep)
+        watch = Watch(self.skeleton, self.index, watched, on_input, pending, keep)
         with self._runner.products(), watch:
             return self._runner.run(self.index, chunk, self._activations.get(chunk))
 
@@ -395,7 +402,7 @@ class BlockCapture:
             return
         for chunk in range(self._runner.num_chunks):
             keep = self._keeper(chunk, store=False)
-            watch = _Watch(self.skeleton, self.index, set(), _ignore, set(), keep)
+            watch = Watch(self.skeleton, self.index, set(), ignore, set(), keep)
             with self._runner.products(), watch:
                 output = self._runner.run(self.index, chunk, self._activations.get(chunk))
             assert output is not None
@@ -409,7 +416,7 @@ class BlockCapture:
             self._steps.close()
             self._steps = None
 
-    def _keeper(self, chunk: int, *, store: bool) -> _Keep:
+    def _keeper(self, chunk: int, *, store: bool) -> Keep:
         def keep(order: int, compute: Callable[[], Tensor]) -> Tensor:
             slots = self._attention.get(order)
             found = slots.get(chunk) if slots is not None else None
@@ -439,92 +446,3 @@ def stages(groups: Sequence[InputGroup], *, sequential: bool) -> list[Stage]:
         key = (group.first.parameter, group.first.expert is None)
         by_parameter.setdefault(key, []).append(group)
     return [Stage(tuple(found)) for found in by_parameter.values()]
-
-
-# torch's own linear, and x @ weight.T as some families write it; the weight comes second. addmm,
-# of GPT-2's Conv1D, takes it third.
-_PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
-
-
-class _Identity(NamedTuple):
-    """Two views with equal identities hold the same vectors."""
-
-    storage: int
-    offset: int
-    elements: int
-    width: int
-    version: int
-
-
-def _identity(tensor: Tensor) -> _Identity:
-    return _Identity(
-        tensor.untyped_storage().data_ptr(),
-        int(tensor.storage_offset()),
-        tensor.numel(),
-        tensor.shape[-1],
-        tensor._version,
-    )
-
-
-# (the call's order in the block, how to compute it) -> attention output, kept or computed.
-_Keep = Callable[[int, Callable[[], Tensor]], Tensor]
-
-
-def _ignore(site: Site, inputs: Tensor) -> None:
-    return
-
-
-class _Watch(TorchFunctionMode):
-    """Calls `on_input(site, inputs)` for each product with one of the wanted weights.
-
-    With `keep`, attention calls go through it until a pending linear has been fed: what comes
-    before depends on final weights alone.
-    """
-
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        index: int,
-        wanted: set[Site],
-        on_input: Callable[[Site, Tensor], None],
-        pending: set[Site] | None = None,
-        keep: _Keep | None = None,
-    ) -> None:
-        super().__init__()
-        self._wanted = wanted
-        self._on_input = on_input
-        self._pending = pending or set()
-        self._keep = keep
-        self._num_attention_calls = 0
-        self._owners = {
-            parameter.untyped_storage().data_ptr(): (name, parameter)
-            for name, parameter in skeleton.block_parameters(index)
-        }
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _PRODUCTS and len(args) >= 2:
-            self._look(args[0], args[1])
-        elif func is torch.addmm and len(args) >= 3:
-            self._look(args[1], args[2])
-        elif func is F.scaled_dot_product_attention and self._keep is not None:
-            order = self._num_attention_calls
-            self._num_attention_calls += 1
-            return self._keep(order, lambda: func(*args, **kwargs))
-        return func(*args, **kwargs)
-
-    def _look(self, inputs: Tensor, weight: Tensor) -> None:
-        owner = self._owners.get(weight.untyped_storage().data_ptr())
-        if owner is None:
-            return
-        name, parameter = owner
-        expert = None
-        if parameter.ndim == 3 and weight.ndim == 2:
-            expert = weight.storage_offset() // parameter[0].numel()
-        site = Site(name, expert)
-        if site in self._pending:
-            self._keep = None
-        if site in self._wanted:
-            self._on_input(site, inputs)

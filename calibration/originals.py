@@ -124,7 +124,7 @@ class Originals:
         for chunk in range(self._runner.num_chunks):
             values = run(chunk, recorded.arguments(chunk, self._hidden.get(chunk)))
             for point, slots in self._kept.items():
-                slots.put(chunk, values[marks[point]])
+                slots.take(chunk, values[marks[point]])
             self._hidden.take(chunk, values[output])
 
     def drop(self, point: Point) -> None:

@@ -41,12 +41,24 @@ class Moments:
     def add(self, inputs: Tensor) -> None:
         """inputs [..., in], any floating type."""
         vectors = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
-        _add_gram(self.gram, vectors)
+        self.add_squares(vectors)
         sizes = vectors.abs()
         self.magnitude += sizes.sum(0)
         if vectors.shape[0]:
             torch.maximum(self.peak, sizes.amax(0), out=self.peak)
+
+    def add_squares(self, inputs: Tensor) -> None:
+        """The second moment and the count alone, all that GPTQ asks for."""
+        vectors = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+        _add_gram(self.gram, vectors)
         self.count += vectors.shape[0]
+
+    def include(self, other: Moments) -> None:
+        """Count other vectors in, of which `other` are the moments."""
+        self.gram += other.gram
+        self.magnitude += other.magnitude
+        torch.maximum(self.peak, other.peak, out=self.peak)
+        self.count += other.count
 
     @property
     def hessian(self) -> Tensor:
@@ -108,7 +120,7 @@ class Drift:
 
     cross       [rows, in] float32, sum of d xᵀ over all vectors but the held-out ones
     held_cross  [rows, in] the same over the held-out ones
-    held        moments of the held-out x alone
+    held        second moment and count of the held-out x alone
     """
 
     cross: Tensor
@@ -129,7 +141,7 @@ class Drift:
         columns = difference.reshape(-1, difference.shape[-1]).to(torch.float32)
         (self.held_cross if held_out else self.cross).addmm_(columns.t(), vectors)
         if held_out:
-            self.held.add(vectors)
+            self.held.add_squares(vectors)
 
 
 # A square of this side and more is worth computing by halves.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qtool.calibration.activations import Activations, memory_budget
+from qtool.calibration.runner import Bfloat16Products
 from qtool.calibration.statistics import Moments, total
 
 
@@ -128,3 +129,15 @@ def test_a_wide_gram_computed_by_halves_is_the_gram() -> None:
     seen.add(vectors[20:])
     assert torch.allclose(seen.gram, vectors.t() @ vectors, atol=1e-4)
     assert torch.equal(seen.gram, seen.gram.t())
+
+
+def test_products_in_bfloat16_are_added_in_float32() -> None:
+    """A sum of ones in bfloat16 would stay at 256; what each term is rounded to stays so."""
+    seen = Moments.zeros(256)
+    ones = torch.ones(5000, 256)
+    with Bfloat16Products():
+        for _ in range(3):
+            seen.add(ones)
+    assert seen.count == 15000
+    assert bool((seen.gram == 15000).all())
+    assert bool((seen.magnitude == 15000).all())
