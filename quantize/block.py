@@ -49,6 +49,7 @@ from qtool.recipe import Awq, Gptq, Recipe, Rtn, SmoothQuant, method_name
 from qtool.scheme import FloatScheme, QuantScheme
 
 FEW_TOKENS = "fewer tokens than inputs reached this expert, so the layer's other experts fill in"
+NO_CORRECTION = "its correction could not be computed, so it was quantized as it was"
 NO_TOKENS = "no calibration token reached it, so it was rounded to nearest"
 
 
@@ -161,6 +162,9 @@ def _solve_gptq(
             width = linears[0].in_features
             pending = {linear.site for linear in planned if linear not in result.weights}
             seen, drift = capture.collect_compared(group, place, originals, width, pending)
+            del compared[group.first]
+            if all(other.point != place.point for other in compared.values()):
+                originals.drop(place.point)
             _require_finite_inputs(group.first, seen)
             aims.take(capture, index, linears, seen, drift, options.damping, added=place.added)
             moments = {group.first: seen}
@@ -181,11 +185,13 @@ def _solve_gptq(
 class _Aims:
     """weights  [out, in] that linears are quantized for, where not their own
     steps    what was done to them, for the report
+    notes    what could not be done
     """
 
     keep_all: bool = False
     weights: dict[Linear, Tensor] = field(default_factory=dict)
     steps: dict[Linear, tuple[str, ...]] = field(default_factory=dict)
+    notes: dict[Linear, tuple[str, ...]] = field(default_factory=dict)
 
     def take(
         self,
@@ -207,6 +213,8 @@ class _Aims:
             if found.share > 0:
                 self.weights[linear] = found.weight
                 self.steps[linear] = (f"correction {found.share:.2f}",)
+            if found.failed:
+                self.notes[linear] = (NO_CORRECTION,)
 
 
 def _whole_parameters(
@@ -439,7 +447,7 @@ def _solve_group(
                 seconds=round((time.monotonic() - started) / len(members), 3),
                 steps=(*aims.steps.get(linear, ()), *_steps(options)),
                 peak_bytes=peak_bytes(),
-                notes=(*problem.notes, *part.notes),
+                notes=(*problem.notes, *aims.notes.get(linear, ()), *part.notes),
             )
         put_weights(
             capture.skeleton,

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from qtool.convert.gguf.blocks.codecs import BLOCK_CODECS, quantize
 from qtool.convert.gguf.grids import HIGHEST, read_grid, with_codes
+from qtool.quantize.damping import factored, raised
 
 DAMPING = 0.01
-_DAMPING_ATTEMPTS = 4
 DESCENT_ROUNDS = 3
 _BLOCK_COLUMNS = 64
 _LEAF_COLUMNS = 16
@@ -117,21 +117,18 @@ def factorize(hessian: Tensor, order: Tensor) -> tuple[Tensor, Tensor] | None:
 
     With J the reversal, JHJ = LLᵀ gives H = RRᵀ, R = JLJ, and U = R⁻¹.
     """
-    diagonal = hessian.diagonal()
-    for attempt in range(_DAMPING_ATTEMPTS):
-        raised = diagonal + DAMPING * 10**attempt * diagonal.mean()
-        damped = hessian.clone()
-        damped.diagonal().copy_(torch.where(diagonal == 0, 1.0, raised))
-        ordered = damped[order][:, order]
-        for dtype in (torch.float32, torch.float64):
-            lower, info = torch.linalg.cholesky_ex(ordered.to(dtype).flip(0, 1))
-            if int(info) != 0:
-                continue
-            identity = torch.eye(lower.shape[0], dtype=dtype)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-            if bool(upper.isfinite().all()):
-                return (upper / upper.diagonal()[:, None]).to(torch.float32), damped
-    return None
+
+    def inverse(lower: Tensor) -> Tensor:
+        identity = torch.eye(lower.shape[0], dtype=lower.dtype)
+        upper: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+        return upper / upper.diagonal()[:, None]
+
+    found = factored(hessian[order][:, order].flip(0, 1), DAMPING, inverse)
+    if found is None:
+        return None
+    damped = hessian.clone()
+    damped.diagonal().copy_(raised(hessian.diagonal(), found.share))
+    return found.result, damped
 
 
 def sweep(

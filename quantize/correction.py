@@ -25,15 +25,18 @@ import torch
 from torch import Tensor
 
 from qtool.calibration.statistics import Drift, Moments
+from qtool.quantize.damping import factored
 
 
 class Corrected(NamedTuple):
-    """weight    [out, in] float32
-    share     of the regression that was kept, 0 to 1
+    """weight  [out, in] float32
+    share   of the regression that was kept, 0 to 1
+    failed  whether the regression could not be computed
     """
 
     weight: Tensor
     share: float
+    failed: bool = False
 
 
 def correct(
@@ -47,13 +50,14 @@ def correct(
     added    whether the drift is that of the outputs of all of them stacked, and not of the inputs
     """
     nothing = [Corrected(weight, 0.0) for weight in weights]
+    failed = [found._replace(failed=True) for found in nothing]
     learned = seen.less(drift.held)
     if learned.count <= 0 or drift.held.count == 0:
         return nothing
     stacked = torch.cat(list(weights))
     change = _regress(drift.cross if added else stacked @ drift.cross, learned.gram, damping)
     if change is None:
-        return nothing
+        return failed
     held_cross = drift.held_cross if added else stacked @ drift.held_cross
     # The held-out error of a row: constant - 2 a slope + a² curvature.
     slopes = (change * held_cross).double().sum(1)
@@ -61,7 +65,7 @@ def correct(
     whole = drift.cross + drift.held_cross
     final = _regress(whole if added else stacked @ whole, seen.gram, damping)
     if final is None:
-        return nothing
+        return failed
     found = []
     sizes = [weight.shape[0] for weight in weights]
     for weight, part, slope, curvature in zip(
@@ -75,12 +79,9 @@ def correct(
 
 def _regress(cross: Tensor, gram: Tensor, damping: float) -> Tensor | None:
     """cross (gram + λ)⁻¹, or None where that cannot be computed."""
-    damped = gram.clone()
-    diagonal = gram.diagonal()
-    raised = diagonal + damping * diagonal.mean()
-    damped.diagonal().copy_(torch.where(diagonal == 0, 1.0, raised))
-    lower, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0:
-        return None
-    change = torch.cholesky_solve(cross.t(), lower).t().contiguous()
-    return change if bool(torch.isfinite(change).all()) else None
+
+    def solve(lower: Tensor) -> Tensor:
+        return torch.cholesky_solve(cross.t().to(lower.dtype), lower).t().contiguous()
+
+    found = factored(gram, damping, solve)
+    return None if found is None else found.result

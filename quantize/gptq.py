@@ -17,9 +17,8 @@ Rounding column j by e_j is best compensated by moving the later columns by
 - *Recursive halves in place of lazy blocks*: solve the left half, update the right half by one
   matrix product, solve it. The same sums as the paper's blocks of 128, with matrix products at
   every scale. The weight is held transposed, [in, out], so that a column is contiguous.
-- *Damping*: a share of mean(diag H) is added to the diagonal; where the factorization fails it is
-  tried in float64, then with ten times the damping, three times; after that the layer is rounded
-  to nearest on the searched grid, and its report says so.
+- *Damping* (damping.py): with retries, in float64 too; where nothing helps the layer is rounded to
+  nearest on the searched grid, and its report says so.
 - *Dead columns* (inputs that were always zero) are rounded plainly and move nothing.
 - *More than one order*, at `best`: a sweep is greedy, and where it ends depends on the order of
   columns and on the scales. Further sweeps start from the best scales found so far, and 3 % to
@@ -43,6 +42,7 @@ from torch import Tensor
 from qtool import grid
 from qtool.grid import Grid
 from qtool.quantize import rtn
+from qtool.quantize.damping import factored, raised
 from qtool.quantize.refine import refine
 from qtool.quantize.scales import search
 from qtool.quantize.solution import Solution, better_rows, from_codes, joined
@@ -54,7 +54,6 @@ from qtool.scheme import QuantScheme
 _LEAF_COLUMNS = 16
 # Weights of a slice of rows; bounds the temporaries at about six times 64 MB.
 _SLICE_WEIGHTS = 2**24
-_DAMPING_ATTEMPTS = 4
 # Of the best scales so far, what further sweeps start from.
 _SCALE_SHARES = (1.0, 0.97, 1.03)
 
@@ -133,37 +132,20 @@ def factorize(hessian: Tensor, order: Tensor, damping: float) -> Factor | None:
 
     order  [in] int64, the reverse of the order of solving
     """
-    ordered = hessian[order.unsqueeze(1), order]
-    diagonal = ordered.diagonal().clone()
-    for attempt in range(_DAMPING_ATTEMPTS):
-        share = damping * 10**attempt
-        ordered.diagonal().copy_(_raised(diagonal, share))
-        for dtype in (torch.float32, torch.float64):
-            lower = _inverse_factor(ordered.to(dtype))
-            if lower is not None:
-                return Factor(lower.to(torch.float32), share)
-    return None
 
+    def inverse(lower: Tensor) -> Tensor:
+        identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+        found: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return found
 
-def _raised(diagonal: Tensor, share: float) -> Tensor:
-    """The damped diagonal, with one in place of a dead column's zero."""
-    return torch.where(diagonal == 0, 1.0, diagonal + share * diagonal.mean())
+    found = factored(hessian[order.unsqueeze(1), order], damping, inverse)
+    return None if found is None else Factor(found.result, found.share)
 
 
 def _damped(hessian: Tensor, share: float) -> Tensor:
     damped = hessian.clone()
-    damped.diagonal().copy_(_raised(hessian.diagonal(), share))
+    damped.diagonal().copy_(raised(hessian.diagonal(), share))
     return damped
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    """L⁻¹ with H = L Lᵀ; None where H is not positive definite."""
-    lower, info = torch.linalg.cholesky_ex(hessian)
-    if int(info) != 0:
-        return None
-    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse if bool(torch.isfinite(inverse).all()) else None
 
 
 def _sweep(

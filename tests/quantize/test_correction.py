@@ -73,3 +73,12 @@ def test_without_held_out_vectors_nothing_is_corrected(inputs: Tensor) -> None:
     weight = torch.ones(ROWS, COLUMNS)
     (found,) = correct([weight], *seen(inputs, inputs[:, :ROWS], 0), damping=0.01, added=True)
     assert found.share == 0.0
+
+
+def test_a_correction_that_cannot_be_computed_is_not_made_and_said(inputs: Tensor) -> None:
+    weight = torch.ones(ROWS, COLUMNS)
+    moments, drift = seen(inputs, inputs[:, :ROWS], 100)
+    drift.cross[0, 0] = float("inf")
+    (found,) = correct([weight], moments, drift, damping=0.01, added=True)
+    assert found.failed
+    assert found.weight is weight
