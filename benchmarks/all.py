@@ -62,6 +62,7 @@ AREAS = {
     "engine": Area("engine.py", "--out", quick=("--rounds", "1", "--loads", "1"), peer=_python_of),
     "engine_load": Area("engine_load.py", "--json", quick=("--rows", "overhead", "memory")),
     "sampling": Area("sampling.py", "--json", quick=("--repeats", "5")),
+    "ranks": Area("ranks.py", "--out", quick=("--rounds", "3")),
     "serve": Area("serve.py", "--out", quick=("--rounds", "1", "--hold-seconds", "0")),
     "quantize": Area("quantize.py", "--out", quick=("--methods", "rtn", "default", "--bits", "4")),
     "gguf_quality": Area("gguf_quality.py", "--out", quick=("--num-samples", "16")),
