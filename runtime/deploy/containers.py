@@ -10,6 +10,7 @@ from typing import Any
 from qtool import __version__
 from qtool.errors import UsageError
 from qtool.runtime.deploy.deployment import Deployment
+from qtool.runtime.deploy.facts import parts_of
 
 PORT = 8000
 CACHE = "/cache"
@@ -93,6 +94,10 @@ def _model(deployment: Deployment) -> tuple[str, list[Mount]]:
     facts = deployment.facts
     if facts.kind in ("builtin", "hub") or facts.path is None:
         return deployment.asked.engine.model, []
+    if len(parts_of(facts.path)) > 1:
+        folder = facts.path.parent
+        inner = f"/models/{folder.name}"
+        return f"{inner}/{facts.path.name}", [Mount("model", folder, inner)]
     path = f"/models/{facts.path.name}"
     return path, [Mount("model", facts.path, path)]
 

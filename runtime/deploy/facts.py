@@ -6,6 +6,8 @@ Hub: its config.json and the sizes that the Hub lists; the weights are downloade
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,15 +84,22 @@ def look_at(model: str, revision: str | None = None) -> ModelFacts:
         from qtool.convert.formats import open_weights
 
         source = resolve(model)
-        return ModelFacts(
-            model, "gguf", source.path, open_weights(source).config, source.path.stat().st_size
-        )
+        num_bytes = sum(part.stat().st_size for part in parts_of(source.path))
+        return ModelFacts(model, "gguf", source.path, open_weights(source).config, num_bytes)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UsageError(
             f"no model at {model!r}",
             "name a folder, a .gguf file, a Hub id such as Qwen/Qwen3-0.6B, or builtin:books-7m",
         )
     return _hub(model, revision)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All files of a GGUF model that is split into several, NAME-00001-of-00003.gguf; else it."""
+    found = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if found is None:
+        return [path]
+    return sorted(path.parent.glob(f"{glob.escape(found[1])}-*-of-{found[2]}.gguf"))
 
 
 def _folder(model: str, kind: Kind, folder: Path) -> ModelFacts:
