@@ -41,6 +41,17 @@ PLAIN_TEMPLATE_STOP = ("\nUser:", "\nSystem:")
 TemplateOrigin = Literal["model", "given", "plain (announced)"]
 
 
+# Transformers cannot be imported by two threads at once: the second finds names missing. There is
+# one import system in a process, and so one lock.
+_IMPORTING = threading.Lock()
+
+
+def import_transformers() -> None:
+    """Have all of it that tokenizers need, for what is to be loaded beside running threads."""
+    with _IMPORTING:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+
 class Tokenizer:
     """One model's vocabulary.
 
@@ -58,7 +69,6 @@ class Tokenizer:
         self._special_tokens = parts.special_tokens
         self._chat_template = parts.chat_template
         self._renderer: PreTrainedTokenizerBase | None = None
-        self._loading = threading.Lock()
         self.bos_token_id: int | None = parts.bos_token_id
         own = parts.eos_token_id
         self.eos_token_ids: tuple[int, ...] = tuple(
@@ -153,9 +163,7 @@ class Tokenizer:
 
     def _template_renderer(self) -> PreTrainedTokenizerBase:
         """Transformers' templates around an empty vocabulary, loaded by the first conversation."""
-        # One thread at a time: transformers cannot be imported by two at once, the second finds its
-        # names missing.
-        with self._loading:
+        with _IMPORTING:
             if self._renderer is None:
                 from transformers import PreTrainedTokenizerFast
 

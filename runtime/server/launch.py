@@ -33,6 +33,7 @@ from qtool.runtime.server.serve import ServerRun, bind, bind_unix, stop_signals,
 from qtool.runtime.server.service import Service
 from qtool.runtime.server.supervisor import Supervisor
 from qtool.runtime.store import store
+from qtool.runtime.tokenizer import import_transformers
 from qtool.source import Source, resolve
 
 LOG_FORMAT = "%(asctime)s %(message)s"
@@ -155,7 +156,7 @@ def model_pool(
         )
         if room is not None:
             await asyncio.to_thread(check_room, config, room)
-        loaded = await asyncio.to_thread(load, config)
+        loaded = await asyncio.to_thread(load_beside_others, config)
         assert loaded.tokenizer is not None
         if room is not None:
             config = within_bytes(config, loaded.nbytes, room)
@@ -208,6 +209,11 @@ def load(engine_config: EngineConfig) -> LoadedModel:
             "put the tokenizer.json of the original model into the folder",
         )
     return loaded
+
+
+def load_beside_others(engine_config: EngineConfig) -> LoadedModel:
+    import_transformers()
+    return load(engine_config)
 
 
 def generation_config(source: Source) -> Mapping[str, Any]:

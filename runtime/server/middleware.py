@@ -99,12 +99,7 @@ class ApiKeyMiddleware:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and not self._is_open(scope)
-        if not guarded or scope["method"] == "OPTIONS":
-            await self.app(scope, receive, send)
-            return
-        if (matched := self._matched(scope["headers"])) is not None:
-            scope["api_key"] = f"key {matched}"
+        if self.admits(scope):
             await self.app(scope, receive, send)
             return
         refusal = ApiError(
@@ -115,6 +110,15 @@ class ApiKeyMiddleware:
             headers={"WWW-Authenticate": "Bearer"},
         )
         await in_dialect(scope["path"], refusal)(scope, receive, send)
+
+    def admits(self, scope: Scope) -> bool:
+        """Whether a request may go on; if it has a key, the scope then says which."""
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or self._is_open(scope):
+            return True
+        matched = self._matched(scope["headers"])
+        if matched is not None:
+            scope["api_key"] = f"key {matched}"
+        return matched is not None
 
     @staticmethod
     def _is_open(scope: Scope) -> bool:

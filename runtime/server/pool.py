@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from qtool.runtime.server.asgi import App, Message, Receive, Scope, Send
 from qtool.runtime.server.errors import ApiError, from_qtool_error, unavailable
 from qtool.runtime.server.exchange import json_response
 from qtool.runtime.server.metrics import expose_together
-from qtool.runtime.server.middleware import header
+from qtool.runtime.server.middleware import ApiKeyMiddleware, header
 from qtool.runtime.server.ollama_answers import running_models
 from qtool.runtime.server.service import Service, logger
 
@@ -205,11 +205,16 @@ class ModelPool:
 class PoolApp:
     """Sends each request to the application of the model that it names."""
 
-    def __init__(self, pool: ModelPool, max_body_bytes: int) -> None:
+    def __init__(self, pool: ModelPool, max_body_bytes: int, api_keys: Sequence[str] = ()) -> None:
         self._pool = pool
         self._max_body_bytes = max_body_bytes
+        self._keys = ApiKeyMiddleware(pool.first.app, api_keys) if api_keys else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._keys is not None and not self._keys.admits(scope):
+            # Refused there, with all the headers of an answer; above all, nothing is loaded for it.
+            await self._pool.first.app(scope, receive, send)
+            return
         if scope["type"] == "http" and scope["path"] == "/metrics":
             accept = header(scope["headers"], b"accept") or b""
             metrics = [service.metrics for service in self._pool.services]

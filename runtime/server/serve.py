@@ -153,7 +153,8 @@ class ServerRun:
         self._pool = pool
         self._bound = bound
         limit = service.config.max_body_bytes
-        app = create_app(service) if pool is None else PoolApp(pool, limit)
+        keys = service.config.api_keys
+        app = create_app(service) if pool is None else PoolApp(pool, limit, keys)
         self._server = _Server(app, service.config)
         self._stop_now = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None

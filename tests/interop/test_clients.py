@@ -24,6 +24,7 @@ import pytest
 from qtool.runtime.server.process import running_server
 
 MODEL = "builtin:books-7m"
+PATIENCE_SECONDS = 300
 QUESTION = [{"role": "user", "content": "Tell me a story."}]
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with running_server(MODEL, "--dtype", "float32") as server:
+    with running_server(MODEL, "--dtype", "float32", start_seconds=PATIENCE_SECONDS) as server:
         yield server.url
 
 
@@ -118,14 +119,15 @@ def test_schemathesis_finds_no_failure_of_the_server() -> None:
         pytest.skip("needs schemathesis, of the dev extra")
     # Ollama's routes that make and remove names would change this user's own.
     without = [f"--exclude-path=/api/{name}" for name in ("create", "copy", "delete")]
+    flags = ["--dtype", "float32", "--max-model-len", "64"]
     settings = ["--max-examples=5", "--seed=1", "--phases=examples,fuzzing"]
-    with running_server(MODEL, "--dtype", "float32", "--max-model-len", "64") as server:
+    with running_server(MODEL, *flags, start_seconds=PATIENCE_SECONDS) as server:
         command = [program, "run", f"{server.url}/openapi.json", "--checks=not_a_server_error"]
         done = subprocess.run(
             [*command, *without, *settings, "--suppress-health-check=all", "--request-timeout=60"],
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=2 * PATIENCE_SECONDS,
         )
         log = server.log()
     assert done.returncode == 0, done.stdout[-6000:]

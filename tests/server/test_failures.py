@@ -109,7 +109,7 @@ def test_one_failing_prompt_fails_the_request_once(failing: Any) -> None:
 
 
 def test_failures_are_counted_and_leave_no_place_taken(failing: Any) -> None:
-    labels = '{finished_reason="error"'
+    labels = '{engine="0",finished_reason="error"'
     before = failing.metric("vllm:request_success_total", labels)
     failing.post("/v1/completions", {"prompt": [FAIL_IN_A_STEP]})
     assert failing.metric("vllm:request_success_total", labels) == before + 1

@@ -195,6 +195,21 @@ def test_models_make_room_for_each_other_by_bytes(
             assert pool.loaded_names == [model]
 
 
+def test_nothing_is_loaded_for_a_request_without_its_key(
+    models: list[str], loaded_model: LoadedModel, server_config: ServerConfig
+) -> None:
+    config = replace(server_config, api_keys=("secret",))
+    with pool_server(models, loaded_model, config) as (http, pool):
+        asked = {"model": models[0], "prompt": "Once", "max_tokens": 1}
+        refused = http.post("/v1/completions", json=asked)
+        assert (refused.status_code, pool.loaded_names) == (401, [])
+        assert http.get("/api/ps").status_code == 401
+        assert http.get("/metrics").status_code == 200
+        key = {"Authorization": "Bearer secret"}
+        assert http.post("/v1/completions", json=asked, headers=key).status_code == 200
+        assert len(http.get("/api/ps", headers=key).json()["models"]) == 2
+
+
 def test_a_model_that_can_never_fit_is_refused_with_the_numbers(
     models: list[str], loaded_model: LoadedModel, server_config: ServerConfig
 ) -> None:
