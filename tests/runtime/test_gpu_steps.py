@@ -152,7 +152,7 @@ def two(
 def check(gpu: LoadedModel, plain: LoadedModel, kind: KvCacheDtype = "auto") -> None:
     """A prompt in two chunks, then a step in which two sequences decode beside a prompt."""
     assert isinstance(gpu.decoder, Decoder)
-    text, other = tokens(21), tokens(6, seed=1)
+    text, other = tokens(21), tokens(6, seed=1)  # two blocks, and one
     steps = runner(gpu, kind)
     assert steps.gpu is not None
     table, second = [7, 3], [5, 1]
@@ -199,7 +199,9 @@ def test_every_wiring_of_blocks(two: tuple[LoadedModel, LoadedModel]) -> None:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("olmo2", "a norm over all heads is not fused"),
+        pytest.param(
+            "olmo2", "a norm over all heads is not fused", marks=pytest.mark.slow, id="olmo2"
+        ),
         ("starcoder2", "layer norms are not fused"),
     ],
 )

@@ -20,8 +20,8 @@ TOLERANCE = {torch.float16: 1e-3, torch.float32: 1e-6}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("channels", "block"), [(64, 0), (96, 32), (896, 128), (128, 128)])
-@pytest.mark.parametrize("num_parts", [0, 1, 3])
+@pytest.mark.parametrize(("channels", "block"), [(64, 0), (96, 32), (896, 128)])
+@pytest.mark.parametrize("num_parts", [0, 3])
 def test_adding_and_norming(
     dtype: torch.dtype,
     channels: int,

@@ -35,7 +35,9 @@ SCHEMES = [
 
 
 @pytest.mark.parametrize(("scheme", "shape"), SCHEMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_products_equal_the_reference(
     scheme: str,
     shape: tuple[int, int],
