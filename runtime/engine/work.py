@@ -68,7 +68,7 @@ class WorkCounts:
 
 class WorkMeter:
     """
-    weight_bytes           the model's, packed as they are
+    weight_bytes           the model's, packed as they are, of all ranks
     cache_bytes_per_token  over all layers, keys and values
     """
 
@@ -76,12 +76,14 @@ class WorkMeter:
         self.counts = WorkCounts()
         self._sizes = sizes_of(model)
         looked_up = model.looked_up_bytes if isinstance(model, Decoder) else 0
-        self._weight_bytes = weight_bytes - looked_up
+        ranks = model.num_ranks if isinstance(model, Decoder) else 1
+        self._weight_bytes = weight_bytes - looked_up * ranks
         # Layers of one window see the same tokens, and few models have more than two windows.
         operations: Counter[int | None] = Counter()
         channels: Counter[int | None] = Counter()
         for spec in model.attention:
-            operations[spec.window] += 2 * spec.num_heads * (spec.key_dim + spec.value_dim)
+            heads = spec.num_heads * ranks
+            operations[spec.window] += 2 * heads * (spec.key_dim + spec.value_dim)
             channels[spec.window] += spec.cached_channels
         per_channel = cache_bytes_per_token / max(channels.total(), 1)
         self._windows = tuple(
@@ -135,7 +137,7 @@ def sizes_of(model: Model) -> LinearSizes:
         if isinstance(base, nn.Module) and isinstance(head, nn.Module):
             return _sizes_of_modules(base, head)
         return LinearSizes(block=0)
-    config = model.config
+    config = model.whole_config
     family = find_family({"model_type": config.model_type})
     shapes = role_shapes(family, config)
     block = experts = 0

@@ -82,6 +82,15 @@ class Decoder:
         return self.config.vocab_size
 
     @property
+    def num_ranks(self) -> int:
+        return 1 if self.ranks is None else self.ranks.plan.shard.size
+
+    @property
+    def whole_config(self) -> DecoderConfig:
+        """Of the model; `config` is what is computed here."""
+        return self.config if self.ranks is None else self.ranks.plan.config
+
+    @property
     def head_is_embedding(self) -> bool:
         """Whether the head multiplies by the very tensor that tokens are looked up in."""
         values = self.embedding.values

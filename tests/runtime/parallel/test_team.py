@@ -71,6 +71,9 @@ def test_two_ranks_write_what_one_process_does_until_one_is_killed() -> None:
     alone, shared = engine(1), engine(2)
     assert texts(shared) == texts(alone)
     assert texts(shared) == texts(alone)  # from the cache now
+    done, expected = shared.engine.stats(), alone.engine.stats()
+    assert done.operations_total == expected.operations_total
+    assert done.bytes_read_total == pytest.approx(expected.bytes_read_total, rel=0.01)
     assert shared.info.num_ranks == 2
     weights = shared.loaded.team.weight_bytes if shared.loaded.team else ()
     assert len(weights) == 2
