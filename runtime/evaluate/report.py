@@ -55,13 +55,19 @@ class TextUsed:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Greedy generation of one sequence: by the median gap between one token and the next."""
+    """Greedy generation of one sequence: by the median gap between one token and the next.
+
+    load_seconds    from the files to an engine that is ready; the files may lie in the page cache
+    weight_bytes    in memory, as the kernels hold them
+    """
 
     tokens_per_second: float
     num_tokens: int
     dtype: str
     device: str
     threads: int
+    load_seconds: float
+    weight_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,12 @@ def footnotes(report: EvaluationReport) -> list[str]:
             f"after a warm-up, {', '.join(dtypes)}, {speeds[0].device}, "
             f"{speeds[0].threads} thread{'s' * (speeds[0].threads > 1)}."
         )
+        loaded = ", ".join(
+            f"{row.name} {row.speed.load_seconds:.1f} s, {size_text(row.speed.weight_bytes)}"
+            for row in report.rows
+            if row.speed
+        )
+        lines.append(f"Loading, and weights in memory as they are served: {loaded}.")
     lines += [
         f"Greedy text of {row.name}: {row.agreement.num_identical} of {row.agreement.num_prompts} "
         f"continuations of {row.agreement.num_tokens} tokens are the original's; the median one "

@@ -1,4 +1,5 @@
-"""Tokens per second of greedy generation, one sequence, as `qtool serve` would run the model.
+"""Tokens per second of greedy generation, one sequence, as `qtool serve` would run the model; on the
+side how long it takes to load, and what it takes in memory.
 
 What is timed is the gap between one token and the next, so the prompt has no share in it, and the
 median gap is what counts: something else that runs on the machine for a moment does not. Beside an
@@ -39,15 +40,25 @@ def measure_speed(
     """Load the model as the server would, warm it up, and time it; and, as it is loaded, let it
     continue the prompts, for `agreement`.
     """
+    began = time.perf_counter()
     with closing(LLM(str(source.path), device=device)) as llm, bar(f"timing {name}"):
+        load_seconds = time.perf_counter() - began
         context = llm.info.max_model_len
         prompt = llm.get_tokenizer().encode(PROMPT)[: max(1, context // 4)]
         _gaps(llm.engine, prompt, WARM_UP_TOKENS)
         gaps = _gaps(llm.engine, prompt, min(NUM_TOKENS, context - len(prompt) - 1))
         info = llm.info
         texts = continuations(llm, prompts)
-    threads = torch.get_num_threads()
-    return Speed(1 / median(gaps), len(gaps), info.dtype, info.device, threads), texts
+    speed = Speed(
+        tokens_per_second=1 / median(gaps),
+        num_tokens=len(gaps),
+        dtype=info.dtype,
+        device=info.device,
+        threads=torch.get_num_threads(),
+        load_seconds=load_seconds,
+        weight_bytes=info.weight_bytes,
+    )
+    return speed, texts
 
 
 def _gaps(engine: Engine, prompt: Sequence[int], num_gaps: int) -> list[float]:

@@ -31,7 +31,7 @@ from qtool.runtime.evaluate.report import (
     verdict,
     verdict_line,
 )
-from qtool.runtime.evaluate.rows import table_rows
+from qtool.runtime.evaluate.rows import footnotes, table_rows
 
 HOSTILE = '<img src=x onerror="alert(1)">|`&amp;'
 PROTOCOLS = (
@@ -73,7 +73,7 @@ def model(name: str, size: int, divergence: Divergence | None) -> ModelReport:
         sha256={"model.safetensors": "ab" * 32},
         perplexity=tuple(perplexity(nll, protocol) for protocol in PROTOCOLS),
         divergence=divergence,
-        speed=Speed(123.4, 64, "bfloat16", "cpu", 2),
+        speed=Speed(123.4, 64, "bfloat16", "cpu", 2, 1.25, 6_000_000),
         layers=LAYERS,
         unquantized={"model.layers.0.mlp.down_proj": "172 inputs: neither 128, 64 nor 32 divides"},
     )
@@ -286,3 +286,8 @@ def test_the_error_map_has_a_row_a_block_and_a_column_a_linear() -> None:
     places = {tuple(found) for found in re.findall(r'<rect x="([\d.]+)" y="([\d.]+)"', text)}
     assert len(places) == len(LAYERS) - 1
     assert error_map([LayerReport("model.layers.0.x", None, "rtn")]) == ""
+
+
+def test_loading_and_memory_stand_beside_the_speed() -> None:
+    (line,) = [note for note in footnotes(report_of("small")) if note.startswith("Loading")]
+    assert "small 1.2 s, 6 MB" in line

@@ -51,6 +51,9 @@ def test_a_report_has_all_that_was_asked_for(noisy: Path, original: Path) -> Non
     assert model.quantized_bits_per_weight is None
     assert model.speed is not None
     assert model.speed.tokens_per_second > 0
+    assert model.speed.load_seconds > 0
+    # Two bytes a weight or four, as it is served; the head is the embedding.
+    assert model.num_weights <= model.speed.weight_bytes <= 5 * model.num_weights
     assert set(model.sha256) == {"model.safetensors"}
     assert model.sha256 != report.reference.sha256
 
