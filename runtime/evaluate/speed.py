@@ -1,5 +1,5 @@
-"""Tokens per second of greedy generation, one sequence, as `qtool serve` would run the model; on the
-side how long it takes to load, and what it takes in memory.
+"""Tokens per second of greedy generation, one sequence, as `qtool serve` would run the model; on
+the side, how long it takes to load and what it takes in memory.
 
 What is timed is the gap between one token and the next, so the prompt has no share in it, and the
 median gap is what counts: something else that runs on the machine for a moment does not. Beside an
