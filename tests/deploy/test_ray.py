@@ -7,7 +7,6 @@ Needs the extra `ray`. One application serves the whole file; killing an engine 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 MODEL = "builtin:books-7m"
 START_SECONDS = 300
+TRIES = 3
 # Slow enough on any machine that signals arrive before the end.
 LONG = {"max_tokens": 480, "ignore_eos": True, "temperature": 0, "stream": True}
 
@@ -71,9 +72,8 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="module")
-def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    log = tmp_path_factory.mktemp("ray") / "deploy.log"
+@contextmanager
+def deployed(log: Path) -> Iterator[Application]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,11 +89,10 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicatio
         )
     try:
 
-        def is_ready() -> bool:
-            assert process.poll() is None, log.read_text()
-            return re.search(r"^Serving .* at http", log.read_text(), re.M) is not None
+        def is_ready_or_gone() -> bool:
+            return process.poll() is not None or "\nServing " in log.read_text()
 
-        wait_until(is_ready, "the application did not start", START_SECONDS)
+        wait_until(is_ready_or_gone, "the application did not start", START_SECONDS)
         yield Application(f"http://127.0.0.1:{port}", process, log)
     finally:
         process.terminate()
@@ -102,6 +101,19 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicatio
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    folder = tmp_path_factory.mktemp("ray")
+    for attempt in range(TRIES):
+        with deployed(folder / f"{attempt}.log") as found:
+            if found.process.poll() is None:
+                yield found
+                return
+            # A busy machine: Ray's own half a minute for its processes was not enough.
+            assert "Ray could not start here" in found.log.read_text(), found.log.read_text()
+    pytest.skip(f"Ray's processes were not up in time, {TRIES} times")
 
 
 def test_greedy_text_is_that_of_one_process(application: Application) -> None:

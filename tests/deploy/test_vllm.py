@@ -7,6 +7,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.command import serve
 from qtool.runtime.deploy.facts import look_at
-from qtool.runtime.deploy.vllm import FLAGS, Installed, find, version_of, why_not
+from qtool.runtime.deploy.vllm import FLAGS, Installed, cure, find, version_of, why_not
 
 MODEL = "builtin:books-7m"
 CPU = Installed("python", "0.32.0", is_cpu=True)
@@ -166,6 +167,20 @@ def test_what_vllm_cannot_read_is_refused_with_the_conversion(
     assert isinstance(error, UsageError)
     assert reason in error.message
     assert f"qtool convert {folder} --to" in (error.hint or "")
+
+
+def test_packed_experts_on_cpus_need_tiles_and_groups_in_order(folder_of: FolderOf) -> None:
+    gptq = {"quant_method": "gptq", "bits": 4, "sym": True}
+    experts = look_at(str(folder_of("a", quantization=gptq, num_experts=4)))
+    assert why_not(experts, CPU) is None
+    assert "AMX" in (why_not(experts, replace(CPU, has_amx=False)) or "")
+    ordered = {**gptq, "desc_act": True}
+    acted = look_at(str(folder_of("b", quantization=ordered, num_experts=4)))
+    assert "desc_act" in (why_not(acted, CPU) or "")
+    assert why_not(acted, GPU) is None
+    assert "--to hf" in cure(acted, CPU)
+    dense = look_at(str(folder_of("c", quantization=ordered)))
+    assert why_not(dense, replace(CPU, has_amx=False)) is None
 
 
 def test_gguf_is_refused_with_the_conversion(tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ def _connected(address: str | None, needed: Mapping[str, float], num_cpus: int) 
             f"the cluster at {address} and this machine differ: {' '.join(str(error).split())}",
             "use the cluster's versions of Ray and Python here: pip install 'ray[serve]==VERSION'",
         ) from None
+    except Exception as error:
+        # Ray's own word for "the processes of a new cluster were not up in time".
+        if address is not None or "startup" not in str(error):
+            raise
+        ray.shutdown()
+        raise QtoolError(
+            f"Ray could not start here: {_first_line(error)}",
+            "it gives itself half a minute: try again when the machine is less busy, or start it "
+            "with `ray start --head` and pass --address auto",
+        ) from None
     try:
         check_resources(needed, ray.cluster_resources(), address)
         yield
