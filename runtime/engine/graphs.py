@@ -78,6 +78,7 @@ class Inputs:
     ints    [2, rows] int32: lengths, top_k
     floats  [4, rows]: temperature, top_p, min_p, number
     pages   [rows, width] int32
+    held    for each row the pages that were written last: a sequence gets one in many steps
     """
 
     longs: Tensor
@@ -85,6 +86,7 @@ class Inputs:
     floats: Tensor
     pages: Tensor
     host: tuple[Tensor, Tensor, Tensor, Tensor]
+    held: list[list[int]]
 
     @classmethod
     def empty(cls, rows: int, width: int, device: torch.device) -> Inputs:
@@ -99,7 +101,7 @@ class Inputs:
         floats[1] = 1.0
         # clone: on a CPU, `to` would give the host's own.
         moved = [part.clone().to(device) for part in host]
-        return cls(moved[0], moved[1], moved[2], moved[3], host)
+        return cls(moved[0], moved[1], moved[2], moved[3], host, [[] for _ in range(rows)])
 
     def fill(self, batch: Batch, draws: Sequence[Draw], block_size: int) -> None:
         """From a decoding batch; rows beyond it have no tokens."""
@@ -120,13 +122,21 @@ class Inputs:
         floats[:, :rows] = torch.tensor(
             [[draw.temperature, draw.top_p, draw.min_p, shorten(draw.number)] for draw in draws]
         ).t()
+        changed = False
         for row, span in enumerate(spans):
-            held = -(-span.length // block_size)
-            pages[row, :held] = torch.tensor(span.block_ids[:held], dtype=torch.int32)
-        for device, host in zip(
-            (self.longs, self.ints, self.floats, self.pages), self.host, strict=True
-        ):
-            device.copy_(host, non_blocking=True)
+            block_ids = list(span.block_ids[: -(-span.length // block_size)])
+            before = self.held[row]
+            same = len(before) if block_ids[: len(before)] == before else 0
+            if same < len(block_ids):
+                new = torch.tensor(block_ids[same:], dtype=torch.int32)
+                pages[row, same : len(block_ids)] = new
+                self.held[row] = block_ids
+                changed = True
+        self.longs.copy_(longs, non_blocking=True)
+        self.ints.copy_(ints, non_blocking=True)
+        self.floats.copy_(floats, non_blocking=True)
+        if changed:
+            self.pages.copy_(pages, non_blocking=True)
         # These are on the device already.
         self.longs[0, :rows] = batch.token_ids
         self.longs[1, :rows] = batch.positions

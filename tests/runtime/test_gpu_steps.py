@@ -27,7 +27,7 @@ from qtool.runtime import layers
 from qtool.runtime.config import KvCacheDtype
 from qtool.runtime.engine import gpu_steps
 from qtool.runtime.engine.batch import Batch
-from qtool.runtime.engine.graphs import Outputs, Replay
+from qtool.runtime.engine.graphs import Inputs, Outputs, Replay
 from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.models import triton_decoder
@@ -254,3 +254,30 @@ def test_a_recorded_step_serves_every_smaller_batch(
     # The third sequence's cache was not touched by the step without it.
     for mine, theirs in zip(recorded.pool.layers, eager.pool.layers, strict=True):
         torch.testing.assert_close(mine.keys, theirs.keys)
+
+
+def test_pages_are_written_when_they_change() -> None:
+    """A sequence that grows, one that takes its place, and one with fewer pages of the same."""
+    inputs = Inputs.empty(2, 8, CPU)
+
+    def fill(length: int, *block_ids: int) -> list[int]:
+        step = Batch(
+            token_ids=torch.tensor([5]),
+            positions=torch.tensor([length - 1]),
+            spans=(Span(1, length, block_ids),),
+            sampled_rows=torch.tensor([0]),
+            row_ranges=(),
+        )
+        inputs.fill(step, [Draw(temperature=0.5, number=0.25)], BLOCK_SIZE)
+        return inputs.pages[0, : len(block_ids)].tolist()
+
+    assert fill(16, 7) == [7]
+    assert inputs.longs[:, 0].tolist() == [5, 15, 7 * 16 + 15]
+    assert fill(17, 7, 3) == [7, 3]
+    assert fill(33, 7, 4, 9) == [7, 4, 9]
+    assert fill(5, 7) == [7]
+    assert fill(20, 7, 8) == [7, 8]
+    # The row beside it has no tokens, and draws the likeliest of what it computes.
+    assert inputs.longs[:, 1].tolist() == [0, 0, -1]
+    assert inputs.ints[:, 1].tolist() == [0, 0]
+    assert inputs.floats.t().tolist() == [[0.5, 1.0, 0.0, 0.25], [0.0, 1.0, 0.0, 0.0]]
