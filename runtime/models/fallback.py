@@ -49,7 +49,13 @@ from qtool.runtime.models.packed_modules import (
     packed_in_file,
     unpack_modules,
 )
-from qtool.runtime.models.probe import distance, measure, probe_inputs, rows_of
+from qtool.runtime.models.probe import (
+    cannot_serve,
+    distance,
+    measure,
+    probe_inputs,
+    rows_of,
+)
 
 PAGED = "qtool_paged"
 # Packed linears round more than plain ones: activations to 8 bits, or sums in another order.
@@ -220,7 +226,7 @@ def refuse_code(family: str) -> None:
         reason = "its attention does not go through transformers' attention interface"
     else:
         return
-    raise UnsupportedModel(f"{family} cannot be served: {reason}")
+    raise cannot_serve(family, reason)
 
 
 def refuse_config(config: Any) -> None:
@@ -233,7 +239,7 @@ def refuse_config(config: Any) -> None:
         reason = f"it has layers of {', '.join(sorted(kinds))}, which are not paged"
     else:
         return
-    raise UnsupportedModel(f"{config.model_type} cannot be served: {reason}")
+    raise cannot_serve(config.model_type, reason)
 
 
 def _load(reader: WeightReader, config: Any, dtype: torch.dtype, packed: Collection[str]) -> Any:

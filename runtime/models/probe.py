@@ -155,7 +155,7 @@ def measure(
     try:
         ours = model(**inputs).logits.float()
     except TypeError as error:
-        raise UnsupportedModel(f"{family} cannot be served: {error}") from error
+        raise cannot_serve(family, str(error)) from error
     finally:
         _probe.reset(token)
     _refuse(family, probe.specs, probe.refusals, model.config)
@@ -163,9 +163,9 @@ def measure(
     theirs: Tensor = model(**inputs).logits.float()
     difference = distance(ours, theirs)
     if not difference < TOLERANCE[dtype]:
-        raise UnsupportedModel(
-            f"{family} cannot be served: through paged attention its logits differ from its own "
-            f"by {difference:.1%}"
+        raise cannot_serve(
+            family,
+            f"through paged attention its logits differ from its own by {difference:.1%}",
         )
     return tuple(probe.specs), theirs
 
@@ -186,4 +186,13 @@ def _refuse(
         reason = f"{len(specs)} of its {num_layers} layers have attention that can be paged"
     else:
         return
-    raise UnsupportedModel(f"{family} cannot be served: {reason}")
+    raise cannot_serve(family, reason)
+
+
+def cannot_serve(family: str, reason: str) -> UnsupportedModel:
+    """With what to do instead."""
+    return UnsupportedModel(
+        f"{family} cannot be served: {reason}",
+        "serve it by its own code (`transformers serve MODEL`: a cache for each request, in 16 or "
+        "32 bits), or take a model of a family that qtool serve --list-models prints",
+    )
