@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from qtool.calibration.activations import Activations
 from qtool.calibration.capture import (
@@ -42,6 +43,7 @@ T = TypeVar("T")
 
 # For the slowest thing that one rank does while others wait: rank 0 checks what was written before.
 TIMEOUT = timedelta(hours=1)
+MEETING_TIMEOUT = timedelta(minutes=5)
 
 
 class DataRanks:
@@ -64,11 +66,13 @@ class DataRanks:
 
     def add_up(self, tensor: Tensor) -> None:
         """The sum over the ranks, in place."""
-        dist.all_reduce(tensor, group=self._group)
+        with _others():
+            dist.all_reduce(tensor, group=self._group)
 
     def largest(self, tensor: Tensor) -> None:
         """The largest of the ranks' numbers, in place."""
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        with _others():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
 
     def count(self, number: int) -> int:
         """The sum of the ranks' numbers."""
@@ -79,7 +83,8 @@ class DataRanks:
     def from_first(self, value: T) -> T:
         """Rank 0's value."""
         holder: list[Any] = [value]
-        dist.broadcast_object_list(holder, src=0, group=self._group)
+        with _others():
+            dist.broadcast_object_list(holder, src=0, group=self._group)
         found: T = holder[0]
         return found
 
@@ -117,13 +122,27 @@ class DataRanks:
 
 
 @contextmanager
+def _others() -> Iterator[None]:
+    """Around what needs all ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise QtoolError(
+            f"another rank has ended: {error}",
+            "see what it said; the same command goes on from the last block that was finished",
+        ) from error
+
+
+@contextmanager
 def joined_ranks(launch: Launched | None) -> Iterator[DataRanks | None]:
     """The ranks of the program that torchrun has started; None where it has not."""
     if launch is None:
         yield None
         return
     try:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        store, rank, size = next(rendezvous("env://", timeout=MEETING_TIMEOUT))
+        store.set_timeout(MEETING_TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise QtoolError(
             f"rank {launch.rank} of {launch.size} cannot meet the others at {launch.meeting}: "

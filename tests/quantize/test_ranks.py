@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -104,3 +105,27 @@ def test_what_torchrun_says_is_read() -> None:
     assert launched({**said, "RANK": "0", "WORLD_SIZE": "1"}) is None
     with pytest.raises(UsageError, match="RANK is '4' and WORLD_SIZE '4'"):
         launched({**said, "RANK": "4"})
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "qtool", "quantize", MODEL, "--out", str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=child_environment(
+                PYTHONSAFEPATH="1",
+                RANK="0",
+                WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            ),
+        )
+    assert done.returncode == 1
+    assert f"rank 0 of 2 cannot meet the others at 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
