@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.kernels.cpu import attention, native_linear, torch_ops
+from qtool.kernels.cpu.build import INSTRUCTION_SETS
 from qtool.kernels.cpu.native import Native, load, make_cache, make_rule, plan_spans
 from qtool.kernels.cpu.native_blocks import BlockParts, NativeBlocks, NativeLinears, bind
 from qtool.kernels.reference import Span
@@ -423,7 +424,7 @@ def read_bandwidth(native: Native, seconds: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The CPU kernels beside PyTorch's own.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--isa", choices=["avx512-vnni", "avx2"], default=None)
+    parser.add_argument("--isa", choices=[isa.name for isa in INSTRUCTION_SETS])
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--context", type=int, default=512)
