@@ -402,11 +402,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = options.only or [*MEASURED, "arithmetic"]
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as temporary:
-        model = options.model or quantized(options.original, Path(temporary) / "int4")
+        model = options.model or ""
+        if not model and any(name in MEASURED for name in wanted):
+            model = quantized(options.original, Path(temporary) / "int4")
         clock = time.process_time if options.clock == "cpu" else time.perf_counter
-        setting = Setting(model, _folder(options.original), clock, options.rounds)
         for name, measure in MEASURED.items():
             if name in wanted:
+                setting = Setting(model, _folder(options.original), clock, options.rounds)
                 findings += _shown(measure(setting))
     if "arithmetic" in wanted:
         findings += _shown(by_arithmetic())

@@ -1,0 +1,100 @@
+"""The benchmark scripts: what they compute and what they read of their peers, without the peers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from qtool.runtime.evaluate.divergence import compare, summarize
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+BLOCK = """
+0.00.873.594 I kl_divergence: 0.68 seconds per pass - ETA 0.00 minutes
+   1      44.5905 \u00b1    1.4254       0.00224 \u00b1    0.00116       0.00478 \u00b1    0.00006
+====== Perplexity statistics ======
+Mean PPL(Q)                   :  45.373152 \u00b1   1.386351
+Cor(ln(PPL(Q)), ln(PPL(base))):  99.93%
+====== KL divergence statistics ======
+Mean    KLD:   0.004818 \u00b1   0.000062
+99.9%   KLD:   0.055392
+ 0.1%   KLD:  -0.000001
+====== Token probability statistics ======
+ 1.0%   \u0394p: -5.694%
+RMS \u0394p    :  1.440 \u00b1 0.034 %
+Same top p: 94.032 \u00b1 0.262 %
+"""
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    def load(name: str) -> ModuleType:
+        monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_claims_about_other_machines_by_hand(script: Callable[[str], ModuleType]) -> None:
+    found = {finding.claim: finding for finding in script("claims").by_arithmetic()}
+    decode = next(finding for claim, finding in found.items() if "A100" in claim)
+    assert decode.figures["tokens_per_second_at_2_TB_s"] == pytest.approx(1000 / 7)
+    offload = next(finding for claim, finding in found.items() if "RTX 4090: 15" in claim)
+    # 43.2 GB of weights, 10 of cache and overhead, 24 on the card: 29.2 GB at 25 GB/s, 24 at 1,008.
+    assert offload.figures["tokens_per_second_with_offload"] == pytest.approx(
+        1 / (29.16 / 25 + 24 / 1008), rel=2e-3
+    )
+    assert offload.holds is False
+    cache = next(finding for claim, finding in found.items() if "KV cache" in claim)
+    assert cache.figures["kilobytes_per_token"] == 320
+    assert cache.figures["gigabytes_per_sequence"] == pytest.approx(1.342, abs=1e-3)
+
+
+def test_every_line_of_llama_perplexitys_block_is_read(
+    script: Callable[[str], ModuleType],
+) -> None:
+    evaluate = script("evaluate")
+    block = evaluate.printed_block(BLOCK)
+    assert block["Mean PPL(Q)"] == ([45.373152, 1.386351], 6)
+    assert block["0.1%   KLD"] == ([-0.000001], 6)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 300, 50, generator=generator)
+    ours = summarize(compare(logits[0], logits[1], torch.arange(300) % 50))
+    expected = {
+        "Mean PPL(Q)": [ours.perplexity.value, ours.perplexity.error],
+        "Cor(ln(PPL(Q)), ln(PPL(base)))": [100 * ours.ln_perplexity_correlation],
+        "Mean    KLD": [ours.kld.value, ours.kld.error],
+        "99.9%   KLD": [ours.kld_percentiles[99.9]],
+        "0.1%   KLD": [ours.kld_percentiles[0.1]],
+        "1.0%   \u0394p": [100 * ours.delta_p_percentiles[1.0]],
+        "RMS \u0394p": [100 * ours.delta_p_rms.value, 100 * ours.delta_p_rms.error],
+        "Same top p": [100 * ours.same_top.value, 100 * ours.same_top.error],
+    }
+    found = {line: evaluate.our_line(line, ours) for line in block}
+    assert {line: value for line, value in found.items() if value is not None} == expected
+
+
+def test_questions_are_made_alike_each_time(script: Callable[[str], ModuleType]) -> None:
+    rows = script("tasks").questions(None, 5)
+    assert rows == script("tasks").questions(None, 5)
+    for row in rows:
+        assert len(row["choices"]) == 4
+        assert len(row["query"].split()) == 64
+
+
+def test_every_benchmark_that_is_listed_is_there(script: Callable[[str], ModuleType]) -> None:
+    areas = script("all").AREAS
+    assert all((FOLDER / area.script).is_file() for area in areas.values())
+    listed = {area.script for area in areas.values()}
+    assert {"claims.py", "convert.py", "engine.py", "evaluate.py", "quantize.py"} <= listed
