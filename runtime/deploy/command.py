@@ -325,14 +325,8 @@ def _write(deployment: Deployment, options: Options, files: Mapping[str, File], 
 
 def _to_vllm(deployment: Deployment, options: Options) -> None:
     from qtool.runtime.deploy.ports import check_free
-    from qtool.runtime.deploy.vllm import (
-        CHECKED_VERSION,
-        Installed,
-        check,
-        find,
-        interpreter,
-        plan,
-    )
+    from qtool.runtime.deploy.vllm import CHECKED_VERSION, check, plan
+    from qtool.runtime.deploy.vllm_installed import Installed, find, interpreter
 
     on_path = shutil.which("vllm")
     if options.dry_run and options.vllm_python is None and on_path is None:
@@ -351,7 +345,7 @@ def _to_vllm(deployment: Deployment, options: Options) -> None:
         return
     if not deployment.asked.options.uds:
         check_free(deployment.asked.options.host, deployment.port)
-    click.echo(launch.shown(), err=True)
+    click.echo(launch.shown(with_keys=False), err=True)
     os.execvpe(launch.command[0], launch.command, child_environment(**launch.variables))
 
 

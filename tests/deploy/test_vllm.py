@@ -16,7 +16,9 @@ import pytest
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.command import serve
 from qtool.runtime.deploy.facts import look_at
-from qtool.runtime.deploy.vllm import FLAGS, Installed, cure, find, version_of, why_not
+from qtool.runtime.deploy.vllm import FLAGS, Launch
+from qtool.runtime.deploy.vllm_formats import cure, why_not
+from qtool.runtime.deploy.vllm_installed import Installed, find, version_of
 
 MODEL = "builtin:books-7m"
 CPU = Installed("python", "0.32.0", is_cpu=True)
@@ -103,6 +105,9 @@ def test_a_key_is_a_variable_and_not_a_word_of_the_command(deploy: Deploy) -> No
     found = json.loads(deploy(f"{DRY} {MODEL} --api-key s3cret --json"))
     assert found["environment"]["VLLM_API_KEY"] == "s3cret"
     assert "s3cret" not in found["command"]
+    launch = Launch(("vllm",), found["environment"])
+    assert "VLLM_API_KEY=s3cret" in launch.shown()
+    assert "s3cret" not in launch.shown(with_keys=False)
 
 
 def test_a_cpu_build_is_told_its_cache_and_threads(deploy: Deploy) -> None:
