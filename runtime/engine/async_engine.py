@@ -232,10 +232,13 @@ class AsyncEngine:
     # What follows runs in the engine thread.
 
     def _run(self, ready: Future[ModelInfo]) -> None:
+        loaded: LoadedModel | None = None
         try:
             loaded = self._load()
             engine = Engine(loaded, self._config)
         except BaseException as error:
+            if loaded is not None:
+                loaded.close()
             ready.set_exception(error)
             return
         self._grammars = engine.grammars

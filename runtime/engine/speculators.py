@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.client import ModelInfo
@@ -23,7 +25,10 @@ def load_draft(config: EngineConfig, loaded: LoadedModel) -> LoadedModel | None:
         dtype=config.dtype,
         device=config.device,
         rules=PackingRules(config.activations, config.lm_head),
-        budget=MemoryBudget.measure(config, loaded.device, weight_bytes=loaded.nbytes),
+        # The draft model is on rank 0 as a whole.
+        budget=MemoryBudget.measure(
+            replace(config, tensor_parallel_size=1), loaded.device, weight_bytes=loaded.nbytes
+        ),
         cache_packed=config.cache_packed,
     )
     _check_vocabulary(draft, loaded)

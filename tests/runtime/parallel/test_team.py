@@ -21,6 +21,7 @@ from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.llm import LLM
 from qtool.runtime.memory import MemoryBudget, NotEnoughMemory
 from qtool.runtime.parallel.members import Errand
+from qtool.runtime.parallel.message import ClearBlocks
 from qtool.runtime.parallel.process_group import choose_backend
 from qtool.runtime.parallel.team import RankLost, Team
 from qtool.settings import child_environment
@@ -145,6 +146,20 @@ def test_a_rank_killed_within_a_step_ends_the_step() -> None:
     with pytest.raises(RankLost, match=rf"rank 3 of 4 \(process {last}\) was killed by SIGKILL"):
         texts(llm)
     assert all(is_gone(pid) for pid in others)  # before anybody closes anything
+    llm.close()
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_by_itself_says_why() -> None:
+    llm = engine(2)
+    team = llm.loaded.team
+    assert team is not None
+    heard: list[RankLost] = []
+    team.on_lost(heard.append)
+    team.tell(ClearBlocks(77, [1]))  # a runner that there is not
+    with pytest.raises(RankLost, match="rank 1 of 2 failed: 77"):
+        texts(llm)
+    assert [str(lost) for lost in heard] == ["rank 1 of 2 failed: 77"]
     llm.close()
 
 
