@@ -28,8 +28,10 @@ def routes(service: Service) -> APIRouter:
     async def models() -> Response:
         names = (*service.config.served_model_names, *service.adapter_names)
         listed = [_model_card(service, name) for name in names]
-        listed += [_model_card(service.named(name), name) for name, _ in service.made.all()]
-        listed += [_unloaded_card(service, name) for name in service.config.also_served]
+        made = [name for name, _ in service.made.all()]
+        listed += [_model_card(service.named(name), name) for name in made]
+        others = (name for name in service.config.also_served if name not in made)
+        listed += [_unloaded_card(service, name) for name in others]
         return json_response({"object": "list", "data": listed})
 
     @router.get("/v1/models/{name:path}")

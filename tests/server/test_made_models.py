@@ -126,13 +126,17 @@ def test_what_is_served_cannot_be_deleted_and_nothing_is_pushed(server: Any) -> 
 
 def test_a_name_with_an_adapter_writes_as_the_adapter(serve: Any, lora_folder: Path) -> None:
     folder = str(lora_folder)
+    with serve(engine={"lora_modules": {folder: folder}}, adapter=folder) as whole:
+        # As `qtool serve captain` starts it: the adapter is the model's, and no model of its own.
+        assert [card["id"] for card in whole.get("/v1/models").json()["data"]] == [MODEL]
+        served = whole.complete("The sea", max_tokens=12)["choices"][0]["text"]
     with serve(engine={"lora_modules": {"sailor": folder}}) as server:
         server.service.made.store.keep("captain", Modelfile(MODEL, adapter=folder))
         texts = {
             model: server.complete("The sea", model=model, max_tokens=12)["choices"][0]["text"]
             for model in ("captain", "sailor", MODEL)
         }
-    assert texts["captain"] == texts["sailor"] != texts[MODEL]
+    assert served == texts["captain"] == texts["sailor"] != texts[MODEL]
 
 
 def test_a_name_with_an_adapter_needs_an_engine_that_takes_them(
