@@ -112,7 +112,7 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicatio
                 yield found
                 return
             # A busy machine: Ray's own half a minute for its processes was not enough.
-            assert "Ray could not start here" in found.log.read_text(), found.log.read_text()
+            assert "Ray could not start" in found.log.read_text(), found.log.read_text()
     pytest.skip(f"Ray's processes were not up in time, {TRIES} times")
 
 

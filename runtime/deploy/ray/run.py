@@ -24,6 +24,10 @@ from qtool.runtime.deploy.ray.config import ENGINE, SERVER
 
 GCS_PORT = 6379
 OBJECT_STORE_BYTES = 100_000_000  # the least that Ray takes is 75 MB; tokens are small
+BUSY = (
+    "it gives itself half a minute: try again when the machine is less busy, or start it with "
+    "`ray start --head` and pass --address auto"
+)
 NO_RAY = (
     "Ray is not installed",
     "pip install 'qtool[ray]', or print the configuration for a cluster with --dry-run",
@@ -43,12 +47,18 @@ def run_on_ray(deployment: Deployment, config: Mapping[str, Any], address: str |
     most = deployment.scale.most or deployment.scale.replicas
     with _connected(address, _needed(deployment), most * deployment.resources.cpus + 1):
         from ray import serve
+        from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
         from qtool.runtime.deploy.ray.app import application as built
 
         app = built(application["args"], options)  # refuses what cannot work, before any weight
-        serve.start(proxy_location=config["proxy_location"], http_options=dict(http))
+        try:
+            serve.start(proxy_location=config["proxy_location"], http_options=dict(http))
+        except RayError as error:
+            raise QtoolError(
+                f"Ray could not start its proxies: {_first_line(error)}", BUSY
+            ) from None
         try:
             with bar(f"Starting {deployment.scale.replicas} x {deployment.facts.name}"):
                 serve.run(app, name=application["name"], route_prefix="/")
@@ -127,11 +137,7 @@ def _connected(address: str | None, needed: Mapping[str, float], num_cpus: int) 
         if address is not None or "startup" not in str(error):
             raise
         ray.shutdown()
-        raise QtoolError(
-            f"Ray could not start here: {_first_line(error)}",
-            "it gives itself half a minute: try again when the machine is less busy, or start it "
-            "with `ray start --head` and pass --address auto",
-        ) from None
+        raise QtoolError(f"Ray could not start here: {_first_line(error)}", BUSY) from None
     try:
         check_resources(needed, ray.cluster_resources(), address)
         yield
