@@ -11,11 +11,10 @@ by one, which is safe because a step only writes cache slots of its own sequence
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Series
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ import torch
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.adapters import Adapters
+from qtool.runtime.engine.assembly import describe, make_runner, plan, widest_window
 from qtool.runtime.engine.batch import make_batch
 from qtool.runtime.engine.blocks import BlockManager
 from qtool.runtime.engine.client import EngineLost, EngineStats, ModelInfo
@@ -30,10 +30,8 @@ from qtool.runtime.engine.device_draw import device_draws, read_drawn
 from qtool.runtime.engine.draw import Drawn, draw
 from qtool.runtime.engine.embedding import Pooling, embed
 from qtool.runtime.engine.grammar import GrammarCompiler
-from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.logprobs import TokenLogprobs
 from qtool.runtime.engine.pace import Pace
-from qtool.runtime.engine.runner import ModelRunner, Runner
 from qtool.runtime.engine.sampler import Sampled
 from qtool.runtime.engine.scheduler import PROMPT_ROWS, Scheduled, Scheduler
 from qtool.runtime.engine.sequence import (
@@ -45,11 +43,8 @@ from qtool.runtime.engine.sequence import (
 )
 from qtool.runtime.engine.speculation import SpeculationCounts
 from qtool.runtime.engine.speculators import load_draft, make_speculation
-from qtool.runtime.engine.step_memory import measure_step_bytes
 from qtool.runtime.engine.work import WorkMeter
 from qtool.runtime.loading import LoadedModel
-from qtool.runtime.memory import MemoryBudget, PoolPlan, plan_pool
-from qtool.runtime.models.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +61,7 @@ class Engine:
     ) -> None:
         decoder = loaded.decoder
         draft = load_draft(config, loaded)
-        pool = _plan(config, loaded, draft)
+        pool = plan(config, loaded, draft)
         num_blocks = pool.num_blocks
         decoder = decoder.for_context(pool.max_model_len)
         self._adapters: Adapters | None = None
@@ -75,25 +70,7 @@ class Engine:
             for name, folder in config.lora_modules:
                 self._adapters.load(name, Path(folder))
             decoder = self._adapters.model
-        self.info = ModelInfo(
-            name=loaded.source.name,
-            max_model_len=pool.max_model_len,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            device=loaded.device.type,
-            format=loaded.format,
-            lora_enabled=config.uses_lora,
-            lora_names=tuple(name for name, _ in config.lora_modules),
-            vocab_size=decoder.vocab_size,
-            num_kv_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            weight_bytes=loaded.nbytes,
-            kv_cache_bytes=num_blocks
-            * block_bytes(decoder, config.block_size, config.kv_cache_dtype)
-            * loaded.num_ranks,
-            num_ranks=loaded.num_ranks,
-        )
+        self.info = describe(config, loaded, decoder, pool)
         self.blocks = BlockManager(
             num_blocks,
             config.block_size,
@@ -102,7 +79,7 @@ class Engine:
         )
         self._model = decoder
         self._loaded = loaded
-        self._runner = _runner(loaded, decoder, config, pool)
+        self._runner = make_runner(loaded, decoder, config, pool)
         self._scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,
@@ -396,52 +373,8 @@ class Engine:
         return sequence.output(new_token_ids, reason, error, logprobs)
 
 
-def _plan(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None) -> PoolPlan:
-    weight_bytes = loaded.nbytes + (0 if draft is None else draft.nbytes)
-    longest = config.max_model_len or loaded.max_position_embeddings
-    step_bytes = 0
-    if loaded.device.type == "cuda" and loaded.team is None:
-        step_bytes = measure_step_bytes(loaded.decoder.for_context(longest), config, longest)
-    budget = MemoryBudget.measure(config, loaded.device, weight_bytes=weight_bytes)
-    return plan_pool(
-        config,
-        loaded.decoder,
-        loaded.max_position_embeddings,
-        replace(budget, used_bytes=budget.used_bytes + step_bytes),
-        None if draft is None else draft.decoder,
-    )
-
-
-def _runner(loaded: LoadedModel, model: Model, config: EngineConfig, pool: PoolPlan) -> Runner:
-    if loaded.team is None:
-        return ModelRunner(
-            model,
-            num_blocks=pool.num_blocks,
-            block_size=config.block_size,
-            kv_cache_dtype=config.kv_cache_dtype,
-            max_model_len=pool.max_model_len,
-            enforce_eager=config.enforce_eager,
-        )
-    from qtool.runtime.parallel.runner import TeamRunner
-
-    return TeamRunner(
-        loaded.team,
-        model,
-        num_blocks=pool.num_blocks,
-        block_size=config.block_size,
-        kv_cache_dtype=config.kv_cache_dtype,
-        context=pool.max_model_len,
-    )
-
-
 def _text_of(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-def widest_window(windows: Iterable[int | None]) -> int | None:
-    """Tokens that the layer sees that sees most; None: some layer sees all."""
-    widths = list(windows)
-    return None if None in widths else max((width for width in widths if width), default=None)
 
 
 def validate(request: GenerationRequest, info: ModelInfo) -> None:
