@@ -102,7 +102,10 @@ def split(arguments: Sequence[str], own: Mapping[str, bool]) -> tuple[list[str],
             continue
         mine.append(argument)
         if own[name] and not has_value:
-            mine += [value for value in [next(rest, None)] if value is not None]
+            value = next(rest, None)
+            if value is None:
+                raise UsageError(f"{name} needs a value")
+            mine.append(value)
     return mine, others
 
 

@@ -102,6 +102,10 @@ def test_what_cannot_work_is_refused_by_its_number(
     assert error.hint
 
 
+def test_a_flag_without_its_value_is_named(refusal: Refused) -> None:
+    assert refusal(f"--to ray {MODEL} --memory").message == "--memory needs a value"
+
+
 def test_an_unknown_target_is_guessed(refusal: Refused) -> None:
     assert "k8s" in (refusal(f"--to k9s {MODEL}").hint or "")
 
