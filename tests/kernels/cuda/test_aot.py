@@ -59,20 +59,25 @@ def test_whatever_is_over_its_budget_is_named() -> None:
     ]
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, str], Any]:
-    """By another process: this one may interpret kernels, and cannot do both."""
+def run_python(*arguments: str) -> Any:
+    """The JSON that another process prints: this one may interpret kernels, and cannot do both."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "qtool.kernels.aot", "--json"],
+        [sys.executable, *arguments],
         env={**environment, "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return {(row["name"], row["arch"]): row for row in json.loads(done.stdout)}
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], Any]:
+    rows = run_python("-m", "qtool.kernels.aot", "--json")
+    return {(row["name"], row["arch"]): row for row in rows}
 
 
 @pytest.mark.slow
@@ -89,3 +94,23 @@ def test_no_kernel_is_over_its_budget(
 def test_cases_are_told_apart_by_name_and_architecture() -> None:
     names = [(case.name, case.arch) for case in CASES]
     assert len(set(names)) == len(names)
+
+
+ORDERS = """
+import json
+from qtool.kernels.aot import compile_kernel, wants_inputs_by_thread
+from qtool.kernels.cuda.budgets import linear_case
+
+costs = []
+for by_thread in (False, True):
+    case = linear_case("sm_80", by_thread=by_thread)
+    found = compile_kernel(case.kernel(), case.arguments, case.arch, stages=case.stages)
+    costs.append(found.loop_instructions)
+print(json.dumps([wants_inputs_by_thread((8, 0)), *costs]))
+"""
+
+
+@pytest.mark.slow
+def test_the_order_of_inputs_is_the_one_with_fewer_instructions() -> None:
+    by_thread, in_order_cost, by_thread_cost = run_python("-c", ORDERS)
+    assert by_thread == (by_thread_cost < in_order_cost)
