@@ -20,6 +20,7 @@ import click
 from qtool.errors import UsageError
 from qtool.runtime.command import engine_config, engine_options
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.store import store
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 
@@ -44,9 +45,13 @@ def run_batch(model: str, source: str, target: str, force: bool, **flags: Any) -
     requests = read_requests(Path(source))
     if Path(target).exists() and not force:
         raise UsageError(f"{target} already exists", "pass --force to replace it")
-    answers = asyncio.run(answer_all(engine_config(model, **flags), requests))
     import orjson
 
+    from qtool.runtime.server.made_models import with_adapter
+
+    made = store().find(model)
+    config = with_adapter(engine_config(made.base if made else model, **flags), made)
+    answers = asyncio.run(answer_all(config, requests, model))
     lines = b"".join(orjson.dumps(answer) + b"\n" for answer in answers)
     Path(target).write_bytes(lines)
     failed = sum(answer["error"] is not None for answer in answers)
@@ -84,8 +89,13 @@ def read_requests(path: Path) -> list[dict[str, Any]]:
     return requests
 
 
-async def answer_all(config: EngineConfig, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The responses, in the order of the requests."""
+async def answer_all(
+    config: EngineConfig, requests: list[dict[str, Any]], model: str
+) -> list[dict[str, Any]]:
+    """The responses, in the order of the requests.
+
+    model  what config's goes by: itself, or a name made from it
+    """
     import httpx
 
     from qtool.progress import bar
@@ -117,12 +127,14 @@ async def answer_all(config: EngineConfig, requests: list[dict[str, Any]]) -> li
         ) as http:
 
             async def answer(request: dict[str, Any]) -> dict[str, Any]:
-                body = {**request["body"], "model": config.model}
+                body = {**request["body"], "model": model}
                 async with places:
                     response = await http.post(request["url"], json=body)
+                shown.advance(1)
                 return _line(request["custom_id"], response.status_code, response.json())
 
-            return list(await asyncio.gather(*map(answer, requests)))
+            with bar("Answering", total=len(requests)) as shown:
+                return list(await asyncio.gather(*map(answer, requests)))
     finally:
         await client.stop()
 

@@ -142,7 +142,7 @@ def test_a_name_made_from_a_name_says_what_it_does_not_say(tmp_path: Path) -> No
     assert names.find("bard") == replace(MADE, system="A bard.", parameters=parameters)
 
 
-def test_a_file_of_requests_is_answered(tmp_path: Path) -> None:
+def test_a_file_of_requests_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
     requests = [
@@ -152,7 +152,9 @@ def test_a_file_of_requests_is_answered(tmp_path: Path) -> None:
         {"custom_id": "d", "url": "/v1/embeddings", "body": {"input": "the sea"}},
     ]
     source.write_text("\n".join(map(json.dumps, requests)))
-    words = ["run-batch", "builtin:books-7m", "-i", str(source), "-o", str(target)]
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    store().keep("poet", Modelfile("builtin:books-7m", system="A poet."))
+    words = ["run-batch", "poet", "-i", str(source), "-o", str(target)]
     result = CliRunner().invoke(qtool, words, catch_exceptions=False)
     assert "4 answers" in result.stdout
     assert "1 failed" in result.stdout
@@ -160,6 +162,7 @@ def test_a_file_of_requests_is_answered(tmp_path: Path) -> None:
     assert [answer["custom_id"] for answer in answers] == ["a", "b", "c", "d"]
     assert [answer["response"]["status_code"] for answer in answers] == [200, 200, 400, 200]
     assert answers[0]["response"]["body"]["usage"]["completion_tokens"] == 3
+    assert answers[0]["response"]["body"]["model"] == "poet"
     assert answers[2]["error"]["message"]
 
 
