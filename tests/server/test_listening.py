@@ -84,7 +84,9 @@ def test_one_line_with_many_flags_starts_a_server(tmp_path: Path) -> None:
     with running_server(MODEL, *flags.split(), verify=str(certificate)) as server:
         assert server.url.startswith("https://")
         with httpx.Client(
-            base_url=server.url, verify=ssl.create_default_context(cafile=certificate)
+            base_url=server.url,
+            verify=ssl.create_default_context(cafile=certificate),
+            timeout=60,
         ) as client:
             body = {"messages": CONVERSATION, "ignore_eos": True}
             answer = client.post("/v1/chat/completions", json=body).json()
@@ -101,7 +103,8 @@ def test_one_line_with_many_flags_starts_a_server(tmp_path: Path) -> None:
 
 
 def over_unix(path: str) -> Any:
-    return httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://server")
+    transport = httpx.HTTPTransport(uds=path)
+    return httpx.Client(transport=transport, base_url="http://server", timeout=60)
 
 
 @pytest.mark.slow
