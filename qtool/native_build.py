@@ -53,10 +53,6 @@ class Unavailable(Exception):
     """Why a compiled library cannot be had, in words for a table or a log."""
 
 
-class UnknownFlag(Unavailable):
-    """The compiler is older than the instruction set."""
-
-
 @dataclass(frozen=True, slots=True)
 class InstructionSet:
     """needs: flags of /proc/cpuinfo, none for a set that every machine has; flags: the
@@ -110,28 +106,18 @@ class Loaded:
 def open_library(
     library: NativeLibrary, chosen: Settings, isa: str | None = None
 ) -> Loaded | Missing:
-    """The library for an instruction set, or for the best this CPU has; built if it has to be.
-
-    Without a name, the next best is built where a compiler is too old for the best.
-    """
+    """The library for an instruction set, or for the best this CPU has; built if it has to be."""
     if not chosen.native:
         return Missing("is switched off by QTOOL_NATIVE")
-    sets, reason = library.instruction_sets, ""
-    while sets:
-        try:
-            wanted = find_instruction_set(sets, isa)
-            functions = load_library(library, wanted, chosen.cache_dir)
-            for name, (result, arguments) in library.prototypes.items():
-                function = getattr(functions, name)
-                function.restype, function.argtypes = result, arguments
-        except UnknownFlag as error:
-            reason = reason or str(error)
-            sets = sets[sets.index(wanted) + 1 :]
-        except (Unavailable, AttributeError) as error:
-            return Missing(f"is not available: {reason or error}")
-        else:
-            return Loaded(functions, wanted.name)
-    return Missing(f"is not available: {reason}")
+    try:
+        wanted = find_instruction_set(library.instruction_sets, isa)
+        functions = load_library(library, wanted, chosen.cache_dir)
+        for name, (result, arguments) in library.prototypes.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, arguments
+    except (Unavailable, AttributeError) as error:
+        return Missing(f"is not available: {error}")
+    return Loaded(functions, wanted.name)
 
 
 def cpu_flags() -> frozenset[str]:
@@ -247,10 +233,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 def _check(done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode != 0:
         said = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-        reason = f"{done.args[0]} failed: {(said or ['it did not say why'])[0].strip()}"
-        # As g++ and as clang++ say it.
-        unknown = "unrecognized command" in reason or "unknown argument" in reason
-        raise UnknownFlag(reason) if unknown else Unavailable(reason)
+        raise Unavailable(f"{done.args[0]} failed: {(said or ['it did not say why'])[0].strip()}")
 
 
 def _keep(built: Path, path: Path) -> Path:

@@ -81,16 +81,6 @@ def test_a_library_is_built_once_and_again_when_a_source_changes(
 
 
 @pytest.mark.usefixtures("compiler")
-def test_an_old_compiler_builds_the_next_best(tmp_path: Path, library: NativeLibrary) -> None:
-    newest = InstructionSet("newest", frozenset(), ("-mqtool-of-the-future",))
-    sets = replace(library, instruction_sets=(newest, ANY_CPU))
-    assert answer(tmp_path, sets) == 42
-    assert "qtool-of-the-future" in reason(tmp_path, sets, "newest")
-    alone = replace(library, instruction_sets=(newest,))
-    assert "qtool-of-the-future" in reason(tmp_path, alone)
-
-
-@pytest.mark.usefixtures("compiler")
 def test_without_a_writable_cache_the_library_is_loaded_from_a_temporary_folder(
     tmp_path: Path, library: NativeLibrary
 ) -> None:

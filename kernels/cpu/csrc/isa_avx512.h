@@ -1,8 +1,8 @@
 // The words of isa.h with AVX-512 (F, BW, DQ, VL) and VNNI. Included by isa.h only.
 #pragma once
 
-#if defined(__AMX_INT8__)
-constexpr const char* kIsaName = "avx512-amx";
+#if defined(QTOOL_INTEL_SERVER)
+constexpr const char* kIsaName = "avx512-vnni-intel";
 #else
 constexpr const char* kIsaName = "avx512-vnni";
 #endif
@@ -146,7 +146,7 @@ QTOOL_INLINE constexpr int vectors_at_once(int) { return 2; }
 //                   one token or two; with more, or 8-bit weights, it only costs
 template <int kBits, int kRows>
 QTOOL_INLINE void ask_ahead(const uint8_t* codes) {
-#if defined(__AMX_INT8__)
+#if defined(QTOOL_INTEL_SERVER)
   _mm_prefetch(codes + 3072, _MM_HINT_T1);
 #else
   if constexpr (kBits == 4 && kRows <= 2) _mm_prefetch(codes + 8192, _MM_HINT_T0);
