@@ -123,8 +123,10 @@ def wants_inputs_by_thread(capability: tuple[int, int]) -> bool:
 
     def instructions(by_thread: bool) -> int:
         case = linear_case(f"sm_{capability[0]}{capability[1]}", by_thread=by_thread)
-        binary = _compile(case.kernel(), case.arguments, case.arch, case.warps, case.stages)
-        return int(binary.asm["ptx"].count(";"))
+        found = compile_kernel(
+            case.kernel(), case.arguments, case.arch, warps=case.warps, stages=case.stages
+        )
+        return found.loop_instructions
 
     return instructions(True) < instructions(False)
 

@@ -101,16 +101,15 @@ import json
 from qtool.kernels.aot import compile_kernel, wants_inputs_by_thread
 from qtool.kernels.cuda.budgets import linear_case
 
-costs = []
-for by_thread in (False, True):
-    case = linear_case("sm_80", by_thread=by_thread)
-    found = compile_kernel(case.kernel(), case.arguments, case.arch, stages=case.stages)
-    costs.append(found.loop_instructions)
-print(json.dumps([wants_inputs_by_thread((8, 0)), *costs]))
+case = linear_case("sm_80", by_thread=wants_inputs_by_thread((8, 0)))
+found = compile_kernel(case.kernel(), case.arguments, case.arch, stages=case.stages)
+print(json.dumps([found.loop_instructions / case.units, found.in_loop("SHFL")]))
 """
 
 
 @pytest.mark.slow
-def test_the_order_of_inputs_is_the_one_with_fewer_instructions() -> None:
-    by_thread, in_order_cost, by_thread_cost = run_python("-c", ORDERS)
-    assert by_thread == (by_thread_cost < in_order_cost)
+def test_the_order_of_inputs_that_is_chosen_leaves_weights_where_they_are() -> None:
+    """With any version of Triton; in the other order, a word takes 31 or 41 instructions."""
+    per_word, exchanges = run_python("-c", ORDERS)
+    assert per_word < 28
+    assert exchanges == 0
