@@ -144,8 +144,9 @@ class Drift:
             self.held.add_squares(vectors)
 
 
-# A square of this side and more is worth computing by halves.
-_SMALLEST_HALF = 128
+# A square of this side and more is worth computing by halves (2048 vectors of 768, with bfloat16
+# products, one Xeon core: 7.9 ms down to 128, 6.5 down to 256, 7.0 in one piece).
+_SMALLEST_HALF = 256
 
 
 def _add_gram(gram: Tensor, vectors: Tensor) -> None:
