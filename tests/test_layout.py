@@ -58,6 +58,7 @@ LAYER_OF_PREFIX = {
     "qtool.runtime.layers": "engine",
     "qtool.runtime.loading": "engine",
     "qtool.runtime.memory": "engine",
+    "qtool.runtime.packed_cache": "engine",
     "qtool.runtime.random_model": "engine",
     "qtool.runtime.models": "engine",
     "qtool.runtime.parallel": "engine",
