@@ -7,6 +7,10 @@ decided by looking at the first chunk (which linears share an input, where strea
 rank 0's decision everywhere. With the same sums every rank then solves the same block by itself,
 and is asked whether it came to the same weights.
 
+Another number of ranks adds in another order, which now and then tips a code over in some block,
+and moves all blocks behind it by chance: the first block's codes of the bundled model are the same
+with one and two, and its KL divergence 4 % smaller with two (64 samples of 256 tokens).
+
 Ranks are the processes that `torchrun` starts, on one machine or several.
 """
 
