@@ -11,7 +11,7 @@ import asyncio
 import importlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +104,7 @@ def router_config(router: str, asked: Asked) -> RequestRouterConfig:
                 "this version of Ray has no router by prefix",
                 "pip install -U 'ray[serve]', or --router load",
             )
+        logger.warning("this version of Ray has no router by prefix: requests go by load")
         return RequestRouterConfig()
     return RequestRouterConfig(
         request_router_class=found,
@@ -178,12 +179,16 @@ class EngineReplica:
 
     async def generate(self, routed: Routed) -> AsyncIterator[TokenOutput | Refusal]:
         """The outputs of a request; Ray closes this generator when its caller has gone."""
+        outputs = None
         try:
             outputs = self._engine.generate(routed.request)
             async for output in outputs:
                 yield output
         except QtoolError as error:
             yield Refusal.of(error)
+        finally:
+            if isinstance(outputs, AsyncGenerator):
+                await outputs.aclose()  # aborts what is not complete
 
     async def embed(self, routed: RoutedText) -> list[float] | Refusal:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,8 +158,9 @@ class RayEngines:
         try:
             for left in reversed(range(TRIES)):
                 try:
-                    async for output in self._tried(running):
-                        yield output
+                    async with aclosing(self._tried(running)) as outputs:
+                        async for output in outputs:
+                            yield output
                     return
                 except EngineStopped as error:
                     if running.latest or left == 0:

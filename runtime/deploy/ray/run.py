@@ -80,6 +80,9 @@ def run_on_ray(deployment: Deployment, config: Mapping[str, Any], address: str |
             )
             return
         _wait_for_signal()
+        # First the application, whose replicas let their answers finish; with it gone the proxies
+        # have nothing left to send, and can be ended.
+        serve.delete(application["name"])
         serve.shutdown()
 
 
@@ -182,8 +185,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _wait_for_signal() -> None:
-    """Until SIGTERM or Ctrl-C."""
+    """Until SIGTERM or Ctrl-C; after the first of them Ctrl-C ends everything at once."""
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     stopped.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
