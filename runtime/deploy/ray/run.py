@@ -8,6 +8,7 @@ shutdown`) look after it.
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -176,7 +177,7 @@ def _reason(serve: Any, name: str, error: Exception) -> str:
             message = str(status.message)
             lines = [line.strip() for line in message.splitlines() if line.strip()]
             named = [line for line in lines if "rror" in line]
-            return (named or lines)[-1]
+            return re.sub(r"^qtool\.errors\.\w+: ", "", (named or lines)[-1])
     return _first_line(error)
 
 
