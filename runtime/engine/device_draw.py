@@ -49,7 +49,9 @@ def _draw(sequence: Sequence) -> Draw | None:
     )
 
 
-def read_drawn(scheduled: Series[Scheduled], tokens: Tensor, finite: Tensor) -> list[Drawn | Exception]:
+def read_drawn(
+    scheduled: Series[Scheduled], tokens: Tensor, finite: Tensor
+) -> list[Drawn | Exception]:
     """What `draw` would have given; waits for the device."""
     found = iter(zip(tokens.tolist(), finite.tolist(), strict=True))
     results: list[Drawn | Exception] = []
