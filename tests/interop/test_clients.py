@@ -112,7 +112,7 @@ def test_guidellm_measures_it(url: str, books_7m: Path, tmp_path: Path) -> None:
     assert (totals["successful"], totals["errored"]) == (6, 0)
 
 
-def test_schemathesis_finds_no_failure_of_the_server() -> None:
+def test_schemathesis_finds_no_failure_of_the_server(tmp_path: Path) -> None:
     """Requests made from /openapi.json, right ones and wrong ones, to a model of short answers."""
     program = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
     if program is None:
@@ -128,6 +128,7 @@ def test_schemathesis_finds_no_failure_of_the_server() -> None:
             capture_output=True,
             text=True,
             timeout=2 * PATIENCE_SECONDS,
+            cwd=tmp_path,
         )
         log = server.log()
     assert done.returncode == 0, done.stdout[-6000:]
