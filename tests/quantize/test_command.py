@@ -10,7 +10,7 @@ import pytest
 
 from qtool.artifact import Manifest
 from qtool.cli import main
-from qtool.quantize.report import shortened
+from qtool.quantize.summary import shortened
 
 FEW = ["--num-samples", "4", "--sequence-length", "32"]
 
