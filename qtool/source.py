@@ -86,7 +86,9 @@ def _resolve_hub(model: str, revision: str | None, *, config_only: bool) -> Sour
         if config_only:
             path = download("config.json")
         else:
-            path = download("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*")
+            # The card is small, and says the licence.
+            sides = ("*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
+            path = download("*.json", "*.safetensors", *sides)
             if not any(path.glob("*.safetensors")):
                 path = download("*.json", "pytorch_model*.bin")
     except HFValidationError as error:

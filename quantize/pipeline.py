@@ -46,6 +46,7 @@ from qtool.quantize.artifact_files import assemble, model_dtype
 from qtool.quantize.block import BlockResult, put_weights, solve_block
 from qtool.quantize.journal import FollowedJournal, Journal, Progress, digest
 from qtool.quantize.layouts import layout_for, spec_of
+from qtool.quantize.model_card import write_card
 from qtool.quantize.plan import Plan, make_plan
 from qtool.quantize.verify import Verification, is_finite, verify
 from qtool.recipe import Gptq, Recipe, load_recipe
@@ -193,9 +194,11 @@ def run(
     force: bool = False,
     listener: Listener | None = None,
     ranks: DataRanks | None = None,
+    card_name: str | None = None,
 ) -> Manifest:
     """Do what was planned.
 
+    card_name  by which the model card shows loaders the artifact [model-recipe]
     ranks  that the calibration data is shared out among; this is rank 0, which alone writes, and
            the others call `follow`
     """
@@ -233,7 +236,10 @@ def run(
             )
             verification = _verify(job, tokens, stage.path, journal)
             journal.close()
-            return write_manifest(stage.path, _manifest(job, tokens, journal, verification))
+            manifest = _manifest(job, tokens, journal, verification)
+            name = card_name or job.default_out.name
+            write_card(stage.path, manifest, job.plan, job.source.path, name)
+            return write_manifest(stage.path, manifest)
         except BaseException as error:
             if not journal.blocks:
                 shutil.rmtree(stage.path, ignore_errors=True)
