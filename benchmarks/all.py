@@ -66,6 +66,7 @@ AREAS = {
     "serve": Area("serve.py", "--out", quick=("--rounds", "1", "--hold-seconds", "0")),
     "quantize": Area("quantize.py", "--out", quick=("--methods", "rtn", "default", "--bits", "4")),
     "gguf_quality": Area("gguf_quality.py", "--out", quick=("--num-samples", "16")),
+    "plan": Area("plan.py", "--out", quick=("--num-requests", "30")),
     "convert": Area("convert.py", "--json", peer=_python_of),
 }
 

@@ -41,10 +41,9 @@ from typing import IO, Any
 
 import torch
 
-from qtool.artifact import tool_versions
 from qtool.builtin import builtin_model
 from qtool.convert.run import convert_model
-from qtool.native_build import cpu_flags
+from qtool.runtime.bench.conditions import write_result
 from qtool.runtime.random_model import QWEN_05B, RandomReader
 from qtool.settings import child_environment, share_the_machine
 
@@ -262,6 +261,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("benchmark-models"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    load_before = os.getloadavg()[0]
     workers: list[Worker] = []
     not_run: dict[str, str] = {}
     if options.vllm_python is None:
@@ -296,17 +296,14 @@ def main() -> None:
         print(f"{'':20} {name:13} not run: {reason}")
     facts = {
         "threads": 1 if options.clock == "cpu" else options.threads,
-        "load_average": os.getloadavg()[0],
         "clock": options.clock,
-        "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(("avx", "amx"))),
-        "versions": tool_versions(),
         "engines": {worker.name: worker.about for worker in workers},
         "rows": [asdict(row) for row in rows],
         "memory_by_engine": bounds,
         "not_run": not_run,
     }
     if options.out is not None:
-        options.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_result(options.out, facts, load_before=load_before)
     for worker in workers:
         worker.stop()
 

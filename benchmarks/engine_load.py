@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qtool.runtime.bench.conditions import write_result
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.engine import Engine
 from qtool.runtime.engine.sampling_params import SamplingParams
@@ -287,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the checkpoint that engine.py makes",
     )
     options = parser.parse_args(arguments)
+    load_before = os.getloadavg()[0]
     clock: Clock = time.thread_time if options.clock == "cpu" else time.perf_counter
     threads = 1 if options.clock == "cpu" else options.threads
     torch.set_num_threads(threads)
@@ -296,7 +298,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "threads": threads,
         "clock": options.clock,
         "activations": options.activations,
-        "load_average": os.getloadavg()[0],
         "kernels": sorted({f"{use.kernel}: {use.reason}" for use in loaded.kernels}),
     }
     failures: list[str] = []
@@ -354,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failures.append(f"{prefix.computed_tokens} prompt tokens were computed")
     results["failures"] = failures
     if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_result(options.json, results, load_before=load_before)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return bool(failures)

@@ -21,13 +21,13 @@ import ctypes
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from qtool.artifact import tool_versions
 from qtool.convert.formats import open_weights
 from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.export import write_gguf
@@ -37,6 +37,7 @@ from qtool.convert.gguf.types import FILE_TYPES
 from qtool.convert.imatrix_command import measure
 from qtool.convert.search import BestSearch
 from qtool.recipe import Calibration
+from qtool.runtime.bench.conditions import write_result
 from qtool.runtime.evaluate.run import evaluate
 from qtool.source import Source, resolve
 
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32768)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    load_before = os.getloadavg()[0]
     source = resolve(options.model)
     wanted = Calibration(options.calibration, options.num_samples, options.sequence_length)
     options.matrix, _ = measure(source, wanted)
@@ -142,13 +144,11 @@ def main() -> None:
             "num_samples": options.matrix.chunk_count,
             "sequence_length": options.matrix.chunk_size,
         },
-        "versions": tool_versions(),
         "results": results,
     }
-    text = json.dumps(facts, indent=2)
     if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        write_result(options.out, facts, load_before=load_before)
+    print(json.dumps(facts, indent=2))
 
 
 if __name__ == "__main__":

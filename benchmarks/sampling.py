@@ -16,8 +16,7 @@ Times are CPU time of this process, best of several, so that a busy machine does
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from qtool import LLM, SamplingParams
+from qtool.runtime.bench.conditions import write_result
 from qtool.runtime.engine.sampler import sample
 from qtool.runtime.engine.sequence import GenerationRequest, Sequence
 
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
+    load_before = os.getloadavg()[0]
     torch.set_num_threads(1)
     with torch.inference_mode():
         results = {"draw": draws(arguments.repeats)}
@@ -155,8 +156,7 @@ def main() -> None:
             f"{row['right']} of {row['guessed']} guesses right"
         )
     if arguments.json is not None:
-        conditions = {"torch": torch.__version__, "python": sys.version.split()[0], "threads": 1}
-        arguments.json.write_text(json.dumps({"conditions": conditions, **results}, indent=2))
+        write_result(arguments.json, {"threads": 1, **results}, load_before=load_before)
 
 
 if __name__ == "__main__":

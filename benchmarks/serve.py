@@ -36,7 +36,8 @@ from typing import IO, Any
 import httpx
 
 from qtool.runtime.bench.client import Work, prompts, send_all
-from qtool.runtime.bench.output import environment, plain
+from qtool.runtime.bench.conditions import write_result
+from qtool.runtime.bench.output import plain
 from qtool.runtime.bench.timing import Answer, load_of
 
 HOST = Path(__file__).with_name("serve_host.py")
@@ -243,11 +244,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
     options = parser.parse_args()
+    load_before = os.getloadavg()[0]
     texts = Texts(options.model, options.seed, options.input_len, options.output_len)
     result: dict[str, Any] = {
         "benchmark": "serve",
         "model": options.model,
-        "environment": {**environment(), "load_average": os.getloadavg()},
     }
     with host(options.model, max(options.streams, options.hold_streams)) as here:
         model = options.model
@@ -261,9 +262,8 @@ def main() -> None:
         if options.hold_seconds:
             result["hold"] = hold(here, model, texts, options.hold_streams, options.hold_seconds)
             report("hold", result["hold"])
-    result["environment"]["load_average_after"] = os.getloadavg()
     if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(options.out, plain(result), load_before=load_before)
 
 
 def report(name: str, values: dict[str, Any]) -> None:
