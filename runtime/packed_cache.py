@@ -77,10 +77,13 @@ def packed_store(
         yield UNSTORED
         return
     try:
-        yield writer
-        say(f"packed form kept in {path}: {size(writer.finish(wanted))}")
-    except OSError as error:
-        say(f"{path} could not be written ({error.strerror}); the packed form is not kept")
+        yield writer  # what fails here is the model's own, and nothing to go on from
+        try:
+            num_bytes = writer.finish(wanted)
+        except OSError as error:
+            say(f"{path} could not be written ({error.strerror}); the packed form is not kept")
+        else:
+            say(f"packed form kept in {path}: {size(num_bytes)}")
     finally:
         writer.discard()
 

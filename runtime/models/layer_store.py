@@ -79,7 +79,8 @@ UNSTORED = Unstored()
 
 class LayerWriter:
     """Makes every layer and writes it down. The file has its name when `finish` returns, and not
-    before; `discard` leaves nothing. Raises OSError where it cannot be written.
+    before; `discard` leaves nothing. Where it cannot be made or ended, that raises OSError; a layer
+    that cannot be written is given all the same, no further one is written, and `finish` raises.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,9 +90,18 @@ class LayerWriter:
         self._file = os.fdopen(handle, "wb")
         self._file.write(MAGIC)
         self._layers: dict[str, Any] = {}
+        self._failure: OSError | None = None
 
     def layer(self, name: str, make: Callable[[], PackedLayer]) -> PackedLayer:
         made = make()
+        if self._failure is None:
+            try:
+                self._write(name, made)
+            except OSError as error:
+                self._failure = error
+        return made
+
+    def _write(self, name: str, made: PackedLayer) -> None:
         parts = made.layer.parts if isinstance(made.layer, Linears) else (made.layer,)
         if all(isinstance(part.packed, NativePacked) for part in parts):
             self._layers[name] = {
@@ -99,7 +109,6 @@ class LayerWriter:
                 "joined": not isinstance(made.layer, Linears),
                 "uses": [list(use) for use in made.uses],
             }
-        return made
 
     def _part_entry(self, part: Linear) -> dict[str, Any]:
         tensors, numbers = freeze(part.packed)
@@ -118,6 +127,8 @@ class LayerWriter:
 
     def finish(self, identity: Mapping[str, Any]) -> int:
         """Bytes written."""
+        if self._failure is not None:
+            raise self._failure
         index = json.dumps({"identity": identity, "layers": self._layers}).encode()
         with self._file as file:
             file.write(index + _TAIL.pack(zlib.crc32(index), len(index), MAGIC))

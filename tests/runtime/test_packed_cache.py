@@ -158,15 +158,31 @@ def test_a_load_that_fails_leaves_no_file(model: Path, monkeypatch: pytest.Monke
     assert [path.name for path in model.parent.iterdir()] == ["model.gguf"]
 
 
+@pytest.mark.parametrize("step", ["_append", "finish"])
 def test_a_disk_without_room_costs_the_file_and_not_the_model(
-    model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    step: str, model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: LayerWriter, identity: object) -> int:
+    """Full at the first layer, or at the end."""
+
+    def full(self: LayerWriter, written: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(LayerWriter, "finish", full)
+    monkeypatch.setattr(LayerWriter, step, full)
     assert loaded(model).logits(TOKENS).isfinite().all()
     assert "No space left on device" in capfd.readouterr().err
+    assert [path.name for path in model.parent.iterdir()] == ["model.gguf"]
+
+
+def test_a_model_that_cannot_be_read_is_not_a_file_that_cannot_be_written(
+    model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: LayerWriter, name: str, make: object) -> object:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(LayerWriter, "layer", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        loaded(model)
+    assert "not kept" not in capfd.readouterr().err
     assert [path.name for path in model.parent.iterdir()] == ["model.gguf"]
 
 
