@@ -20,6 +20,7 @@ from qtool.errors import FormatError, VerificationFailed
 from qtool.json_files import read_json, write_json
 
 MANIFEST_NAME = "qtool.json"
+CARD_NAME = "README.md"
 MANIFEST_VERSION = 1
 
 

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("qtool.runtime.plan.command:plan", "What a model takes: memory, GPUs, replicas."),
     "inspect": ("qtool.convert.inspect_command:inspect", "What a model file or folder holds."),
     "verify": ("qtool.verify_command:verify", "Check an artifact against its manifest."),
+    "push": ("qtool.push_command:push", "Upload an artifact to the Hub."),
     "demo": ("qtool.runtime.demo:demo", "Run the whole product on the bundled model."),
 }
 

@@ -1,6 +1,7 @@
 """The environment variables that qtool reads, all of them, in one place.
 
 HF_HUB_OFFLINE     1: use only what the local Hub cache holds (read by huggingface_hub as well)
+HF_ENDPOINT        address of the Hub (read by huggingface_hub as well)
 HF_TOKEN           access token for gated models (read by huggingface_hub; here only to word a hint)
 QTOOL_API_KEY      key that `qtool serve` asks for and `qtool chat URL` sends, where --api-key gives
                    none; VLLM_API_KEY is read as well
@@ -39,6 +40,7 @@ Activations = Literal["int8", "bf16"]
 @dataclass(frozen=True, slots=True)
 class Settings:
     hub_offline: bool = False
+    hub_endpoint: str | None = None
     has_hub_token: bool = False
     api_key: str | None = None
     max_activation_bytes: int | None = None
@@ -83,6 +85,7 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
     state = env.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Settings(
         hub_offline=env.get("HF_HUB_OFFLINE", "").lower() in _TRUE,
+        hub_endpoint=env.get("HF_ENDPOINT") or None,
         has_hub_token=bool(env.get("HF_TOKEN")),
         api_key=env.get("QTOOL_API_KEY") or env.get("VLLM_API_KEY") or None,
         max_activation_bytes=int(memory) if memory else None,

@@ -19,26 +19,14 @@ def verify(folder: Path, as_json: bool) -> None:
     Example:
       qtool verify ./books-7m-int4
     """
-    from qtool.artifact import verify_checksums
-    from qtool.checkpoint import Checkpoint
-    from qtool.errors import VerificationFailed
-    from qtool.progress import track
+    from qtool.verification import verify_artifact
 
-    manifest = verify_checksums(folder)
-    checkpoint = Checkpoint.open(folder)
-    bad = [
-        name
-        for name in track(checkpoint.tensors, "checking tensors")
-        if checkpoint.tensors[name].dtype.is_floating_point
-        and not checkpoint.tensor(name).float().isfinite().all()
-    ]
-    if bad:
-        raise VerificationFailed(f"{folder}: not finite: {', '.join(bad)}")
+    manifest, num_tensors = verify_artifact(folder)
     if as_json:
-        counts = {"files": len(manifest.files), "tensors": len(checkpoint.tensors)}
+        counts = {"files": len(manifest.files), "tensors": num_tensors}
         click.echo(json.dumps({"ok": True, "format": manifest.format, **counts}))
     else:
         click.echo(
             f"{folder}: {len(manifest.files)} files match their checksums, "
-            f"{len(checkpoint.tensors)} tensors are finite"
+            f"{num_tensors} tensors are finite"
         )

@@ -86,6 +86,10 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--num-samples", type=click.IntRange(1), help="Calibration sequences.")
 @click.option("--sequence-length", type=click.IntRange(1), help="Tokens in each.")
 @click.option("--seed", type=int, help="Chooses the sequences.")
+@click.option(
+    "--push-to-hub", metavar="REPO_ID", help="Upload the result, as `qtool push` does later."
+)
+@click.option("--private", is_flag=True, help="With --push-to-hub: make a new repository private.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
@@ -106,6 +110,8 @@ def quantize(
     num_samples: int | None,
     sequence_length: int | None,
     seed: int | None,
+    push_to_hub: str | None,
+    private: bool,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -126,12 +132,14 @@ def quantize(
       qtool quantize ./my-model --bits 3 --effort best
       qtool quantize ./my-model --target-bits 4.25 --dry-run
       qtool quantize ./my-model --keep '*.down_proj' --dry-run
+      qtool quantize ./my-model --push-to-hub me/my-model-int4 --private
       torchrun --nproc-per-node 2 -m qtool quantize ./my-model --num-samples 1024
     """
     import json
     import time
 
     from qtool.calibration.ranks import joined_ranks
+    from qtool.hub import open_repository
     from qtool.progress import console
     from qtool.quantize.allocate import Target
     from qtool.quantize.pipeline import follow, prepare, run
@@ -142,6 +150,7 @@ def quantize(
         print_result,
         quiet_libraries,
         result_to_dict,
+        say,
     )
     from qtool.recipe import load_recipe
     from qtool.settings import launched
@@ -164,6 +173,11 @@ def quantize(
     launch = launched()
     others = launch is not None and launch.rank > 0
     console.quiet = others  # rank 0 speaks for all
+    if private and push_to_hub is None:
+        raise UsageError("--private is of --push-to-hub", "name the repository to make")
+    repository = None
+    if push_to_hub is not None and not (others or dry_run):
+        repository = open_repository(push_to_hub, private=private)
     job = prepare(
         model,
         wanted,
@@ -184,8 +198,19 @@ def quantize(
         if ranks is not None and others:
             follow(job, ranks)
             return
-        manifest = run(job, folder, force=force, listener=ConsoleListener(), ranks=ranks)
+        manifest = run(
+            job,
+            folder,
+            force=force,
+            listener=ConsoleListener(),
+            ranks=ranks,
+            card_name=repository.name if repository is not None else None,
+        )
     seconds = time.monotonic() - started
     print_result(job, manifest, folder, seconds)
+    url = repository.push(folder) if repository is not None else None
+    if url is not None:
+        say(f"uploaded: {url}")
     if as_json:
-        click.echo(json.dumps(result_to_dict(manifest, folder, seconds), indent=2))
+        result = result_to_dict(manifest, folder, seconds)
+        click.echo(json.dumps({**result, **({"url": url} if url is not None else {})}, indent=2))

@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qtool.artifact import Manifest
+from qtool.artifact import CARD_NAME, Manifest
 from qtool.quantize.layouts import bits_per_weight
 from qtool.quantize.plan import Plan
 from qtool.quantize.summary import KIND_COLUMNS, grouped_reasons, lost_by_kind, megabytes, shortened
-
-CARD_NAME = "README.md"
 
 # What a copy in fewer bits takes over from the card of its source.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")

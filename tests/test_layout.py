@@ -40,6 +40,7 @@ LAYER_OF_PREFIX = {
     "qtool.__main__": "top",
     "qtool.api": "top",
     "qtool.cli": "top",
+    "qtool.push_command": "top",
     "qtool.verify_command": "top",
     "qtool.convert": "codecs",
     "qtool.convert.command": "top",

@@ -37,6 +37,7 @@ NOT_RUN = {
     r"^(git|make|pip|python3? -m venv|\. )": "sets up the checkout, from a registry",
     r"\b(Qwen|meta-llama)/": "reads a model from the Hub",
     r"^vllm ": "another program",
+    r"^qtool push ": "writes to the Hub",
 }
 # Commands whose text is a model's: it differs between CPUs, so that they only must succeed.
 GENERATES = r"\b(curl|qtool chat|qtool run)\b"
