@@ -89,6 +89,13 @@ def _printable(value: bytes) -> bool:
     return all(0x21 <= byte <= 0x7E for byte in value)
 
 
+def is_open(scope: Scope) -> bool:
+    """Whether an HTTP request needs no key."""
+    path = scope["path"]
+    is_page = path == "/" and scope["method"] in ("GET", "HEAD")
+    return is_page or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
+
+
 class ApiKeyMiddleware:
     """Keys, as `Authorization: Bearer` or, as Anthropic's clients send them, as `x-api-key`.
     Digests are compared in constant time: nothing about a key leaks.
@@ -113,18 +120,12 @@ class ApiKeyMiddleware:
 
     def admits(self, scope: Scope) -> bool:
         """Whether a request may go on; if it has a key, the scope then says which."""
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or self._is_open(scope):
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or is_open(scope):
             return True
         matched = self._matched(scope["headers"])
         if matched is not None:
             scope["api_key"] = f"key {matched}"
         return matched is not None
-
-    @staticmethod
-    def _is_open(scope: Scope) -> bool:
-        path = scope["path"]
-        is_page = path == "/" and scope["method"] in ("GET", "HEAD")
-        return is_page or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
     def _matched(self, headers: Iterable[tuple[bytes, bytes]]) -> int | None:
         """The place in the list of the key that was sent."""

@@ -30,7 +30,7 @@ from qtool.runtime.server.asgi import App, Message, Receive, Scope, Send
 from qtool.runtime.server.errors import ApiError, from_qtool_error, unavailable
 from qtool.runtime.server.exchange import json_response
 from qtool.runtime.server.metrics import expose_together
-from qtool.runtime.server.middleware import ApiKeyMiddleware, header
+from qtool.runtime.server.middleware import ApiKeyMiddleware, header, is_open
 from qtool.runtime.server.ollama_answers import running_models
 from qtool.runtime.server.service import Service, logger
 
@@ -134,14 +134,18 @@ class ModelPool:
         """A loaded model, in use until it is given back."""
         if name is None:
             return self._used(self.first)
-        if name in self._loaded:
+        if self._answers(name):
             return self._used(self._loaded[name])
         async with self._loading:
-            if name not in self._loaded:
+            if not self._answers(name):
+                await self._unload(name)  # if its engine has failed
                 begun = time.monotonic()
                 self._loaded[name] = await self._load_into_room(name)
                 logger.info("%s is loaded, %.1f s", name, time.monotonic() - begun)
             return self._used(self._loaded[name])
+
+    def _answers(self, name: str) -> bool:
+        return name in self._loaded and self._loaded[name].service.client.healthy()
 
     @staticmethod
     def _used(hosted: Hosted) -> Hosted:
@@ -183,13 +187,15 @@ class ModelPool:
     async def unload_expired(self) -> None:
         now = time.monotonic()
         for name, hosted in list(self._loaded.items()):
-            if hosted.expires(now):
+            # While one is unloaded, another request may unload the next, or load it anew.
+            if hosted.expires(now) and self._loaded.get(name) is hosted:
                 await self._unload(name)
 
     async def _unload(self, name: str) -> None:
-        hosted = self._loaded.pop(name)
-        await hosted.service.client.stop()
-        logger.info("%s is unloaded", name)
+        hosted = self._loaded.pop(name, None)
+        if hosted is not None:
+            await hosted.service.client.stop()
+            logger.info("%s is unloaded", name)
 
     async def watch(self) -> None:
         """Unload what nobody has used for long enough, until cancelled."""
@@ -227,13 +233,13 @@ class PoolApp:
             answer = running_models((each.service, each.expires_at()) for each in loaded)
             await json_response(answer)(scope, receive, send)
             return
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or is_open(scope):
+            # What needs no key must load nothing either.
             await self._pool.first.app(scope, receive, send)
             return
         messages, body = await self._body(receive)
-        name = self._pool.knows(body.get("model", body.get("name")))
         try:
-            hosted = await self._pool.take(name)
+            hosted = await self._pool.take(self._pool.knows(body.get("model", body.get("name"))))
         except ApiError as error:
             await error.response()(scope, receive, send)
             return

@@ -22,7 +22,7 @@ from qtool.runtime.loading import LoadedModel
 from qtool.runtime.modelfile import Modelfile
 from qtool.runtime.server.config import ServerConfig
 from qtool.runtime.server.launch import model_pool
-from qtool.runtime.server.pool import ModelPool, keep_alive_seconds
+from qtool.runtime.server.pool import Hosted, ModelPool, PoolLimits, keep_alive_seconds
 from qtool.runtime.server.serve import ServerRun, bind, url_of
 from qtool.runtime.server.service import Service
 from qtool.runtime.store import store
@@ -153,6 +153,11 @@ def test_models_come_and_go_as_they_are_asked_for(
     assert pool.loaded_names == []
     assert http.post("/v1/completions", json={"model": "x", "prompt": "a"}).status_code == 404
     assert http.post("/v1/completions", content=b"{").status_code == 400
+    (store().folder / "torn.json").write_text("{")
+    torn = http.post("/v1/completions", json={"model": "torn", "prompt": "a"})
+    assert torn.status_code == 400
+    assert "qtool rm torn" in torn.text
+    (store().folder / "torn.json").unlink()
     assert complete(None)["choices"] == own["choices"]
 
 
@@ -203,11 +208,76 @@ def test_nothing_is_loaded_for_a_request_without_its_key(
         asked = {"model": models[0], "prompt": "Once", "max_tokens": 1}
         refused = http.post("/v1/completions", json=asked)
         assert (refused.status_code, pool.loaded_names) == (401, [])
+        for path in ("/health", "/docs", "/web/page"):
+            assert http.post(path, json=asked).status_code in (404, 405)
+            assert pool.loaded_names == []
         assert http.get("/api/ps").status_code == 401
         assert http.get("/metrics").status_code == 200
         key = {"Authorization": "Bearer secret"}
         assert http.post("/v1/completions", json=asked, headers=key).status_code == 200
         assert len(http.get("/api/ps", headers=key).json()["models"]) == 2
+
+
+class Stub:
+    """Of a loaded model what a pool looks at. slow: seconds that its end takes"""
+
+    def __init__(self, slow: float = 0.0) -> None:
+        self.client = self
+        self.slow = slow
+        self.failed = self.stopped = False
+
+    def healthy(self) -> bool:
+        return not self.failed
+
+    async def stop(self) -> None:
+        await asyncio.sleep(self.slow)
+        self.stopped = True
+
+
+def stub_pool(keep_seconds: float | None, slow: float = 0.0) -> ModelPool:
+    def hosted() -> Hosted:
+        service: Any = Stub(slow)
+        app: Any = None
+        return Hosted(service, app, keep_seconds)
+
+    async def load(name: str, room: int | None) -> Hosted:
+        return hosted()
+
+    return ModelPool(hosted(), lambda name: name, load, PoolLimits(models=9))
+
+
+def test_models_that_expire_together_may_be_unloaded_by_somebody_else() -> None:
+    async def work() -> None:
+        pool = stub_pool(0.0, slow=0.05)
+        taken = [await pool.take(name) for name in ("a", "b", "c")]
+        for hosted in taken:
+            pool.give_back(hosted)
+        expiring = asyncio.create_task(pool.unload_expired())
+        await asyncio.sleep(0)  # a is being unloaded
+        assert pool.loaded_names == ["b", "c"]
+        await pool._unload("b")
+        await pool._unload("c")
+        again = await pool.take("c")  # loaded anew, and in use
+        await expiring
+        assert pool.loaded_names == ["c"]
+        assert not again.service.client.stopped  # type: ignore[attr-defined]
+
+    asyncio.run(work())
+
+
+def test_a_model_whose_engine_has_failed_is_loaded_anew() -> None:
+    async def work() -> None:
+        pool = stub_pool(None)
+        first = await pool.take("a")
+        pool.give_back(first)
+        assert await pool.take("a") is first
+        first.service.client.failed = True  # type: ignore[attr-defined]
+        second = await pool.take("a")
+        assert second is not first
+        assert first.service.client.stopped  # type: ignore[attr-defined]
+        assert await pool.take("a") is second
+
+    asyncio.run(work())
 
 
 def test_a_model_that_can_never_fit_is_refused_with_the_numbers(
