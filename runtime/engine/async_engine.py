@@ -114,7 +114,9 @@ class AsyncEngine:
         return self._stats
 
     def healthy(self) -> bool:
-        return self._info is not None and self._thread is not None and self._thread.is_alive()
+        if self._info is None or self._thread is None or self.failure is not None:
+            return False
+        return self._thread.is_alive()
 
     async def wait_until_failed(self) -> QtoolError:
         """The failure, once there is one; stopping is none."""
@@ -150,8 +152,6 @@ class AsyncEngine:
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """See `EngineClient.generate`; a request that can never run is refused by this call."""
-        if not self._accepting:
-            raise EngineStopped("the engine is not taking requests")
         self._check_alive()
         validate(request, self.info)
         if request.request_id in self._outputs:
@@ -160,7 +160,9 @@ class AsyncEngine:
         return self._stream(request)
 
     def _check_alive(self) -> None:
-        if self.failure is not None or not self.healthy():
+        if not self._accepting:
+            raise EngineStopped("the engine is not taking requests")
+        if not self.healthy():
             reason = "" if self.failure is None else f": {self.failure.message}"
             raise EngineStopped(f"the engine has ended after an error{reason}", hint="see the log")
 
@@ -174,7 +176,7 @@ class AsyncEngine:
         if wanted is not None and self._grammars is not None:
             # Not in the engine's thread, where everybody would wait for it.
             await asyncio.to_thread(self._grammars.check, wanted)
-        # Since the call others may have come, and the engine may have ended.
+        # Since the call others may have come, and the engine may have ended or been told to.
         self._check_room(request)
         self._check_alive()
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
@@ -197,8 +199,6 @@ class AsyncEngine:
 
     async def embed(self, token_ids: tuple[int, ...], pooling: Pooling) -> list[float]:
         """A vector for a text, computed between two steps."""
-        if not self._accepting:
-            raise EngineStopped("the engine is not taking requests")
         self._check_alive()
         vector: Future[list[float]] = Future()
         self._inbox.put(_Embed(token_ids, pooling, vector))

@@ -168,6 +168,18 @@ def test_a_stream_that_begins_late_finds_the_queue_as_it_is_then(loaded: LoadedM
     with_engine(loaded, work, max_num_seqs=1, max_num_waiting=0)
 
 
+def test_a_stream_that_begins_after_the_stop_is_refused(loaded: LoadedModel) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        stream = engine.generate(request("a", [1]))
+        stopping = asyncio.create_task(engine.stop())
+        await asyncio.sleep(0)  # it has been told, and its thread may still be there
+        with pytest.raises(EngineStopped, match="not taking requests"):
+            await anext(stream)
+        await stopping
+
+    with_engine(loaded, work)
+
+
 def test_stopping_drains_what_runs_and_refuses_what_comes(loaded: LoadedModel) -> None:
     async def work(engine: AsyncEngine) -> None:
         running = asyncio.create_task(collect(engine.generate(request("a", [1], 40))))
