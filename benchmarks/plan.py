@@ -17,12 +17,11 @@ import argparse
 import asyncio
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from engine import make_models
 
 from qtool.runtime.bench.client import Work, arrivals, prompts, send_all, served_model
 from qtool.runtime.bench.conditions import write_result
@@ -38,6 +37,10 @@ from qtool.runtime.plan.variants import find_variant
 from qtool.runtime.random_model import QWEN_05B
 from qtool.runtime.server.process import running_server
 from qtool.settings import share_the_machine
+
+# PYTHONSAFEPATH leaves a script's own folder out.
+sys.path.insert(0, str(Path(__file__).parent))
+from engine import make_models
 
 INPUT_LEN, OUTPUT_LEN = 128, 48
 # Shares of what one engine can answer at most.
