@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +118,12 @@ def plan(
     if replicas is not None and rate is None:
         raise UsageError("--replicas says nothing without --rate", "add --rate REQUESTS_A_SECOND")
     for option, value in (("--rate", rate), ("--ttft-ms", ttft_ms), ("--tpot-ms", tpot_ms)):
-        if value is not None and not value > 0:
-            raise UsageError(f"{option} is {value:g}, must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{option} is {value:g}, must be above 0 and finite")
+    if measure and costs_file is not None:
+        raise UsageError("--measure and --costs both say what steps cost", "leave one of them out")
+    if save_costs is not None and not measure:
+        raise UsageError("--save-costs keeps what --measure finds", "add --measure")
     paper = PaperModel.of(*read_config(model))
     setting = Setting(
         max_num_seqs, gpu_memory_utilization, kv_cache_dtype == "int8", tensor_parallel_size

@@ -82,6 +82,10 @@ def test_a_device_that_cannot_is_named_among_others(config: str) -> None:
     [
         (("--replicas", "2"), "--replicas says nothing without --rate"),
         (("--rate", "-1"), "--rate is -1, must be above 0"),
+        (("--rate", "inf"), "--rate is inf, must be above 0 and finite"),
+        (("--rate", "1", "--ttft-ms", "inf"), "--ttft-ms is inf, must be above 0 and finite"),
+        (("--save-costs", "costs.json"), "--save-costs keeps what --measure finds"),
+        (("--measure", "--costs", __file__), "--measure and --costs both say"),
         (("--tensor-parallel-size", "4"), "4 GPUs cannot share 14 heads"),
         (("--gpu-memory-utilization", "1.5"), "must be above 0 and at most 1"),
         (("--context", "40000"), "40000 tokens are asked for"),
