@@ -9,8 +9,9 @@ rounding of one tensor for q, k and v) is done once, what depends on parameters 
 for all chunks, and what nobody asks for is not done.
 
 Not every block can be recorded: one that changes tensors in place, looks at values to decide what
-to do (routers that pick experts), draws random numbers, or uses tensors that are neither its
-parameters nor its arguments. `record` says None then, and the block is run as it is.
+to do (routers that pick experts), draws random numbers, calls an operation that gives no tensor, or
+uses tensors that are neither its parameters nor its arguments. `record` says None then, and the
+block is run as it is.
 """
 
 from __future__ import annotations
@@ -268,7 +269,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         given = func(*args, **kwargs)
-        if not _is_pure(func):
+        if not _is_pure(func) or not isinstance(given, Tensor | tuple | list):
             self.refused = True
         if not self.refused:
             single = isinstance(given, Tensor)

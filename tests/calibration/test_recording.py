@@ -111,7 +111,24 @@ class Borrowing(InPlace):
         return y + self.holder[0]
 
 
-@pytest.mark.parametrize("kind", [InPlace, Deciding, Drawing, Borrowing])
+class Asking(InPlace):
+    """An operation that gives no tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(x)
+        return y if torch.is_same_size(x, y) else -y
+
+
+class Asserting(InPlace):
+    """An operation that gives nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert_async((x > 0).all())
+        y: Tensor = self.second(x)
+        return y
+
+
+@pytest.mark.parametrize("kind", [InPlace, Deciding, Drawing, Borrowing, Asking, Asserting])
 def test_what_cannot_be_run_in_parts_is_refused(kind: type[InPlace]) -> None:
     assert written_down(kind(), torch.ones(1, 2)) is None
 
