@@ -66,6 +66,7 @@ def _check_sizes(packed: NativePacked, numbers: Mapping[str, int]) -> None:
         and in_features > 0
         and in_features % STRIP == 0
         and group > 0
+        and group % (STRIP // 2) == 0
         and in_features % group == 0
         and packed.codes is not None
         and packed.scales is not None

@@ -70,6 +70,7 @@ def test_a_rounded_head_comes_back_as_it_was(native: Native) -> None:
         {"out_features": 4096},
         {"in_features": 1024},
         {"group": 64},
+        {"group": 8},
         {"bits": 8},
         {"bits": 7},
         {"scale_type": 0},
