@@ -119,11 +119,15 @@ def _product(
 ) -> Tensor:
     """[parts, rows, out] of the rows of x that `rows` names, by the experts of their tiles."""
     config = linear_tile(packed.shape_for(min(each, LARGE_ROWS)), x.device)
-    assert config.rows == height
     # There are tiles enough to fill the GPU without cutting the inputs, but for one or two tokens.
     split = config.split if each <= 1 and len(experts) <= 16 else 1
     return marlin_linear.matmul_parts(
-        x, packed, sums=sums, config=replace(config, split=split), rows=rows, experts=experts
+        x,
+        packed,
+        sums=sums,
+        config=replace(config, rows=height, split=split),
+        rows=rows,
+        experts=experts,
     )
 
 

@@ -1,13 +1,14 @@
 """All experts at once compute what each does with its own tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from qtool.kernels import reference
-from qtool.kernels.cuda import experts, marlin_linear
+from qtool.kernels.cuda import experts, marlin_linear, tuning
 from qtool.kernels.cuda.fused import Activation
 from qtool.weights import QuantizedWeight
 
@@ -42,6 +43,20 @@ def test_every_choice_has_a_place_in_a_tile_of_its_expert(
     assert int((found.rows >= 0).sum()) == tokens * choices
 
 
+@pytest.fixture
+def _only_gate_up_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> Iterator[None]:
+    """As where another linear of the model has the experts' shape: tiles of 32 rows, not of 16."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    row = {"bits": 4, "max_rows": 32, "out": 128, "in": 64, "strips": 1, "rows": 32, "warps": 4}
+    tuning.write_tuned(device, [row | {"stages": 2, "split": 1}])
+    yield
+    monkeypatch.undo()
+    tuning.forget()
+
+
+@pytest.mark.usefixtures("_only_gate_up_tuned")
 @pytest.mark.parametrize(
     ("scheme", "activation", "tokens"),
     [("int4-g32-asym", "silu", 3), ("int8-g32-sym", "gelu_tanh", 9)],
