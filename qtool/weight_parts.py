@@ -128,7 +128,7 @@ def _block_columns(weight: BlockWeight, run: range) -> BlockWeight:
             f"inputs {run.start} to {run.stop} cut a {codec.name} block of {codec.block_size}"
         )
     start, stop = (edge // codec.block_size * codec.block_bytes for edge in (run.start, run.stop))
-    return BlockWeight(weight.data[:, start:stop], len(run), codec)
+    return BlockWeight(weight.data[:, start:stop].clone(), len(run), codec)
 
 
 def shared_size(group: int, run: range) -> int:

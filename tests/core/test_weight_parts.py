@@ -103,7 +103,11 @@ def test_blocks_are_taken_whole(type: str) -> None:
     edge = codec.block_size
     found = take(weight, Part((range(1, 3),), range(edge, 3 * edge)))
     assert isinstance(found, BlockWeight)
+    assert found.data.untyped_storage().nbytes() == 2 * 2 * codec.block_bytes
     assert torch.equal(found.dequantize(), weight.dequantize()[1:3, edge:])
+    columns = take(weight, Part(columns=range(edge)))
+    assert isinstance(columns, BlockWeight)
+    assert columns.data.untyped_storage().nbytes() == 4 * codec.block_bytes
     with pytest.raises(UnsupportedModel, match=f"cut a {type} block of {edge}"):
         take(weight, Part(columns=range(edge // 2)))
 
