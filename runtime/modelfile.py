@@ -95,7 +95,7 @@ class Modelfile:
 
     def parameter_lines(self) -> list[str]:
         return [
-            f"{name} {one}"
+            f"{name} {_quoted(one) if isinstance(one, str) else one}"
             for name, value in self.parameters.items()
             for one in (value if isinstance(value, list) else [value])
         ]
@@ -135,7 +135,8 @@ def parse_modelfile(text: str, name: str = "Modelfile") -> Modelfile:
             case "TEMPLATE":
                 values["template"] = jinja_template(value, where)
             case "PARAMETER":
-                _add_parameter(parameters, value, where)
+                key, _, written = value.partition(" ")
+                _add_parameter(parameters, key, written.strip(" \t").strip('"'), where)
             case "ADAPTER":
                 values["adapter"] = value
             case "MESSAGE":
@@ -164,13 +165,11 @@ def read_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     parameters: dict[str, Any] = {}
     for key, value in values.items():
         for one in value if isinstance(value, list) else [value]:
-            _add_parameter(parameters, f"{key} {one}", "parameters")
+            _add_parameter(parameters, key, str(one), "parameters")
     return parameters
 
 
-def _add_parameter(parameters: dict[str, Any], value: str, where: str) -> None:
-    key, _, written = value.partition(" ")
-    written = written.strip()
+def _add_parameter(parameters: dict[str, Any], key: str, written: str, where: str) -> None:
     if key in PASSED_OVER:
         return
     if key not in PARAMETERS:
@@ -180,7 +179,11 @@ def _add_parameter(parameters: dict[str, Any], value: str, where: str) -> None:
         )
     kind = PARAMETERS[key][0]
     if key == "stop":
-        parameters.setdefault("stop", []).append(written.strip('"'))
+        if not written:
+            raise UsageError(
+                f"{where}: PARAMETER stop is empty", "name the text that ends an answer"
+            )
+        parameters.setdefault("stop", []).append(written)
         return
     try:
         parameters[key] = kind(written)

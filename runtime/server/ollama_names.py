@@ -7,6 +7,7 @@ come or go through them. Source: github.com/ollama/ollama, docs/api.md.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from qtool.runtime.modelfile import (
 )
 from qtool.runtime.server.answers import NDJSON
 from qtool.runtime.server.chat_templates import CHAT_TEMPLATES
+from qtool.runtime.server.config import LOCAL_ORIGINS
 from qtool.runtime.server.errors import ApiError, invalid
 from qtool.runtime.server.exchange import json_response
 from qtool.runtime.server.ollama_answers import line, without_tag
@@ -63,6 +65,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/create", openapi_extra=body_schema(OllamaCreateBody))
     async def create(request: Request) -> Response:
+        _refuse_other_pages(service, request)
         body = await parsed_body(service, OllamaCreateBody, request)
         name = _new_name(service, body.model or body.name, "model")
         made = made_of(body, any_template=service.config.trust_request_template)
@@ -74,6 +77,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/copy", openapi_extra=body_schema(OllamaCopyBody))
     async def copy(request: Request) -> Response:
+        _refuse_other_pages(service, request)
         body = await parsed_body(service, OllamaCopyBody, request)
         target = _new_name(service, body.destination, "destination")
         source = _on_what_is_served(service, Modelfile(without_tag(body.source) or ""))
@@ -103,6 +107,26 @@ def routes(service: Service) -> APIRouter:
         )
 
     return router
+
+
+def _refuse_other_pages(service: Service, request: Request) -> None:
+    """What a name is made of is kept and shapes later answers. A browser sends a page's POST in
+    plain text without asking first, whatever page it is; only where it comes from tells.
+    """
+    origin, host = request.headers.get("origin"), request.headers.get("host")
+    allowed = service.config.allowed_origins
+    if origin is None or origin.partition("://")[2] == host:
+        return
+    if origin in allowed or "*" in allowed:
+        return
+    if not allowed and re.fullmatch(LOCAL_ORIGINS, origin):
+        return
+    raise ApiError(
+        403,
+        f"Pages of {origin:.200} may not make names here; see --allowed-origins",
+        type="permission_error",
+        code="origin_not_allowed",
+    )
 
 
 def made_of(body: OllamaCreateBody, *, any_template: bool) -> Modelfile:
@@ -164,6 +188,12 @@ def _new_name(service: Service, given: str | None, param: str) -> str:
 def _on_what_is_served(service: Service, made: Modelfile) -> Modelfile:
     """The same, FROM as the store knows it: only what is served, never a path of the client's."""
     base = without_tag(made.base) or ""
+    if base in service.adapter_names:
+        raise invalid(
+            f"`{base:.200}` is an adapter, and names are made from models here: use "
+            "`qtool create -f Modelfile` with FROM and ADAPTER on the server's machine",
+            param="from",
+        )
     if service.answers_to(base):
         return replace(made, base=service.config.model_root or base)
     if base in service.config.also_served or service.made.store.find(base) is not None:

@@ -9,7 +9,8 @@ from typing import Any
 import ollama
 import pytest
 
-from qtool.runtime.modelfile import Modelfile, read_parameters
+from qtool.errors import UsageError
+from qtool.runtime.modelfile import Modelfile, parse_modelfile, read_parameters
 
 MODEL = "builtin:books-7m"
 QUESTION = [{"role": "user", "content": "Hello"}]
@@ -150,6 +151,52 @@ def test_a_name_with_an_adapter_needs_an_engine_that_takes_them(
     assert "--enable-lora" in refused.json()["error"]["message"]
 
 
+def test_a_name_is_not_made_from_an_adapter_without_it(serve: Any, lora_folder: Path) -> None:
+    with serve(engine={"lora_modules": {"sailor": str(lora_folder)}}) as server:
+        made = server.post("/api/create", {"model": "captain", "from": "sailor"})
+        copied = server.post("/api/copy", {"source": "sailor", "destination": "captain"})
+        assert server.service.made.store.names() == []
+    for refused in (made, copied):
+        assert refused.status_code == 400
+        assert "ADAPTER" in refused.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "settings", "status"),
+    [
+        ("https://evil.example", {}, 403),
+        ("null", {}, 403),
+        ("http://localhost:5173", {}, 200),
+        ("http://localhost:5173", {"allowed_origins": ("https://good.example",)}, 403),
+        ("https://good.example", {"allowed_origins": ("https://good.example",)}, 200),
+        ("https://evil.example", {"allowed_origins": ("*",)}, 200),
+        (None, {}, 200),
+    ],
+)
+def test_pages_of_strangers_make_no_names(
+    serve: Any, origin: str | None, settings: dict[str, Any], status: int
+) -> None:
+    """As a browser sends it without asking the server first."""
+    headers = {"Content-Type": "text/plain"} | ({} if origin is None else {"Origin": origin})
+    with serve(**settings) as server:
+        body = json.dumps({"model": "poet", "from": MODEL, "system": "Lie."})
+        made = server.http.post("/api/create", content=body, headers=headers)
+        assert made.status_code == status, made.text
+        body = json.dumps({"source": MODEL, "destination": "bard"})
+        assert server.http.post("/api/copy", content=body, headers=headers).status_code == status
+        expected = ["bard", "poet"] if status == 200 else []
+        assert server.service.made.store.names() == expected
+
+
 def test_parameters_of_the_api_are_those_of_a_modelfile() -> None:
     given = {"temperature": 0.5, "stop": ["a", "b"], "num_gpu": 99}
     assert read_parameters(given) == {"temperature": 0.5, "stop": ["a", "b"]}
+
+
+def test_stops_of_the_api_are_taken_as_they_are_and_written_down_so() -> None:
+    stops = ["\n", "\n\n", " User:", '"', "a\nb"]
+    assert read_parameters({"stop": stops}) == {"stop": stops}
+    made = Modelfile(MODEL, parameters={"stop": ["\n", "a\nb", "END"], "num_predict": 3})
+    assert parse_modelfile(made.text()) == made
+    with pytest.raises(UsageError, match="stop is empty"):
+        read_parameters({"stop": [""]})
