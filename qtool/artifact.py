@@ -33,6 +33,8 @@ class LayerReport:
 
     steps       what was done beyond the method's name, in order, and kept
     peak_bytes  the most memory that the process had held until then
+    fallbacks   where the numbers did not allow what was asked, and what was done in its place
+    notes       other decisions that were not the plain path
     """
 
     module: str
@@ -44,7 +46,19 @@ class LayerReport:
     seconds: float | None = None
     steps: tuple[str, ...] = ()
     peak_bytes: int | None = None
+    fallbacks: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerReport:
+        """From JSON, whose lists are tuples here."""
+        texts = {name: tuple(data.get(name, ())) for name in ("steps", "fallbacks", "notes")}
+        return cls(**{**data, **texts})
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Fallbacks and notes."""
+        return (*self.fallbacks, *self.notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +86,7 @@ class Manifest:
                 "it was written by another version of qtool",
             )
         try:
-            layers = tuple(
-                LayerReport(
-                    **{
-                        **layer,
-                        "steps": tuple(layer.get("steps", ())),
-                        "notes": tuple(layer.get("notes", ())),
-                    }
-                )
-                for layer in data.pop("layers", [])
-            )
+            layers = tuple(LayerReport.from_dict(layer) for layer in data.pop("layers", []))
             warnings = tuple(data.pop("warnings", ()))
             return cls(layers=layers, warnings=warnings, **data)
         except (TypeError, AttributeError) as error:

@@ -134,7 +134,6 @@ def _solve_rtn(
             seconds=round(time.monotonic() - started, 3),
             steps=("scale search",) if options.scale_search else (),
             peak_bytes=peak_bytes(),
-            notes=solved.notes,
         )
 
 
@@ -183,15 +182,15 @@ def _solve_gptq(
 
 @dataclass(slots=True)
 class _Aims:
-    """weights  [out, in] that linears are quantized for, where not their own
-    steps    what was done to them, for the report
-    notes    what could not be done
+    """weights    [out, in] that linears are quantized for, where not their own
+    steps      what was done to them, for the report
+    fallbacks  what could not be done
     """
 
     keep_all: bool = False
     weights: dict[Linear, Tensor] = field(default_factory=dict)
     steps: dict[Linear, tuple[str, ...]] = field(default_factory=dict)
-    notes: dict[Linear, tuple[str, ...]] = field(default_factory=dict)
+    fallbacks: dict[Linear, tuple[str, ...]] = field(default_factory=dict)
 
     def take(
         self,
@@ -214,7 +213,7 @@ class _Aims:
                 self.weights[linear] = found.weight
                 self.steps[linear] = (f"correction {found.share:.2f}",)
             if found.failed:
-                self.notes[linear] = (NO_CORRECTION,)
+                self.fallbacks[linear] = (NO_CORRECTION,)
 
 
 def _whole_parameters(
@@ -447,7 +446,8 @@ def _solve_group(
                 seconds=round((time.monotonic() - started) / len(members), 3),
                 steps=(*aims.steps.get(linear, ()), *_steps(options)),
                 peak_bytes=peak_bytes(),
-                notes=(*problem.notes, *aims.notes.get(linear, ()), *part.notes),
+                fallbacks=(*aims.fallbacks.get(linear, ()), *part.fallbacks),
+                notes=problem.notes,
             )
         put_weights(
             capture.skeleton,
@@ -482,7 +482,7 @@ def _solve_unseen(
             continue
         weight = linear.matrix(parameters[linear.parameter]).contiguous()
         require_finite(weight, linear)
-        solved = rtn.solve(weight, scheme, scale_search=True, notes=(NO_TOKENS,))
+        solved = rtn.solve(weight, scheme, scale_search=True, fallbacks=(NO_TOKENS,))
         result.weights[linear] = solved
         result.reports[linear] = LayerReport(
             module=linear.name,
@@ -491,7 +491,7 @@ def _solve_unseen(
             error=relative_error(weight, solved.dequantized, None),
             rtn_error=relative_error(weight, rtn.solve(weight, scheme).dequantized, None),
             num_tokens=0,
-            notes=solved.notes,
+            fallbacks=solved.fallbacks,
         )
         put_weights(capture.skeleton, index, [(linear, solved.dequantized)])
 

@@ -91,6 +91,9 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 )
 @click.option("--private", is_flag=True, help="With --push-to-hub: make a new repository private.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option(
+    "--strict", is_flag=True, help="A layer that falls back to a lesser solve is an error."
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
@@ -113,6 +116,7 @@ def quantize(
     push_to_hub: str | None,
     private: bool,
     force: bool,
+    strict: bool,
     dry_run: bool,
     as_json: bool,
     trust_remote_code: bool,
@@ -185,6 +189,7 @@ def quantize(
         revision=revision,
         trust_remote_code=trust_remote_code,
         target=target,
+        strict=strict,
     )
     if dry_run and others:
         return

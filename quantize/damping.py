@@ -19,10 +19,12 @@ _ATTEMPTS = 4
 class Factored(NamedTuple):
     """result  float32, what was made of the factor
     share   of the mean diagonal that had to be added
+    in_float64  float32 was tried with this share and did not do
     """
 
     result: Tensor
     share: float
+    in_float64: bool
 
 
 def factored(moment: Tensor, damping: float, use: Callable[[Tensor], Tensor]) -> Factored | None:
@@ -44,7 +46,7 @@ def factored(moment: Tensor, damping: float, use: Callable[[Tensor], Tensor]) ->
                 continue
             result = use(lower).to(torch.float32)
             if bool(torch.isfinite(result).all()):
-                return Factored(result, share)
+                return Factored(result, share, dtype == torch.float64)
     return None
 
 

@@ -57,14 +57,19 @@ _SLICE_WEIGHTS = 2**24
 # Of the best scales so far, what further sweeps start from.
 _SCALE_SHARES = (1.0, 0.97, 1.03)
 
+NOT_FACTORED = "the Hessian could not be factored, so this layer was rounded to nearest"
+IN_FLOAT64 = "the Hessian could be factored in float64 alone"
+
 
 class Factor(NamedTuple):
     """lower    [in, in] L⁻¹ for the reversed, damped H: lower triangular
     damping  the share that made it factor
+    in_float64  float32 did not do
     """
 
     lower: Tensor
     damping: float
+    in_float64: bool
 
 
 def solve(weight: Tensor, hessian: Tensor, scheme: QuantScheme, options: Gptq) -> Solution:
@@ -78,11 +83,13 @@ def solve(weight: Tensor, hessian: Tensor, scheme: QuantScheme, options: Gptq) -
     order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
     factor = factorize(hessian, order, options.damping)
     if factor is None:
-        note = "the Hessian could not be factored, so this layer was rounded to nearest"
-        return rtn.solve(weight, scheme, scale_search=True, importance=diagonal, notes=(note,))
-    notes: tuple[str, ...] = ()
+        said = (NOT_FACTORED,)
+        return rtn.solve(weight, scheme, scale_search=True, importance=diagonal, fallbacks=said)
+    fallbacks: tuple[str, ...] = ()
     if factor.damping > options.damping:
-        notes = (f"damping raised to {factor.damping:g}",)
+        fallbacks = (f"damping raised to {factor.damping:g}",)
+    if factor.in_float64:
+        fallbacks = (*fallbacks, IN_FLOAT64)
     damped = _damped(hessian, factor.damping) if options.refine_rounds else None
     rows = max(1, _SLICE_WEIGHTS // weight.shape[1])
     slices = [weight[start : start + rows] for start in range(0, weight.shape[0], rows)]
@@ -91,7 +98,7 @@ def solve(weight: Tensor, hessian: Tensor, scheme: QuantScheme, options: Gptq) -
         codes = _sweep(part, found, scheme, order, factor.lower)
         if damped is not None:
             codes, found = refine(part, codes, found, scheme, damped, rounds=options.refine_rounds)
-        return rtn.keep_better_rows(part, hessian, from_codes(codes, found, scheme, notes))
+        return rtn.keep_better_rows(part, hessian, from_codes(codes, found, scheme, fallbacks))
 
     parts = []
     for part in slices:
@@ -139,7 +146,7 @@ def factorize(hessian: Tensor, order: Tensor, damping: float) -> Factor | None:
         return found
 
     found = factored(hessian[order.unsqueeze(1), order], damping, inverse)
-    return None if found is None else Factor(found.result, found.share)
+    return None if found is None else Factor(found.result, found.share, found.in_float64)
 
 
 def _damped(hessian: Tensor, share: float) -> Tensor:

@@ -188,10 +188,7 @@ class FollowedJournal(Journal):
 
 
 def _block(data: Mapping[str, Any]) -> FinishedBlock:
-    reports = tuple(
-        LayerReport(**{**report, "steps": tuple(report["steps"]), "notes": tuple(report["notes"])})
-        for report in data["reports"]
-    )
+    reports = tuple(LayerReport.from_dict(report) for report in data["reports"])
     return FinishedBlock(
         data["file"], data["sha256"], reports, data["digests"], tuple(data["changed"])
     )

@@ -181,7 +181,7 @@ def _measured(manifest: Manifest, found: Sizes) -> str:
         f"| bits a quantized weight | {found.bits:.3f} | |",
     ]
     notes: dict[str, int] = {}
-    for note in (note for layer in manifest.layers for note in layer.notes):
+    for note in (note for layer in manifest.layers for note in layer.remarks):
         notes[note] = notes.get(note, 0) + 1
     if notes:
         lines += ["", *(f"- {count} layers: {note}" for note, count in notes.items())]

@@ -48,6 +48,7 @@ from qtool.quantize.journal import FollowedJournal, Journal, Progress, digest
 from qtool.quantize.layouts import layout_for, spec_of
 from qtool.quantize.model_card import write_card
 from qtool.quantize.plan import Plan, make_plan
+from qtool.quantize.strict import require_no_fallback
 from qtool.quantize.verify import Verification, is_finite, verify
 from qtool.recipe import Gptq, Recipe, load_recipe
 from qtool.scheme import QuantScheme
@@ -82,7 +83,10 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request, understood: the model's structure, and what will be done to it."""
+    """A request, understood: the model's structure, and what will be done to it.
+
+    strict  whether a fallback of the numerics is an error
+    """
 
     source: Source
     recipe: Recipe
@@ -91,6 +95,7 @@ class Job:
     plan: Plan
     trust_remote_code: bool
     warnings: tuple[str, ...]
+    strict: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -109,6 +114,7 @@ def prepare(
     revision: str | None = None,
     trust_remote_code: bool = False,
     target: Target | None = None,
+    strict: bool = False,
 ) -> Job:
     """Resolve every name and make the plan; nothing is written."""
     if format not in WRITABLE_FORMATS:
@@ -139,6 +145,7 @@ def prepare(
         plan=plan,
         trust_remote_code=trust_remote_code,
         warnings=(*warnings, *plan.warnings),
+        strict=strict,
     )
 
 
@@ -171,6 +178,7 @@ def quantize_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     target: Target | None = None,
+    strict: bool = False,
     listener: Listener | None = None,
 ) -> Manifest:
     """Quantize a model into a folder that Hugging Face loaders read; returns its manifest."""
@@ -181,6 +189,7 @@ def quantize_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
         target=target,
+        strict=strict,
     )
     return run(
         job, Path(out) if out is not None else job.default_out, force=force, listener=listener
@@ -348,6 +357,9 @@ def _quantize_blocks(
     ranks: DataRanks | None = None,
 ) -> None:
     """Solve every block that the journal does not hold."""
+    if job.strict:
+        for block in journal.blocks:
+            require_no_fallback(block.reports)
     if len(journal.blocks) == job.num_blocks:
         return
     calibrated = _Calibrated(job, tokens, journal, ranks) if tokens is not None else None
@@ -365,6 +377,8 @@ def _quantize_blocks(
                 calibrated.close(capture)
             reports = journal.blocks[index].reports
             listener.block_done(index, reports, time.monotonic() - started)
+            if job.strict:
+                require_no_fallback(reports)
             progress.advance()
 
 

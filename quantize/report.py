@@ -94,7 +94,7 @@ def print_result(job: Job, manifest: Manifest, out: Path, seconds: float) -> Non
     for row in lost_by_kind(manifest.layers):
         table.add_row(*row)
     console.print(table)
-    notes = Counter(note for report in manifest.layers for note in report.notes)
+    notes = Counter(note for report in manifest.layers for note in report.remarks)
     for note, count in notes.most_common():
         say(f"note: {count} layers: {note}")
     for warning in manifest.warnings:

@@ -17,7 +17,7 @@ def solve(
     *,
     scale_search: bool = False,
     importance: Tensor | None = None,
-    notes: tuple[str, ...] = (),
+    fallbacks: tuple[str, ...] = (),
 ) -> Solution:
     """Round each weight to its group's grid.
 
@@ -25,7 +25,7 @@ def solve(
     importance  [in] float32, weighs the scale search; None for plain squared error
     """
     found = search(weight, scheme, importance) if scale_search else fit(weight, scheme)
-    return round_to(weight, found, scheme, notes)
+    return round_to(weight, found, scheme, fallbacks)
 
 
 def keep_better_rows(weight: Tensor, hessian: Tensor, solved: Solution) -> Solution:
@@ -50,5 +50,5 @@ def keep_better_rows(weight: Tensor, hessian: Tensor, solved: Solution) -> Solut
         zeros = torch.where(pick, plain.zeros, kept.zeros).float()
     scales = torch.where(pick, plain.scales, kept.scales)
     codes = torch.where(pick, plain.codes, kept.codes)
-    mended = from_codes(codes, Grid(scales, zeros), scheme, solved.notes)
+    mended = from_codes(codes, Grid(scales, zeros), scheme, solved.fallbacks)
     return mended._replace(lost=torch.where(worse, rounding, ours))

@@ -17,13 +17,13 @@ from qtool.weights import QuantizedWeight, Weight
 class Solution(NamedTuple):
     """weight       what is stored
     dequantized  [out, in] float32, exactly what the stored weight decodes to
-    notes        decisions that were not the plain path, for the report
+    fallbacks    where the numbers did not allow what was asked, for the report
     lost         [out] float32, d H dᵀ of each row, where the solver came to know it
     """
 
     weight: Weight
     dequantized: Tensor
-    notes: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
     lost: Tensor | None = None
 
     @property
@@ -47,15 +47,17 @@ def joined(parts: Sequence[Solution]) -> Solution:
         first.scheme,
     )
     dequantized = torch.cat([part.dequantized for part in parts])
-    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    return Solution(weight, dequantized, notes, torch.cat(lost) if lost else None)
+    fallbacks = tuple(dict.fromkeys(text for part in parts for text in part.fallbacks))
+    return Solution(weight, dequantized, fallbacks, torch.cat(lost) if lost else None)
 
 
 def rows(solved: Solution, start: int, stop: int) -> Solution:
     """A slice of a solution's rows."""
     order = torch.arange(start, stop)
     lost = None if solved.lost is None else solved.lost[start:stop]
-    return Solution(solved.integers.rows(order), solved.dequantized[start:stop], solved.notes, lost)
+    return Solution(
+        solved.integers.rows(order), solved.dequantized[start:stop], solved.fallbacks, lost
+    )
 
 
 def better_rows(first: Solution, second: Solution) -> Solution:
@@ -71,22 +73,24 @@ def better_rows(first: Solution, second: Solution) -> Solution:
         zeros = torch.where(pick, other.zeros, one.zeros).to(torch.float32)
     found = Grid(torch.where(pick, other.scales, one.scales), zeros)
     codes = torch.where(pick, other.codes, one.codes)
-    merged = from_codes(codes, found, one.scheme, first.notes)
+    merged = from_codes(codes, found, one.scheme, first.fallbacks)
     return merged._replace(lost=torch.where(better, second.lost, first.lost))
 
 
-def from_codes(codes: Tensor, found: Grid, scheme: QuantScheme, notes: tuple[str, ...]) -> Solution:
+def from_codes(
+    codes: Tensor, found: Grid, scheme: QuantScheme, fallbacks: tuple[str, ...]
+) -> Solution:
     """A solution from codes [out, in] uint8 on a grid."""
     zeros = None if found.zeros is None else found.zeros.to(torch.uint8)
     weight = QuantizedWeight(codes, found.scales, zeros, scheme)
-    return Solution(weight, weight.dequantize(), notes)
+    return Solution(weight, weight.dequantize(), fallbacks)
 
 
 def round_to(
-    weight: Tensor, found: Grid, scheme: QuantScheme, notes: tuple[str, ...] = ()
+    weight: Tensor, found: Grid, scheme: QuantScheme, fallbacks: tuple[str, ...] = ()
 ) -> Solution:
     """Round weight [out, in] float32 to the nearest point of a grid."""
-    return from_codes(grid.codes(weight, found, scheme), found, scheme, notes)
+    return from_codes(grid.codes(weight, found, scheme), found, scheme, fallbacks)
 
 
 def row_errors(weight: Tensor, dequantized: Tensor, hessian: Tensor | None) -> Tensor:

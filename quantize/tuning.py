@@ -169,7 +169,7 @@ class _Place:
         codes = (steps - self.lowest).flatten(1).to(torch.uint8)
         zeros = solved.integers.zeros
         found = Grid(round_scales(self.scales), None if zeros is None else zeros.to(torch.float32))
-        return from_codes(codes, found, scheme, solved.notes)
+        return from_codes(codes, found, scheme, solved.fallbacks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ def test_by_hand() -> None:
     found = factored(EXACT, 0.1, inverse)
     assert found is not None
     assert found.share == 0.1
+    assert not found.in_float64
     assert float(found.result[0, 0]) == pytest.approx(1 / 4.175)
 
 
@@ -45,6 +46,7 @@ def test_what_float32_cannot_factor_float64_does_with_no_more_damping() -> None:
     assert found is not None
     assert tried == [torch.float64]
     assert found.share == 1e-7
+    assert found.in_float64
     assert bool(torch.isfinite(found.result).all())
 
 

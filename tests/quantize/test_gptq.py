@@ -140,10 +140,19 @@ def test_inputs_that_are_always_zero_are_rounded_plainly(make_layer: Callable[..
 def test_a_singular_hessian_is_damped_until_it_factors(make_layer: Callable[..., Any]) -> None:
     weight, _, hessian = make_layer(tokens=3)
     solved = gptq.solve(weight, hessian, QuantScheme(4, 32), Gptq(damping=0.01))
-    assert solved.notes == ()
+    assert solved.fallbacks == ()
     indefinite = hessian - 0.05 * hessian.diagonal().mean() * torch.eye(128)
     solved = gptq.solve(weight, indefinite, QuantScheme(4, 32), Gptq(damping=0.01))
-    assert solved.notes == ("damping raised to 0.1",)
+    assert solved.fallbacks == ("damping raised to 0.1",)
+
+
+def test_what_float64_alone_can_factor_is_said(make_layer: Callable[..., Any]) -> None:
+    weight, _, _ = make_layer(columns=32)
+    places = torch.arange(32)
+    hilbert = 1.0 / (places[:, None] + places + 1).to(torch.float32)
+    scheme = QuantScheme(4, 32)
+    assert gptq.solve(weight, hilbert, scheme, Gptq(damping=1e-7)).fallbacks == (gptq.IN_FLOAT64,)
+    assert gptq.solve(weight, hilbert, scheme, Gptq(damping=1e-2)).fallbacks == ()
 
 
 def test_a_hopeless_hessian_falls_back_to_rounding_and_says_so(
@@ -153,8 +162,8 @@ def test_a_hopeless_hessian_falls_back_to_rounding_and_says_so(
     broken = hessian.clone()
     broken[0, 1] = broken[1, 0] = float("nan")
     solved = gptq.solve(weight, broken, QuantScheme(4, 32), Gptq())
-    assert len(solved.notes) == 1
-    assert "rounded to nearest" in solved.notes[0]
+    assert len(solved.fallbacks) == 1
+    assert "rounded to nearest" in solved.fallbacks[0]
     assert bool(torch.isfinite(solved.dequantized).all())
 
 

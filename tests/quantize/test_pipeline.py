@@ -223,7 +223,7 @@ def test_awq_moves_scale_into_norms_and_neighbours_without_changing_the_model(
     assert "model.layers.0.input_layernorm.weight" in changed
     assert "model.layers.1.post_attention_layernorm.weight" in changed
     assert "model.layers.0.self_attn.v_proj.bias" in changed
-    assert not any(note for layer in manifest.layers for note in layer.notes)
+    assert not any(layer.remarks for layer in manifest.layers)
 
 
 def test_where_folding_would_change_the_model_it_is_undone_and_said(
@@ -574,4 +574,4 @@ def test_experts_that_no_token_reaches_are_quantized_and_named(
     assert len(experts) == 16 * 3
     idle = [layer for layer in experts if layer.num_tokens == 0]
     assert idle
-    assert all(layer.notes for layer in idle)
+    assert all(layer.remarks for layer in idle)
