@@ -33,6 +33,7 @@ from qtool.calibration.runner import BlockRunner, SeenEnough
 from qtool.calibration.skeleton import Skeleton
 from qtool.calibration.statistics import Drift, Moments
 from qtool.calibration.steps import Mark, RecordedBlock, Steps
+from qtool.calibration.sums import DriftSums, MomentSums
 from qtool.calibration.watch import Identity, Keep, Watch, identity, ignore
 
 # One chunk in so many is held out, where there are as many.
@@ -251,28 +252,46 @@ class BlockCapture:
 
         pending  linears whose weights will still change; attention that depends on none is kept
         """
-        moments = {group.first: Moments.zeros(in_features(group.first)) for group in stage.groups}
+        sums = {group.first: MomentSums.zeros(in_features(group.first)) for group in stage.groups}
         if self._steps is not None:
-            self._collect_in_steps(self._steps, moments)
-            return moments
+            self._collect_in_steps(self._steps, sums)
+        else:
+            self._collect_in_passes(stage, sums, pending)
+        # One by one: with many experts, sums and moments of all would be twice the memory.
+        return {group.first: self._moments(sums.pop(group.first)) for group in stage.groups}
+
+    def _moments(self, sums: MomentSums) -> Moments:
+        """Of what all chunks added up to."""
+        return sums.moments()
+
+    def _moments_and_drift(
+        self, sums: MomentSums, drift: DriftSums | None
+    ) -> tuple[Moments, Drift]:
+        """Of what all chunks added up to, the held-out ones in `drift` alone so far."""
+        assert drift is not None
+        sums.include(drift.held)
+        return sums.moments(), drift.drift()
+
+    def _collect_in_passes(
+        self, stage: Stage, sums: Mapping[Site, MomentSums], pending: set[Site]
+    ) -> None:
         seen: set[Site] = set()
 
         def on_input(site: Site, inputs: Tensor) -> None:
-            if site not in moments:
+            if site not in sums:
                 return
-            moments[site].add(inputs)
+            sums[site].add(inputs)
             seen.add(site)
-            if stage.stops_early and len(seen) == len(moments):
+            if stage.stops_early and len(seen) == len(sums):
                 raise SeenEnough
 
-        watched = set(moments) | pending
+        watched = set(sums) | pending
         for chunk in range(self._runner.num_chunks):
             seen.clear()
             self._pass(chunk, watched, on_input, pending)
-        return moments
 
-    def _collect_in_steps(self, steps: Steps, moments: Mapping[Site, Moments]) -> None:
-        inputs = {site: steps.input_of(site) for site in moments}
+    def _collect_in_steps(self, steps: Steps, sums: Mapping[Site, MomentSums]) -> None:
+        inputs = {site: steps.input_of(site) for site in sums}
         if len(inputs) == 1:
             (number,) = inputs.values()
             chunks = steps.go_to(steps.recorded.any.place(number), {number})
@@ -281,7 +300,7 @@ class BlockCapture:
         for _, values in chunks:
             with self._runner.products():
                 for site, number in inputs.items():
-                    moments[site].add(values[number])
+                    sums[site].add(values[number])
 
     def collect_compared(
         self,
@@ -295,8 +314,8 @@ class BlockCapture:
         stream."""
         if self._steps is not None:
             return self._compared_in_steps(self._steps, group, compared, originals, in_features)
-        moments = Moments.zeros(in_features)
-        drift: Drift | None = None
+        sums = MomentSums.zeros(in_features)
+        drift: DriftSums | None = None
         norm = None
         if not compared.added:
             norm = self.skeleton.blocks[self.index].get_submodule(compared.point.norm)
@@ -321,12 +340,12 @@ class BlockCapture:
         def compare(difference: Tensor) -> None:
             nonlocal drift
             if drift is None:
-                drift = Drift.zeros(difference.shape[-1], in_features)
+                drift = DriftSums.zeros(difference.shape[-1], in_features)
             assert seen is not None
             held_out = self.is_held_out(chunk)
             drift.add(difference, seen, held_out=held_out)
             if not held_out:
-                moments.add_squares(seen)
+                sums.add_squares(seen)
 
         block = self.skeleton.blocks[self.index]
         names = [compared.point.norm] if compared.added and compared.point != OUTPUT else []
@@ -336,9 +355,7 @@ class BlockCapture:
                 output = self._pass(chunk, {group.first} | pending, on_input, pending)
             if output is not None:
                 compare(originals.at(OUTPUT, chunk) - output)
-        assert drift is not None
-        moments.include(drift.held)
-        return moments, drift
+        return self._moments_and_drift(sums, drift)
 
     def _compared_in_steps(
         self,
@@ -357,22 +374,20 @@ class BlockCapture:
         else:
             other = recording.marks[group.first]
             norm = self.skeleton.blocks[self.index].get_submodule(point.norm)
-        moments = Moments.zeros(in_features)
-        drift: Drift | None = None
+        sums = MomentSums.zeros(in_features)
+        drift: DriftSums | None = None
         for chunk, values in steps.go_to(recording.place(number), {number, other}):
             original = originals.at(point, chunk)
             with torch.no_grad(), self._runner.products():
                 expected = original if norm is None else norm(original)
                 difference = expected - values[other].view_as(expected)
                 if drift is None:
-                    drift = Drift.zeros(difference.shape[-1], in_features)
+                    drift = DriftSums.zeros(difference.shape[-1], in_features)
                 held_out = self.is_held_out(chunk)
                 drift.add(difference, values[number], held_out=held_out)
                 if not held_out:
-                    moments.add_squares(values[number])
-        assert drift is not None
-        moments.include(drift.held)
-        return moments, drift
+                    sums.add_squares(values[number])
+        return self._moments_and_drift(sums, drift)
 
     def is_held_out(self, chunk: int) -> bool:
         """Of the calibration data, the part that decides and is not learned from: a quarter."""

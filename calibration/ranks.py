@@ -1,22 +1,19 @@
 """Calibration data shared out among ranks: each runs its chunks, and statistics are added up.
 
 Chunk i of all the data is rank i mod size's. Sums over all ranks have the same terms as one
-process's, the held-out chunks are the same ones, and only the order of additions differs, which is
-fixed for a number of ranks: the same command with as many ranks writes the same bytes. What is
-decided by looking at the first chunk (which linears share an input, where streams are compared) is
-rank 0's decision everywhere. With the same sums every rank then solves the same block by itself,
-and is asked whether it came to the same weights.
-
-Another number of ranks adds in another order, which now and then tips a code over in some block,
-and moves all blocks behind it by chance: the first block's codes of the bundled model are the same
-with one and two, and its KL divergence 4 % smaller with two (64 samples of 256 tokens).
+process's, the held-out chunks are the same ones, and the order of additions, which differs, does
+not change what comes out (sums.py). What is decided by looking at the first chunk (which linears
+share an input, where streams are compared) is rank 0's decision everywhere. With the same sums
+every rank then solves the same block by itself, and is asked whether it came to the same weights.
+So the same command writes the same bytes, and another number of ranks too where each computes with
+as many threads: `torchrun` gives each of several one, if OMP_NUM_THREADS does not say otherwise.
 
 Ranks are the processes that `torchrun` starts, on one machine or several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -33,13 +30,12 @@ from qtool.calibration.capture import (
     BlockCapture,
     Compared,
     InputGroup,
-    Stage,
 )
 from qtool.calibration.linears import Site
-from qtool.calibration.originals import Originals
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton
 from qtool.calibration.statistics import Drift, Moments
+from qtool.calibration.sums import DriftSums, MomentSums
 from qtool.errors import QtoolError, UsageError
 from qtool.settings import Launched
 
@@ -113,13 +109,13 @@ class DataRanks:
                 "all ranks need the same processors, threads and versions of torch",
             )
 
-    def sum_moments(self, moments: Moments) -> None:
-        for tensor in (moments.gram, moments.magnitude):
+    def sum_moments(self, sums: MomentSums) -> None:
+        for tensor in (sums.squares.flat, sums.magnitude):
             self.add_up(tensor)
-        self.largest(moments.peak)
-        moments.count = self.count(moments.count)
+        self.largest(sums.peak)
+        sums.count = self.count(sums.count)
 
-    def sum_drift(self, drift: Drift) -> None:
+    def sum_drift(self, drift: DriftSums) -> None:
         for tensor in (drift.cross, drift.held_cross):
             self.add_up(tensor)
         self.sum_moments(drift.held)
@@ -184,26 +180,17 @@ class SharedCapture(BlockCapture):
     ) -> dict[Site, Compared]:
         return self._ranks.from_first(super().compared(groups, weights))
 
-    def collect(
-        self, stage: Stage, in_features: Callable[[Site], int], pending: set[Site]
-    ) -> dict[Site, Moments]:
-        moments = super().collect(stage, in_features, pending)
-        for group in stage.groups:
-            self._ranks.sum_moments(moments[group.first])
-        return moments
+    def _moments(self, sums: MomentSums) -> Moments:
+        self._ranks.sum_moments(sums)
+        return super()._moments(sums)
 
-    def collect_compared(
-        self,
-        group: InputGroup,
-        compared: Compared,
-        originals: Originals,
-        in_features: int,
-        pending: set[Site],
+    def _moments_and_drift(
+        self, sums: MomentSums, drift: DriftSums | None
     ) -> tuple[Moments, Drift]:
-        moments, drift = super().collect_compared(group, compared, originals, in_features, pending)
-        self._ranks.sum_moments(moments)
+        assert drift is not None
+        self._ranks.sum_moments(sums)
         self._ranks.sum_drift(drift)
-        return moments, drift
+        return super()._moments_and_drift(sums, drift)
 
     def is_held_out(self, chunk: int) -> bool:
         return super().is_held_out(chunk * self._ranks.size + self._ranks.rank)

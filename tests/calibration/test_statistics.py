@@ -8,58 +8,29 @@ import pytest
 import torch
 
 from qtool.calibration.activations import Activations, memory_budget
-from qtool.calibration.runner import Bfloat16Products
 from qtool.calibration.statistics import Moments, total
+from qtool.calibration.sums import MomentSums
 
 
 def inputs(seed: int, count: int = 50, width: int = 8) -> torch.Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def test_two_vectors_by_hand() -> None:
-    seen = Moments.zeros(2)
-    seen.add(torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
-    assert seen.count == 2
-    assert seen.hessian.tolist() == [[5.0, -1.0], [-1.0, 2.0]]
-    assert seen.mean_magnitude.tolist() == [2.0, 1.0]
-    assert seen.mean_square.tolist() == [5.0, 2.0]
-
-
-def test_chunks_add_up_to_the_whole() -> None:
-    whole, parts = Moments.zeros(8), Moments.zeros(8)
-    data = inputs(0)
-    whole.add(data)
-    for chunk in data.view(2, 25, 8):
-        parts.add(chunk.unsqueeze(0))
-    expected = data.double().t() @ data.double() / 50
-    assert torch.allclose(whole.hessian.double(), expected, atol=1e-5)
-    assert torch.allclose(parts.hessian, whole.hessian, atol=1e-5)
-    assert torch.allclose(parts.mean_magnitude, data.abs().mean(0), atol=1e-6)
-    assert parts.count == whole.count == 50
-
-
-def test_the_same_chunks_give_the_same_bits() -> None:
-    def run() -> torch.Tensor:
-        seen = Moments.zeros(8)
-        for seed in range(5):
-            seen.add(inputs(seed).to(torch.bfloat16))
-        return seen.gram
-
-    assert torch.equal(run(), run())
+def moments(*chunks: torch.Tensor, width: int = 8) -> Moments:
+    sums = MomentSums.zeros(width)
+    for chunk in chunks:
+        sums.add(chunk)
+    return sums.moments()
 
 
 def test_not_finite_inputs_are_seen() -> None:
-    seen = Moments.zeros(2)
-    seen.add(torch.tensor([[1.0, 2.0]]))
-    assert seen.is_finite
-    seen.add(torch.tensor([[float("inf"), 0.0]]))
-    assert not seen.is_finite
+    good = torch.tensor([[1.0, 2.0]])
+    assert moments(good, width=2).is_finite
+    assert not moments(good, torch.tensor([[float("inf"), 0.0]]), width=2).is_finite
 
 
 def test_an_expert_with_few_tokens_borrows_what_it_lacks() -> None:
-    few, many = Moments.zeros(8), Moments.zeros(8)
-    few.add(inputs(0, count=3))
-    many.add(inputs(1, count=400))
+    few, many = moments(inputs(0, count=3)), moments(inputs(1, count=400))
     blended = few.blended(many)
     assert blended.count == 8
     expected = (few.gram + 5 * many.hessian) / 8
@@ -68,19 +39,14 @@ def test_an_expert_with_few_tokens_borrows_what_it_lacks() -> None:
 
 
 def test_an_expert_with_enough_tokens_keeps_its_own() -> None:
-    enough, many = Moments.zeros(8), Moments.zeros(8)
-    enough.add(inputs(0, count=8))
-    many.add(inputs(1))
+    enough, many = moments(inputs(0, count=8)), moments(inputs(1))
     assert enough.blended(many) is enough
 
 
 def test_totals_are_sums() -> None:
-    parts = [Moments.zeros(8) for _ in range(3)]
-    together = Moments.zeros(8)
-    for seed, part in enumerate(parts):
-        part.add(inputs(seed))
-        together.add(inputs(seed))
-    found = total(parts)
+    chunks = [inputs(seed) for seed in range(3)]
+    together = moments(*chunks)
+    found = total(moments(chunk) for chunk in chunks)
     assert torch.allclose(found.gram, together.gram, atol=1e-4)
     assert found.count == together.count
 
@@ -120,24 +86,3 @@ def test_the_budget_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory_budget() == 12345
     monkeypatch.delenv("QTOOL_MAX_MEMORY")
     assert memory_budget() > 1_000_000
-
-
-def test_a_wide_gram_computed_by_halves_is_the_gram() -> None:
-    vectors = torch.randn(50, 515, generator=torch.Generator().manual_seed(0))
-    seen = Moments.zeros(515)
-    seen.add(vectors[:20])
-    seen.add(vectors[20:])
-    assert torch.allclose(seen.gram, vectors.t() @ vectors, atol=1e-4)
-    assert torch.equal(seen.gram, seen.gram.t())
-
-
-def test_products_in_bfloat16_are_added_in_float32() -> None:
-    """A sum of ones in bfloat16 would stay at 256; what each term is rounded to stays so."""
-    seen = Moments.zeros(256)
-    ones = torch.ones(5000, 256)
-    with Bfloat16Products():
-        for _ in range(3):
-            seen.add(ones)
-    assert seen.count == 15000
-    assert bool((seen.gram == 15000).all())
-    assert bool((seen.magnitude == 15000).all())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qtool.calibration.statistics import Drift, Moments
+from qtool.calibration.sums import DriftSums, MomentSums
 from qtool.quantize.correction import correct
 
 ROWS, COLUMNS = 6, 16
@@ -14,13 +15,13 @@ ROWS, COLUMNS = 6, 16
 
 def seen(inputs: Tensor, difference: Tensor, held_out: int) -> tuple[Moments, Drift]:
     """The last `held_out` vectors are held out."""
-    moments = Moments.zeros(COLUMNS)
-    drift = Drift.zeros(difference.shape[1], COLUMNS)
+    sums = MomentSums.zeros(COLUMNS)
+    drift = DriftSums.zeros(difference.shape[1], COLUMNS)
     cut = inputs.shape[0] - held_out
     for part, held in ((slice(0, cut), False), (slice(cut, None), True)):
-        moments.add(inputs[part])
+        sums.add(inputs[part])
         drift.add(difference[part], inputs[part], held_out=held)
-    return moments, drift
+    return sums.moments(), drift.drift()
 
 
 @pytest.fixture

@@ -9,14 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from qtool.builtin import evaluation_text
 from qtool.errors import UsageError
 from qtool.quantize.pipeline import prepare, require_shareable
 from qtool.recipe import load_recipe
-from qtool.runtime.loading import load_model
 from qtool.settings import Launched, child_environment, launched
 
 MODEL = "builtin:books-7m"
@@ -42,40 +38,15 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def first_block_differs(one: Path, other: Path) -> float:
-    """Share of the first block's words of codes that are not the same."""
-    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
-    names = [name for name in first if ".layers.0." in name and name.endswith("weight_packed")]
-    assert names
-    differ = torch.cat([(first[name] != second[name]).flatten() for name in names])
-    return float(differ.float().mean())
-
-
-def divergence(model: str) -> float:
-    """Mean KL divergence from the original on text that was not calibrated with."""
-    original = load_model(MODEL, dtype="float32")
-    assert original.tokenizer is not None
-    ids = original.tokenizer.encode(evaluation_text().read_text(encoding="utf-8")[:40_000])
-    tokens = torch.tensor(ids[: 32 * 128]).view(32, 128)
-    expected = original.logits(tokens).log_softmax(-1)
-    found = load_model(model, dtype="float32").logits(tokens).log_softmax(-1)
-    return float((expected.exp() * (expected - found)).sum(-1).mean())
-
-
 @pytest.mark.slow
-def test_two_ranks_write_what_one_process_writes_nearly_and_themselves_exactly(
-    tmp_path: Path,
-) -> None:
-    quantize(1, MODEL, tmp_path / "one", *DATA)
-    said = quantize(2, MODEL, tmp_path / "two", *DATA)
-    assert said.count("model.layers.0  1/8") == 1  # rank 0 speaks for all
-    quantize(2, MODEL, tmp_path / "again", *DATA)
-    assert weights(tmp_path / "two") == weights(tmp_path / "again")
-    assert first_block_differs(tmp_path / "one", tmp_path / "two") < 0.01
-    # What is left is chance: a code that falls the other way in one block moves all behind it. On
-    # this small model that is 2 to 4 %, to either side.
-    alone, shared = (divergence(str(tmp_path / name)) for name in ("one", "two"))
-    assert abs(shared - alone) < 0.1 * alone, (alone, shared)
+def test_ranks_write_the_bytes_that_one_process_writes(tmp_path: Path) -> None:
+    """So their KL divergence is the same too, whatever the number of ranks."""
+    quantize(1, MODEL, tmp_path / "alone", *DATA)
+    for ranks in (2, 3):
+        out = tmp_path / str(ranks)
+        said = quantize(ranks, MODEL, out, *DATA)
+        assert said.count("model.layers.0  1/8") == 1  # rank 0 speaks for all
+        assert weights(out) == weights(tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -85,9 +56,9 @@ def test_experts_are_shared_too(
 ) -> None:
     """Which experts a rank's first chunk reaches differs; rank 0's view of them is everybody's."""
     model = str(tiny_checkpoint("qwen3_moe"))
-    for name in ("first", "second"):
-        quantize(2, model, tmp_path / name, "--recipe", recipe, *DATA)
-    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    for ranks, name in ((1, "alone"), (2, "shared")):
+        quantize(ranks, model, tmp_path / name, "--recipe", recipe, *DATA)
+    assert weights(tmp_path / "alone") == weights(tmp_path / "shared")
 
 
 @pytest.mark.slow
