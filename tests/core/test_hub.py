@@ -259,7 +259,7 @@ def test_the_command_pushes_an_edited_card(
     (folder / "README.md").write_text("# mine")
     main(["push", str(folder), "me/made", "--json"])
     captured = capsys.readouterr()
-    assert "README.md was edited" in captured.err
+    assert "README.md was changed" in captured.err
     result = json.loads(captured.out)
     assert result["repository"] == "me/made"
     assert set(result["files"]) == set(signed_in.files)
