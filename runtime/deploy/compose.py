@@ -76,7 +76,7 @@ def compose_files(deployment: Deployment, image: str | None) -> dict[str, File]:
         },
         "volumes": {"cache": {}, "prometheus": {}, "grafana": {}},
     }
-    variables = "" if not keys else f"QTOOL_API_KEY={keys[0]}\n"
+    variables = "" if not keys else f"QTOOL_API_KEY={_quoted(keys[0])}\n"
     return {
         "compose.yaml": File(to_yaml(document)),
         "qtool.env": File(f"# HF_TOKEN=  for gated models\n{variables}", SECRET),
@@ -136,6 +136,18 @@ def _server(deployment: Deployment, image: str | None) -> dict[str, Any]:
         "security_opt": ["no-new-privileges:true"],
         "deploy": {"resources": wanted},
     }
+
+
+def _quoted(key: str) -> str:
+    """A key as an env_file has it: without quotes compose would replace $NAME, often by nothing,
+    and end the key at " #".
+    """
+    if any(character in "'\\" or not character.isprintable() for character in key):
+        raise UsageError(
+            "the API key has a quote, a backslash or a control character",
+            "use another key: openssl rand -hex 32",
+        )
+    return f"'{key}'"
 
 
 def _literal(text: str) -> str:

@@ -97,7 +97,20 @@ def test_an_api_key_is_in_a_file_for_its_owner_alone(
     files = written(f"--to compose {MODEL} --api-key s3cret", tmp_path)
     holding = [name for name, text in files.items() if "s3cret" in text]
     assert holding == ["qtool.env"]
+    assert "\nQTOOL_API_KEY='s3cret'\n" in files["qtool.env"]
     assert stat.S_IMODE((tmp_path / "qtool.env").stat().st_mode) == 0o600
+
+
+def test_an_api_key_is_taken_literally_or_refused(
+    tmp_path: Path,
+    refusal: Callable[[str], QtoolError],
+    written: Callable[[str, Path], dict[str, str]],
+) -> None:
+    """compose would read $ecret without quotes as nothing, and the server would ask for no key."""
+    files = written(f"--to compose {MODEL} --api-key '$ecret #1'", tmp_path)
+    assert "\nQTOOL_API_KEY='$ecret #1'\n" in files["qtool.env"]
+    for key in ("it\\'s", '"a\\\\b"'):
+        assert "another key" in (refusal(f"--to compose {MODEL} --api-key {key}").hint or "")
 
 
 def test_a_dollar_is_a_dollar(
