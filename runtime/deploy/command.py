@@ -227,7 +227,7 @@ def deploy(
         flags["device"] = "cuda"
     asked = meaning(model, flags)
     facts = look_at(model, asked.engine.revision)
-    check_split(facts, tensor_parallel_size, pipeline_parallel_size)
+    check_split(facts, tensor_parallel_size, pipeline_parallel_size, evenly=to == "vllm")
     if to != "vllm" and pipeline_parallel_size > 1:
         raise UsageError(
             f"--pipeline-parallel-size {pipeline_parallel_size}: qtool's engine splits layers over "

@@ -128,7 +128,7 @@ def check(deployment: Deployment, vllm: Installed) -> None:
     facts = deployment.facts
     if found := why_not(facts, vllm):
         raise UsageError(f"{facts.name}: {found}", cure(facts, vllm))
-    check_split(facts, deployment.tensor_parallel, deployment.pipeline_parallel)
+    check_split(facts, deployment.tensor_parallel, deployment.pipeline_parallel, evenly=True)
     if deployment.scale.replicas > 1 or deployment.scale.most is not None:
         raise UsageError(
             f"--to vllm starts one server, not {deployment.scale.replicas} replicas",

@@ -217,6 +217,17 @@ def test_groups_must_stay_whole(folder_of: FolderOf, refusal: Refusal) -> None:
     assert "1, 2" in (error.hint or "")
 
 
+def test_qtools_own_ranks_may_have_a_group_more_than_others(
+    folder_of: FolderOf, refusal: Refusal, deploy: Callable[[str], str]
+) -> None:
+    """768 = 6 groups of 128: four ranks have two, two, one and one."""
+    folder = folder_of(quantization=packed(4), num_attention_heads=16, num_key_value_heads=16)
+    assert "--tensor-parallel-size" in deploy(f"--to ray {folder} -tp 4 --dry-run")
+    error = refusal(f"--to ray {folder} -tp 8 --dry-run")
+    assert "fewer than 8" in error.message
+    assert error.hint == f"{folder} can be split over 1, 2, 4"
+
+
 def test_a_flag_that_would_change_answers_is_an_error(refusal: Refusal) -> None:
     assert "--also-serve" in refusal(f"{DRY} {MODEL} --also-serve Qwen/Qwen3-0.6B").message
 
