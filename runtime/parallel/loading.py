@@ -7,6 +7,7 @@ machine has what the ranks need, that the memory does, and that the model can be
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,9 +35,12 @@ def load_together(config: EngineConfig) -> LoadedModel:
         budget=MemoryBudget.measure(config, device),
     )
     plan = found.plan.shard(Shard(0, size))
-    num_threads = _share_of_threads(device, size)
+    given = _give_threads(device, size)
+    num_threads = torch.get_num_threads()
     team = Team.start(
-        size, lambda rank, meeting: _errand(config, found, rank, meeting, backend, num_threads)
+        size,
+        lambda rank, meeting: _errand(config, found, rank, meeting, backend, num_threads),
+        at_end=lambda: _take_threads_back(given),
     )
     try:
         return _loaded(config, found, plan, team, backend)
@@ -79,10 +83,24 @@ def _errand(
     )
 
 
-def _share_of_threads(device: torch.device, size: int) -> int:
-    """On a CPU the ranks divide the threads that this process had for itself."""
+def _give_threads(device: torch.device, size: int) -> int:
+    """On a CPU the ranks divide the threads that this process had for itself: how many fewer it
+    has until they end, or every model that is loaded would have fewer than the one before.
+    """
     if device.type != "cpu":
-        return torch.get_num_threads()
-    num_threads = max(1, torch.get_num_threads() // size)
+        return 0
+    before = _threads_of_process()
+    num_threads = max(1, before // size)
     torch.set_num_threads(num_threads)
-    return num_threads
+    return before - num_threads
+
+
+def _take_threads_back(given: int) -> None:
+    if given:
+        torch.set_num_threads(_threads_of_process() + given)
+
+
+def _threads_of_process() -> int:
+    """What a new thread computes with; one that has computed before keeps what it had then."""
+    with ThreadPoolExecutor(1) as fresh:
+        return fresh.submit(torch.get_num_threads).result()

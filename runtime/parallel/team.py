@@ -51,7 +51,11 @@ class Team:
     """
 
     def __init__(
-        self, members: Sequence[Member], folder: Path, cleanup: Callable[[], None]
+        self,
+        members: Sequence[Member],
+        folder: Path,
+        cleanup: Callable[[], None],
+        at_end: Callable[[], None],
     ) -> None:
         self._members = tuple(members)
         self._meeting = folder / "meeting"
@@ -60,12 +64,21 @@ class Team:
         self._group: ProcessGroup | None = None
         self._num_runners = 0
         self.weight_bytes: tuple[int, ...] = ()
+        self._at_end = at_end
         # Also at the end of the process, and when nobody holds this any more.
         self._end = weakref.finalize(self, _end, self._watch, cleanup)
 
     @classmethod
-    def start(cls, size: int, errand: Callable[[int, Path], Errand]) -> Team:
-        """errand  (rank, the file where the ranks meet) -> what that rank is to do"""
+    def start(
+        cls,
+        size: int,
+        errand: Callable[[int, Path], Errand],
+        at_end: Callable[[], None] = lambda: None,
+    ) -> Team:
+        """
+        errand  (rank, the file where the ranks meet) -> what that rank is to do
+        at_end  called once, when they have been stopped or could not be started
+        """
         folder = tempfile.TemporaryDirectory(prefix="qtool-ranks-")
         meeting = Path(folder.name) / "meeting"
         members: list[Member] = []
@@ -74,8 +87,9 @@ class Team:
                 members.append(spawn(rank, errand(rank, meeting)))
         except BaseException:
             _end(Watch(members), folder.cleanup)
+            at_end()
             raise
-        return cls(members, Path(folder.name), folder.cleanup)
+        return cls(members, Path(folder.name), folder.cleanup, at_end)
 
     @property
     def size(self) -> int:
@@ -145,7 +159,9 @@ class Team:
 
     def stop(self) -> None:
         """End the other ranks."""
-        self._end()
+        if self._end.alive:
+            self._end()
+            self._at_end()
 
     def _raise_if_lost(self) -> None:
         if (lost := self.lost) is not None:

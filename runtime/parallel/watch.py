@@ -21,7 +21,7 @@ from qtool.runtime.parallel.message import Stop, Text, encode
 
 # A rank that has closed its socket is about to end.
 LAST_SECONDS = 10.0
-# One that was told to stop ends when the step under way is done.
+# One that was told to stop ends within a moment (`follower.LAST_WORD_SECONDS`), if it can.
 STOP_SECONDS = 30.0
 # How long after it a rank's end is known, by which others were cut off.
 REASON_SECONDS = 1.0
@@ -30,7 +30,7 @@ Said = Literal["arrived", "loaded"]
 
 
 class Watch:
-    """lost: what ended the group, in words; None while all ranks are there."""
+    """lost: what ended the group, in words, also when it was `end`; None while all are there."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self._members = tuple(members)
@@ -81,6 +81,8 @@ class Watch:
         with self._changed:
             self._ending = True
             self._listeners = []
+            self.lost = self.lost or "the model was closed, and with it its other ranks"
+            self._changed.notify_all()
         for member in self._members:
             try:
                 member.channel.send(encode(Stop()))

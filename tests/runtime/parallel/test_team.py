@@ -69,7 +69,9 @@ def is_gone(pid: int, seconds: float = 20.0) -> bool:
 
 def test_two_ranks_write_what_one_process_does_until_one_is_killed() -> None:
     """Prompts in chunks, shared beginnings (blocks are copied), steps of several sequences."""
+    torch.set_num_threads(2)
     alone, shared = engine(1), engine(2)
+    assert torch.get_num_threads() == 1, "the other thread is rank 1's"
     assert texts(shared) == texts(alone)
     assert texts(shared) == texts(alone)  # from the cache now
     done, expected = shared.engine.stats(), alone.engine.stats()
@@ -101,6 +103,7 @@ def test_two_ranks_write_what_one_process_does_until_one_is_killed() -> None:
         shared.engine.embed((5,), "last")
     shared.close()
     assert is_gone(pid)
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.slow
@@ -169,7 +172,10 @@ def test_two_models_of_one_process_do_not_mix() -> None:
     expected = texts(engine(1))
     assert texts(second) == texts(second)
     assert texts(first) == expected
+    closed = first.loaded
     first.close()
+    with pytest.raises(RankLost, match="the model was closed"):
+        closed.logits(torch.tensor([[5, 6]]))
     assert len(texts(second)) == len(PROMPTS)
     second.close()
 
