@@ -20,7 +20,7 @@ from qtool.runtime.evaluate.agreement import passages
 from qtool.runtime.evaluate.perplexity import (
     bits_per_byte,
 )
-from qtool.runtime.evaluate.reading import Opened, Reading, plan_reading, read_by_all
+from qtool.runtime.evaluate.reading import FirstRead, Reading, plan_reading, read_by_all
 from qtool.runtime.evaluate.report import Speed
 from qtool.runtime.evaluate.scorer import (
     DTYPES,
@@ -149,10 +149,12 @@ def score_models(
     )
     outcomes: dict[str, Outcome] = {}
     answered: dict[str, _Answered] = {}
-    first: Opened | None = None
+    first: FirstRead | None = None
     may_differ = not originals and stored is None
-    for group in groups:
-        present = [*originals, *(subjects[index] for index in group)]
+
+    def score_group(present: Sequence[Subject]) -> None:
+        """In a function, so that no name holds on to its models while the next are loaded."""
+        nonlocal first, recorder
         scorers = [
             open_scorer(
                 subject.source, subject.name, dtype=dtype, device=device, activations=activations
@@ -160,7 +162,7 @@ def score_models(
             for subject in present
         ]
         for alike in read_by_all(scorers, text, max_tokens, stored, first, may_differ=may_differ):
-            first = first or alike[0]
+            first = first or FirstRead.of(alike[0])
             own = alike[0].text
             read = plan_reading(own, context, stored, papers=papers)
             found = _score_alike(
@@ -188,8 +190,11 @@ def score_models(
                     answers.harness.results,
                     _worst(scorer, result, read),
                 )
+
+    for group in groups:
+        score_group([*originals, *(subjects[index] for index in group)])
     assert first is not None
-    return Scoring(first.num_tokens, outcomes[first.scorer.name].read, outcomes)
+    return Scoring(first.num_tokens, outcomes[first.name].read, outcomes)
 
 
 def _score_alike(

@@ -19,6 +19,7 @@ from qtool.runtime.evaluate.perplexity import Protocol, llama_cpp_protocol, pape
 from qtool.runtime.evaluate.scorer import Scorer, TokenizedText, require_same_tokens
 from qtool.runtime.evaluate.stored import StoredReference
 from qtool.runtime.evaluate.text import EvaluationText
+from qtool.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,27 @@ class Opened(NamedTuple):
     num_tokens: int
 
 
+class FirstRead(NamedTuple):
+    """What is kept of the first model while others are loaded in its place."""
+
+    name: str
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    text: TokenizedText
+    num_tokens: int
+
+    @classmethod
+    def of(cls, opened: Opened) -> FirstRead:
+        scorer = opened.scorer
+        return cls(scorer.name, scorer.vocab_size, scorer.tokenizer, opened.text, opened.num_tokens)
+
+
 def read_by_all(
     scorers: Sequence[Scorer],
     text: EvaluationText,
     max_tokens: int | None,
     stored: StoredReference | None,
-    first: Opened | None,
+    first: FirstRead | None,
     *,
     may_differ: bool,
 ) -> list[list[Opened]]:
@@ -59,9 +75,9 @@ def read_by_all(
         if stored is not None:
             whole = as_stored(stored, whole, scorer)
         own = Opened(scorer, _shortened(whole, max_tokens), whole.ids.numel())
-        first = first or own
+        first = first or FirstRead.of(own)
         if not may_differ:
-            require_same_tokens(first.scorer, first.text, scorer, own.text)
+            require_same_tokens(first, first.text, scorer, own.text)
         elif not _same(first.text, own.text):
             own = Opened(scorer, scorer.tokenize(_words(first)), whole.ids.numel())
         place = next((found for found in alike if _same(found[0].text, own.text)), None)
@@ -72,12 +88,11 @@ def read_by_all(
     return alike
 
 
-def _words(opened: Opened) -> str:
+def _words(first: FirstRead) -> str:
     """The piece of text that a model reads."""
-    tokenizer = opened.scorer.tokenizer
-    assert tokenizer is not None, "it has read the text"
-    ids = opened.text.ids if opened.text.bos_token_id is None else opened.text.ids[1:]
-    return tokenizer.decode(ids.tolist())
+    assert first.tokenizer is not None, "it has read the text"
+    ids = first.text.ids if first.text.bos_token_id is None else first.text.ids[1:]
+    return first.tokenizer.decode(ids.tolist())
 
 
 def _shortened(text: TokenizedText, max_tokens: int | None) -> TokenizedText:

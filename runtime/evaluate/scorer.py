@@ -66,11 +66,16 @@ class TokenizedText:
 Rows = Callable[[int, int, int], Tensor]
 
 
-class Scorer(Protocol):
-    """A loaded model, as evaluation sees it."""
-
+class Named(Protocol):
     @property
     def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class Scorer(Named, Protocol):
+    """A loaded model, as evaluation sees it."""
 
     @property
     def scored_by(self) -> str:
@@ -79,9 +84,6 @@ class Scorer(Protocol):
 
     @property
     def dtype(self) -> str: ...
-
-    @property
-    def vocab_size(self) -> int: ...
 
     def tokenize(self, text: str) -> TokenizedText: ...
 
@@ -132,7 +134,8 @@ class RuntimeScorer:
     @property
     def dtype(self) -> str:
         name = str(self.loaded.dtype).removeprefix("torch.")
-        rounds = any(use.kernel == "native_w4a8" for use in self.loaded.kernels)
+        # Kernels are named for the bits of weights and activations, w4a8, where the latter round.
+        rounds = any(use.kernel.endswith("a8") for use in self.loaded.kernels)
         return f"{name} with quantized layers on 8-bit activations" if rounds else name
 
     @property
@@ -270,7 +273,7 @@ def tokenize(name: str, tokenizer: Tokenizer | None, text: str) -> TokenizedText
 
 
 def require_same_tokens(
-    first: Scorer, first_text: TokenizedText, other: Scorer, other_text: TokenizedText
+    first: Named, first_text: TokenizedText, other: Named, other_text: TokenizedText
 ) -> None:
     """Raise the first difference between what two models read, or between what they predict."""
     names = f"{first.name} and {other.name}"

@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,9 @@ from qtool.cli import main
 from qtool.errors import QtoolError
 from qtool.runtime.evaluate.outcomes import memory_groups
 from qtool.runtime.evaluate.run import as_command, evaluate
+from qtool.runtime.evaluate.scorer import RuntimeScorer, Scorer, open_scorer
+from qtool.runtime.models.decoder import Decoder
+from qtool.weights import DenseWeight
 
 
 @pytest.fixture
@@ -157,7 +162,23 @@ def test_models_in_turn_give_the_numbers_of_models_together(
     models = [str(noisy), str(original)]
     together = evaluate(models, str(original), max_tokens=1024, speed=False)
     monkeypatch.setattr("qtool.runtime.evaluate.outcomes.MEMORY_SHARE", 0.0)
+    opened: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def watched(*arguments: Any, **options: Any) -> Scorer:
+        alive.append(sum(one() is not None for one in opened))
+        scorer = open_scorer(*arguments, **options)
+        assert isinstance(scorer, RuntimeScorer)
+        assert isinstance(scorer.loaded.decoder, Decoder)
+        stored = scorer.loaded.decoder.embedding.stored
+        assert isinstance(stored, DenseWeight)
+        opened.append(weakref.ref(stored.values))
+        return scorer
+
+    monkeypatch.setattr("qtool.runtime.evaluate.outcomes.open_scorer", watched)
     in_turn = evaluate(models, str(original), max_tokens=1024, speed=False)
+    # The original and one candidate, twice; the first two are gone when the others come.
+    assert alive == [0, 1, 0, 1]
     assert [m.divergence for m in in_turn.models] == [m.divergence for m in together.models]
 
 
