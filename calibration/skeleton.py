@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,6 +217,8 @@ def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module
 # mallopt's names of them, and what a run of a block makes and drops again and again.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _REUSED_BYTES = 2**28
+# The most that glibc takes for the second before 2.35.
+_OLD_MOST_BYTES = 2**25
 
 
 def reuse_freed_memory() -> None:
@@ -226,7 +228,13 @@ def reuse_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES)
+        raise_thresholds(mallopt)
+
+
+def raise_thresholds(mallopt: Callable[[int, int], int]) -> None:
+    """mallopt  as mallopt(3): 0 where a value is refused"""
+    # Where none is taken, nothing may be set: it would end glibc's own raising of them.
+    if mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES) or mallopt(_M_MMAP_THRESHOLD, _OLD_MOST_BYTES):
         mallopt(_M_TRIM_THRESHOLD, 2 * _REUSED_BYTES)
 
 
