@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,8 +147,11 @@ def summarize(tokens: TokenDivergence) -> Divergence:
 
 
 def percentile(ordered: Tensor, percent: float) -> float:
-    """Linear between neighbours: of [0, 10, 20] the 75th is 15. `ordered` [tokens] ascends."""
-    position = percent / 100 * (ordered.numel() - 1)
+    """Linear between neighbours: of [0, 10, 20] the 75th is 15. `ordered` [tokens] ascends.
+
+    The place is a float32, as in llama.cpp: where values are far apart, the printed digits tell.
+    """
+    position = float(np.float32(percent / 100) * np.float32(ordered.numel() - 1))
     below = math.floor(position)
     above = min(below + 1, ordered.numel() - 1)
     low, high = ordered[below].item(), ordered[above].item()

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
@@ -171,6 +171,18 @@ class Metrics:
             ["handler", "method"],
             registry=self.registry,
             buckets=REQUEST_BUCKETS,
+        )
+        self.http_request_bytes = Summary(
+            "http_request_size_bytes",
+            "Bodies of requests, as their headers announce them.",
+            ["handler"],
+            registry=self.registry,
+        )
+        self.http_response_bytes = Summary(
+            "http_response_size_bytes",
+            "Bodies of answers, all pieces of a stream together.",
+            ["handler"],
+            registry=self.registry,
         )
         self.cached_prompt_tokens = Counter(
             "vllm:prompt_tokens_cached",

@@ -67,11 +67,13 @@ class HttpMetricsMiddleware:
             return
         begun = time.monotonic()
         status = "5xx"
+        num_bytes = 0
 
         async def send_and_look(message: Message) -> None:
-            nonlocal status
+            nonlocal status, num_bytes
             if message["type"] == "http.response.start":
                 status = f"{message['status'] // 100}xx"
+            num_bytes += len(message.get("body", b""))
             await send(message)
 
         try:
@@ -83,6 +85,10 @@ class HttpMetricsMiddleware:
                 method = "other"
             self._metrics.http_requests.labels(handler, method, status).inc()
             self._metrics.http_seconds.labels(handler, method).observe(time.monotonic() - begun)
+            announced = dict(scope["headers"]).get(b"content-length", b"0")
+            asked = int(announced) if announced.isdigit() else 0
+            self._metrics.http_request_bytes.labels(handler).observe(asked)
+            self._metrics.http_response_bytes.labels(handler).observe(num_bytes)
 
 
 def _printable(value: bytes) -> bool:

@@ -106,9 +106,9 @@ def test_equals_the_sums_of_llama_perplexity_in_float64() -> None:
     assert result.delta_p_rms == close((math.sqrt(mse[0]), 0.5 / math.sqrt(mse[0]) * mse[1]))
     assert result.same_top == close((same, math.sqrt(same * (1 - same) / (n - 1))))
     for percent, value in result.kld_percentiles.items():
-        assert value == close(np.percentile(kld, percent))
+        assert value == close(percentile_of_llama_cpp(kld, percent))
     for percent, value in result.delta_p_percentiles.items():
-        assert value == close(np.percentile(delta, percent))
+        assert value == close(percentile_of_llama_cpp(delta, percent))
 
 
 def _log_softmax64(logits: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
@@ -142,6 +142,15 @@ def test_not_a_number_in_either_model_shows() -> None:
         pair = [logits.clone(), reference.clone()]
         pair[broken][1, 4] = float("nan")
         assert compare(pair[0], pair[1], targets).kld.isnan().tolist() == [False, True, False]
+
+
+def percentile_of_llama_cpp(values: np.ndarray, percent: float) -> float:
+    """perplexity.cpp: `float p = fraction*(values.size() - 1)`."""
+    place = np.float32(percent / 100) * np.float32(len(values) - 1)
+    below = int(place)
+    part = float(place - np.float32(below))
+    first, second = np.sort(values)[[below, min(below + 1, len(values) - 1)]]
+    return (1 - part) * first + part * second
 
 
 def test_percentiles_are_linear_between_neighbours() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = {"model_name": "builtin:books-7m", "engine": "0"}
@@ -133,6 +134,18 @@ def test_both_names_of_the_token_gap_say_the_same(server: Any) -> None:
         assert [(s.labels, s.value) for s in found[old + suffix]] == [
             (s.labels, s.value) for s in found[new + suffix]
         ]
+
+
+def test_bodies_are_counted_by_route(server: Any) -> None:
+    def sizes(name: str) -> float:
+        found = samples(server).get(f"http_{name}_size_bytes_sum", [])
+        return sum(s.value for s in found if s.labels["handler"] == "/tokenize")
+
+    before = sizes("request"), sizes("response")
+    sent = b'{"prompt": "The ship sailed"}'
+    answer = httpx.post(f"{server.url}/tokenize", content=sent)
+    assert sizes("request") - before[0] == len(sent)
+    assert sizes("response") - before[1] == len(answer.content)
 
 
 def test_openmetrics_scrapers_get_openmetrics(server: Any) -> None:
