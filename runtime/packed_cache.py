@@ -5,9 +5,9 @@
 
 Packing reads the whole model and writes as much memory; where the kernels' form is kept, the next
 start maps it. The file is used only if all that went into it is the same: the model's files (name,
-size, time of change, both ends), the code that packs, the CPU's instructions, and what was asked of
-packed layers. Otherwise it is left aside with a line that says why, and made anew. It is as large
-as the packed layers, and can be deleted at any time.
+size, time of change, both ends), the code that reads and packs, the CPU's instructions, and what
+was asked of packed layers. Otherwise it is left aside with a line that says why, and made anew. It
+is as large as the packed layers, and can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from qtool import arch, decoder_config, scheme, weights
+from qtool.convert import formats
 from qtool.convert.formats import WeightReader
 from qtool.errors import FormatError
 from qtool.kernels import dispatch
@@ -32,13 +34,19 @@ from qtool.progress import console
 from qtool.runtime import layers
 from qtool.runtime.layers import PackingRules
 from qtool.runtime.memory import size
-from qtool.runtime.models import build, layer_store
+from qtool.runtime.models import build, layer_store, tensors, text_part
+from qtool.runtime.models import load as load_models
 from qtool.runtime.models.layer_store import UNSTORED, LayerReader, LayerStore, LayerWriter
 from qtool.settings import settings
 from qtool.source import Source
 
-# What decides how a layer is packed; a change of any of them is another layout.
-CODE = (native_linear, packed_form, dispatch, layers, build, layer_store)
+# What decides what a layer holds and how it is packed: kernels, how each format is read, how
+# weights are put together. A change of any of them may be another layer.
+CODE = (
+    *(native_linear, packed_form, dispatch, layers, layer_store),
+    *(build, tensors, text_part, load_models, arch, decoder_config, scheme, weights),
+)
+READERS = Path(str(formats.__file__)).parent
 END_BYTES = 1 << 16
 DIFFERENCES = {
     "files": "the model's files have changed",
@@ -95,6 +103,7 @@ def identity_of(reader: WeightReader, dtype: torch.dtype, rules: PackingRules) -
             path.read_bytes()
             for path in (
                 *sorted(SOURCES.iterdir()),
+                *sorted(READERS.rglob("*.py")),
                 *(Path(str(module.__file__)) for module in CODE),
             )
         ),

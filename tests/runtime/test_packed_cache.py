@@ -146,6 +146,14 @@ def test_other_settings_another_cpu_or_another_version_are_not_mixed_up(
     monkeypatch.setattr(packed_cache, "CODE", packed_cache.CODE[1:])
     loaded(model, rules=PackingRules(lm_head="int8"))
     assert "made by another version of qtool" in capfd.readouterr().err
+    # Another way of reading a format is another layer, whatever the kernels are.
+    readers = model.parent / "readers"
+    shutil.copytree(packed_cache.READERS, readers, ignore=shutil.ignore_patterns("__pycache__"))
+    with (readers / "gguf" / "import_.py").open("a") as changed:
+        changed.write("# mended\n")
+    monkeypatch.setattr(packed_cache, "READERS", readers)
+    loaded(model, rules=PackingRules(lm_head="int8"))
+    assert "made by another version of qtool" in capfd.readouterr().err
 
 
 def test_a_load_that_fails_leaves_no_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
