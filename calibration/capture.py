@@ -180,10 +180,13 @@ class BlockCapture:
         ]
         # One sequence shows all, but for experts: these are fed what is routed to them.
         routed = any(site.expert is not None for site in wanted)
-        sequences = None if routed else slice(0, 1)
         try:
-            with Watch(self.skeleton, self.index, set(wanted), on_input):
-                self._runner.run(self.index, 0, self._activations.get(0), sequences=sequences)
+            for sequences in (None,) if routed else (slice(0, 1), None):
+                fed.clear()
+                with Watch(self.skeleton, self.index, set(wanted), on_input):
+                    self._runner.run(self.index, 0, self._activations.get(0), sequences=sequences)
+                if set(wanted) <= set(fed):
+                    break
         finally:
             for hook in hooks:
                 hook.remove()

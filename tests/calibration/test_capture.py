@@ -99,6 +99,21 @@ def test_block_by_block_equals_the_whole(
             assert torch.allclose(gram, expected[site.parameter], atol=1e-4 * scale), site
 
 
+def test_a_linear_that_the_first_sequence_passes_by_is_found(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Experts that are modules of their own are fed what is routed to them, as fused ones are."""
+    streamed = Streamed(tiny_checkpoint("llama"), tmp_path)
+    capture = streamed.open(0)
+    mlp = streamed.skeleton.blocks[0].get_submodule("mlp")
+    plain = mlp.forward
+    # Only the second sequence of a chunk gets there.
+    mlp.forward = lambda x: torch.cat([torch.zeros_like(x[:1]), plain(x[1:])])  # type: ignore[method-assign]
+    sites = streamed.sites(0)
+    groups = capture.trace(sites)
+    assert {site for group in groups for site in group.sites} == set(sites)
+
+
 def watched(model: Any, parameters: set[str]) -> tuple[dict[str, Tensor], Tensor]:
     """Sums of x xᵀ over linears' inputs, and logits, by plain forward hooks."""
     grams: dict[str, Tensor] = {}
