@@ -8,15 +8,19 @@ for, so one made a moment ago is there without a restart.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from qtool.errors import FormatError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.modelfile import Modelfile
 from qtool.runtime.server.config import SamplingDefaults, ServerConfig
 from qtool.runtime.store import Store
+
+logger = logging.getLogger("qtool.server")
 
 View = TypeVar("View")
 
@@ -46,7 +50,13 @@ class MadeModels(Generic[View]):
 
     def all(self) -> Iterator[tuple[str, Modelfile]]:
         for name in self.store.names():
-            if (made := self.find(name)) is not None:
+            try:
+                made = self.find(name)
+            except FormatError as error:
+                # Whoever asks for it is told; nobody else's list ends on it.
+                logger.warning("%s", error.message)
+                continue
+            if made is not None:
                 yield name, made
 
     def _is_base(self, base: str) -> bool:

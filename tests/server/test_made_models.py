@@ -151,6 +151,20 @@ def test_a_name_with_an_adapter_needs_an_engine_that_takes_them(
     assert "--enable-lora" in refused.json()["error"]["message"]
 
 
+def test_a_torn_name_is_told_to_who_asks_for_it_and_to_nobody_else(server: Any) -> None:
+    torn = server.service.made.store.folder / "torn.json"
+    torn.write_text("{")
+    try:
+        assert [card["id"] for card in server.get("/v1/models").json()["data"]] == [MODEL]
+        asked = server.post("/v1/completions", {"model": "torn", "prompt": "a"})
+        assert asked.status_code == 400
+        assert "qtool rm torn" in asked.text
+        unknown = server.post("/v1/completions", {"model": "nobody", "prompt": "a"})
+        assert unknown.status_code == 404
+    finally:
+        torn.unlink()
+
+
 def test_a_name_is_not_made_from_an_adapter_without_it(serve: Any, lora_folder: Path) -> None:
     with serve(engine={"lora_modules": {"sailor": str(lora_folder)}}) as server:
         made = server.post("/api/create", {"model": "captain", "from": "sailor"})
