@@ -195,7 +195,7 @@ class TopTokens:
             samples, ln_p_samples = columns["samples"].long(), columns["ln_p_samples"]
             fits = ids.shape == ln_p.shape and samples.shape == ln_p_samples.shape
             fits &= len(ids) == len(rest) == len(target) == len(samples) == scored
-            found = (*ids.aminmax(), *samples.aminmax())
+            found = (*tokens.aminmax(), *ids.aminmax(), *samples.aminmax())
             if not fits or min(found) < 0 or max(found) >= vocab_size:
                 raise FormatError(f"{path}: its tensors do not belong together")
         except (SafetensorError, KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:

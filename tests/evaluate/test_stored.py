@@ -118,6 +118,16 @@ def test_the_likeliest_tokens_and_samples_of_the_rest_say_what_all_say(tmp_path:
         assert same.kld == pytest.approx(torch.zeros(SCORED), abs=1e-6)
 
 
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    """The model would look them up."""
+    file = tmp_path / "original.safetensors"
+    recorder = Recorder(file)
+    recorder.add(torch.randn(3, 400), torch.arange(3))
+    recorder.write(torch.full((8,), 400), 8)
+    with pytest.raises(FormatError, match="do not belong together"):
+        open_stored(file)
+
+
 def test_an_evaluation_against_a_file_is_the_one_against_the_model(
     noisy: Path, original: Path, tmp_path: Path
 ) -> None:
