@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from qtool.kernels import aot
 from qtool.kernels.aot import Compiled, hot_loop, read_listing
+from qtool.kernels.cuda import launch
 from qtool.kernels.cuda.budgets import CASES, Case, excess
+from qtool.kernels.cuda.launch import Launch
 
 LISTING = """
 .L_x_1:
@@ -39,6 +42,15 @@ def test_the_hot_loop_is_the_one_with_matrix_instructions() -> None:
         "IADD3": 1,
     }
     assert hot_loop(read_listing("")) == {}
+
+
+def test_a_triton_without_its_tools_still_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_tools(capability: tuple[int, int]) -> bool:
+        return bool(subprocess.run(["/nowhere/cuobjdump"], check=True))
+
+    monkeypatch.setattr(aot, "wants_inputs_by_thread", without_tools)
+    found = launch._on_nvidia.__wrapped__((8, 0))
+    assert found == Launch(has_assembly=True, inputs_by_thread=False, has_wgmma=False)
 
 
 def test_whatever_is_over_its_budget_is_named() -> None:
