@@ -89,15 +89,20 @@ def show(model: str, modelfile: bool) -> None:
       qtool show captain
       qtool show captain --modelfile > Modelfile
     """
-    found = store().find(model) or Modelfile(base=model)
-    click.echo(found.text(), nl=False)
-    if modelfile:
+    found = store().find(model)
+    if found is not None and modelfile:
+        click.echo(found.text(), nl=False)
         return
     from qtool.source import resolve
 
-    source = resolve(found.base)
+    # Nothing is printed of a model that is not there.
+    made = found or Modelfile(base=model)
+    source = resolve(made.base)
+    click.echo(made.text(), nl=False)
+    if modelfile:
+        return
     console.print(
-        f"at {source.path}; `qtool inspect {found.base}` shows its tensors", highlight=False
+        f"at {source.path}; `qtool inspect {made.base}` shows its tensors", highlight=False
     )
 
 
@@ -167,7 +172,8 @@ def _beside(folder: Path, written: str) -> str:
 
 @click.command()
 @click.option("--server", default=SERVER, show_default=True, metavar="URL")
-def ps(server: str) -> None:
+@click.option("--api-key", metavar="KEY", help="The server's key.  [default: $QTOOL_API_KEY]")
+def ps(server: str, api_key: str | None) -> None:
     """Show the models that a running server holds.
 
     \b
@@ -176,10 +182,17 @@ def ps(server: str) -> None:
     """
     import httpx
 
-    key = settings().api_key
+    key = api_key or settings().api_key
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
         response = httpx.get(f"{server.rstrip('/')}/api/ps", headers=headers, timeout=10)
+        if response.status_code == 401:
+            raise QtoolError(
+                f"the server at {server} asks for a key"
+                if key is None
+                else f"the server at {server} does not know this key",
+                "pass the server's key with --api-key",
+            )
         response.raise_for_status()
         models = response.json()["models"]
     except (httpx.HTTPError, ValueError, KeyError):

@@ -116,13 +116,14 @@ def forget_download(repo_id: str) -> int:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
+    names = {entry.name for entry in store().listed()}
     try:
         found = scan_cache_dir()
     except CacheNotFound:
-        raise UnknownName("model", repo_id, []) from None
+        raise UnknownName("model", repo_id, names) from None
     repos = {repo.repo_id: repo for repo in found.repos if repo.repo_type == "model"}
     if repo_id not in repos:
-        raise UnknownName("model", repo_id, repos)
+        raise UnknownName("model", repo_id, names | repos.keys())
     revisions = [revision.commit_hash for revision in repos[repo_id].revisions]
     strategy = found.delete_revisions(*revisions)
     strategy.execute()

@@ -151,6 +151,8 @@ def served_model(url: str, api_key: str | None) -> str:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         response = httpx.get(f"{url}/v1/models", headers=headers, timeout=CONNECT_SECONDS)
+        if response.status_code == 401:
+            raise QtoolError(f"{url} asks for a key, or for another", "pass it with --api-key")
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:

@@ -112,6 +112,12 @@ def test_a_model_is_made_listed_shown_copied_and_removed(
     assert qtool_says("pull", "poet").strip().endswith("books-7m")
     qtool_says("rm", "bard")
     assert "bard" not in qtool_says("list")
+    with pytest.raises(UsageError) as error:
+        CliRunner().invoke(qtool, ["rm", "poets"], catch_exceptions=False)
+    assert "did you mean poet" in (error.value.hint or "")
+    result = CliRunner().invoke(qtool, ["show", str(tmp_path / "nowhere")])
+    assert result.exit_code != 0
+    assert not result.stdout
     words = qtool_says("run", "poet", "-n", "5", "--seed", "1", "Tell me a story.")
     assert words.strip()
 
