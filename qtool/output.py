@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from qtool.errors import OutputExists, QtoolError, UsageError
+from qtool.units import size_text
 
 # What is copied beside the weights: tokenizer, templates, generation defaults, licence and card.
 SIDE_FILES = (
@@ -114,7 +115,7 @@ def require_disk_space(folder: Path, needed_bytes: int | None) -> None:
     free = shutil.disk_usage(folder).free
     if needed_bytes is not None and needed_bytes > free:
         raise QtoolError(
-            f"the output needs {needed_bytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
+            f"the output needs {size_text(needed_bytes)}, {folder} has {size_text(free)} free",
             "free some space, or name another --out",
         )
 

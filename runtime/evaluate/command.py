@@ -8,6 +8,7 @@ from typing import get_args
 
 import click
 
+from qtool.errors import UsageError
 from qtool.runtime.config import Device
 from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
 from qtool.settings import Activations
@@ -127,6 +128,11 @@ def evaluate(
       qtool eval --compare monday/report.json tuesday/report.json
     """
     if compare_reports:
+        if out is not None:
+            raise UsageError(
+                f"--out {out}: --compare prints, and writes no files",
+                "leave --out away, and redirect what it prints, or --json",
+            )
         _print_comparison(models, as_json=as_json)
         return
     from qtool.runtime.evaluate.report import to_json

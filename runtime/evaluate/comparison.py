@@ -16,7 +16,8 @@ from rich.table import Table
 
 from qtool.errors import FormatError
 from qtool.json_files import read_json
-from qtool.runtime.evaluate.report import REPORT_VERSION, size_text
+from qtool.runtime.evaluate.report import REPORT_VERSION
+from qtool.units import size_text
 
 HEADER = ("report", "model", "size", "bits/weight", "PPL (llama.cpp)", "KL divergence", "same top")
 

@@ -17,6 +17,13 @@ from qtool.runtime.svg import circle, line, rectangle, round_numbers, shortened,
 # KL divergences below this are float32 rounding; a logarithmic axis has to end somewhere.
 SMALLEST_KLD = 1e-7
 
+# Of a label's letters, in units of the drawing.
+_LABEL_ADVANCE = 8.0
+_LABEL_HEIGHT = 18.0
+
+Span = tuple[float, float, float]
+"""A label's left end, right end and baseline."""
+
 _BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 
 
@@ -91,16 +98,34 @@ def pareto_plot(points: Mapping[str, tuple[int, float]]) -> str:
         parts.append(line(x(size), top, x(size), height - bottom, "grid"))
         label = f"{size / 1e6:g} MB"
         parts.append(text(x(size), height - bottom + 18, label, "tick", anchor="middle"))
+    taken: list[Span] = []
     for name, (size, kld) in points.items():
         kind = "mean" if is_best(points, name) else "dot"
-        anchor = "end" if x(size) > 0.7 * width else "start"
-        shift = -10 if anchor == "end" else 10
         title = f"{name}: {size / 1e6:.4g} MB, {kld:.4g} nats"
         parts.append(circle(x(size), y(klds[name]), 5, kind, title))
-        parts.append(
-            text(x(size) + shift, y(klds[name]) - 8, shortened(name, 30), "label", anchor=anchor)
-        )
+        label = shortened(name, 30)
+        anchor = "end" if x(size) > 0.7 * width else "start"
+        shift = -10 if anchor == "end" else 10
+        begin = x(size) + shift - (_LABEL_ADVANCE * len(label) if anchor == "end" else 0)
+        span = free_span(begin, _LABEL_ADVANCE * len(label), y(klds[name]) - 8, taken)
+        taken.append(span)
+        parts.append(text(x(size) + shift, span[2], label, "label", anchor=anchor))
     return svg(width, height, "Mean KL divergence against size", parts)
+
+
+def free_span(begin: float, length: float, baseline: float, taken: Sequence[Span]) -> Span:
+    """The place nearest to ``baseline`` where a label of ``length`` covers none of ``taken``: the
+    baseline itself, else whole lines below and above it in turn.
+    """
+    lines = (0, *(way * step for step in range(1, len(taken) + 1) for way in (1, -1)))
+    for row in lines:
+        at = baseline + row * _LABEL_HEIGHT
+        if not any(
+            begin < end and start < begin + length and abs(at - other) < _LABEL_HEIGHT
+            for start, end, other in taken
+        ):
+            break
+    return begin, begin + length, at
 
 
 def is_best(points: Mapping[str, tuple[int, float]], name: str) -> bool:

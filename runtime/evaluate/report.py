@@ -18,6 +18,7 @@ from qtool.runtime.evaluate.divergence import Divergence, Estimate
 from qtool.runtime.evaluate.perplexity import Perplexity, Protocol
 from qtool.runtime.evaluate.tasks.results import HarnessResult, TaskResult
 from qtool.runtime.evaluate.worst import WorstToken
+from qtool.units import size_text
 
 REPORT_VERSION = 1
 
@@ -160,14 +161,6 @@ def _task_verdict(model: ModelReport) -> str:
 
 def grade(divergence: Divergence) -> str:
     return next(step.words for step in GRADES if divergence.kld.value <= step.limit)
-
-
-def size_text(size: int) -> str:
-    """Decimal units, as disks and hubs count: 14.7 MB."""
-    for limit, divisor, unit in ((1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
-        if size < limit:
-            return f"{size / divisor:.3g} {unit}"
-    return f"{size / 1e12:.3g} TB"
 
 
 def verdict_line(model: ModelReport, reference: ModelReport | None) -> str:

@@ -8,8 +8,9 @@ from typing import get_args
 
 from qtool.runtime.evaluate.divergence import Divergence, Estimate
 from qtool.runtime.evaluate.perplexity import ProtocolName
-from qtool.runtime.evaluate.report import EvaluationReport, ModelReport, size_text
+from qtool.runtime.evaluate.report import EvaluationReport, ModelReport
 from qtool.runtime.evaluate.tasks.results import Comparison, HarnessResult, TaskResult
+from qtool.units import size_text
 
 TABLE_HEADER = (
     "model",

@@ -26,12 +26,12 @@ from qtool.runtime.evaluate.report import (
     Speed,
     TextUsed,
     grade,
-    size_text,
     to_json,
     verdict,
     verdict_line,
 )
 from qtool.runtime.evaluate.rows import footnotes, table_rows
+from qtool.units import size_text
 
 HOSTILE = '<img src=x onerror="alert(1)">|`&amp;'
 PROTOCOLS = (

@@ -1,6 +1,8 @@
 """Worst tokens in their context, agreement of texts, size against divergence, reports compared."""
 
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,12 @@ import torch
 from click.testing import CliRunner
 
 from qtool.cli import qtool
-from qtool.errors import FormatError
+from qtool.errors import FormatError, UsageError
 from qtool.runtime.evaluate.agreement import agreement, first_difference, passages
 from qtool.runtime.evaluate.comparison import comparison_notes, read_report
 from qtool.runtime.evaluate.divergence import TokenDivergence
 from qtool.runtime.evaluate.perplexity import llama_cpp_protocol
-from qtool.runtime.evaluate.plots import is_best, pareto_plot
+from qtool.runtime.evaluate.plots import free_span, is_best, pareto_plot
 from qtool.runtime.evaluate.rows import visible
 from qtool.runtime.evaluate.worst import worst_tokens
 from qtool.runtime.svg import round_numbers
@@ -75,6 +77,19 @@ def test_no_other_model_is_better_in_both() -> None:
     assert drawn.count("<circle") == 2
 
 
+def test_labels_of_models_alike_do_not_cover_each_other() -> None:
+    assert free_span(0.0, 50.0, 100.0, []) == (0.0, 50.0, 100.0)
+    assert free_span(60.0, 50.0, 100.0, [(0.0, 50.0, 100.0)]) == (60.0, 110.0, 100.0)
+    assert free_span(10.0, 50.0, 100.0, [(0.0, 50.0, 100.0)]) == (10.0, 60.0, 118.0)
+    drawn = pareto_plot(dict.fromkeys(("one", "two", "three", "four"), (20, 0.01)))
+    heights = [
+        float(found)
+        for found in re.findall(r'<text[^>]* y="([^"]+)"[^>]*>(?:one|two|three|four)<', drawn)
+    ]
+    assert len(heights) == 4
+    assert min(b - a for a, b in pairwise(sorted(heights))) >= 18
+
+
 @pytest.mark.parametrize("largest", [5.8, 1.0, 9.99e9, 0.0123, 4e6])
 def test_axis_numbers_are_round_and_few(largest: float) -> None:
     found = round_numbers(largest)
@@ -132,3 +147,9 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         read_report(file)
     with pytest.raises(FormatError, match="not readable"):
         read_report(tmp_path)
+
+
+def test_a_folder_that_comparing_would_not_write_is_refused(tmp_path: Path) -> None:
+    words = ["eval", "--compare", "a.json", "--out", str(tmp_path / "out")]
+    with pytest.raises(UsageError, match="writes no files"):
+        CliRunner().invoke(qtool, words, catch_exceptions=False)
