@@ -232,7 +232,7 @@ def _writable(name: str) -> str:
     wanted = aliases.get(name.upper(), name).lower()
     found = next((file_type for file_type in known if file_type.lower() == wanted), None)
     if found is None:
-        raise UnknownName("GGUF type that can be written", name, known)
+        raise UnknownName("writable GGUF type", name, known)
     return found
 
 

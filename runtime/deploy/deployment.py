@@ -44,7 +44,7 @@ class Scale:
         if self.most is not None and self.most < self.replicas:
             raise UsageError(
                 f"--autoscale {self.replicas}:{self.most} ends below its beginning",
-                f"for example --autoscale {self.replicas}:{self.replicas + 1}",
+                f"the smaller number comes first: --autoscale {max(1, self.most)}:{self.replicas}",
             )
 
     @classmethod

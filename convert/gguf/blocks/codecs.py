@@ -209,7 +209,7 @@ def quantize_by_torch(
 
 def _writable(name: str, rows: Tensor) -> TensorType:
     if name not in _WRITERS:
-        raise UnknownName("GGUF type that can be written", name, _WRITERS)
+        raise UnknownName("writable GGUF type", name, _WRITERS)
     type = TENSOR_TYPES[name]
     assert rows.dtype == torch.float32, rows.dtype
     assert rows.shape[1] % type.block_size == 0, (name, rows.shape)
