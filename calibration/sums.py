@@ -8,9 +8,9 @@ codes over in some block, which moved all behind it: KL divergence by up to 4 % 
 
 A second moment is symmetric and is computed and kept in squares that lie on and above its diagonal,
 so the wider numbers take little more memory than a whole matrix of float32 (8.5 against 8 GiB for
-128 experts of 4096 inputs) and no more time: beside adding up a whole float32 matrix in place,
-chunks of 2048 vectors took 0.9, 1.0 and 0.9 of the CPU time at 256, 768 and 2048 inputs (bfloat16
-products, one Xeon core, 2026-11).
+128 experts of 4096 inputs) and about the same time: 0.9 to 1.1 of the CPU time of adding to a whole
+float32 matrix in place, in two paired runs of chunks of 2048 vectors of 256 to 2048 inputs, 0.9 for
+a drift (bfloat16 products, one core of a loaded Xeon, 2026-11).
 """
 
 from __future__ import annotations
