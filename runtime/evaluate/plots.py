@@ -98,7 +98,10 @@ def pareto_plot(points: Mapping[str, tuple[int, float]]) -> str:
         parts.append(line(x(size), top, x(size), height - bottom, "grid"))
         label = f"{size / 1e6:g} MB"
         parts.append(text(x(size), height - bottom + 18, label, "tick", anchor="middle"))
-    taken: list[Span] = []
+    # Marks are not written over either.
+    taken: list[Span] = [
+        (x(size) - 6, x(size) + 6, y(klds[name]) + 4) for name, (size, _) in points.items()
+    ]
     for name, (size, kld) in points.items():
         kind = "mean" if is_best(points, name) else "dot"
         title = f"{name}: {size / 1e6:.4g} MB, {kld:.4g} nats"

@@ -88,6 +88,11 @@ def test_labels_of_models_alike_do_not_cover_each_other() -> None:
     ]
     assert len(heights) == 4
     assert min(b - a for a, b in pairwise(sorted(heights))) >= 18
+    # The second's name would lie on the first's mark.
+    drawn = pareto_plot({"first": (95, 0.02), "second, of a long name": (100, 0.02)})
+    marks = [float(found) for found in re.findall(r' cy="([^"]+)"', drawn)]
+    (height,) = re.findall(r'<text[^>]* y="([^"]+)"[^>]*>second', drawn)
+    assert abs(float(height) - marks[0] - 4) >= 18
 
 
 @pytest.mark.parametrize("largest", [5.8, 1.0, 9.99e9, 0.0123, 4e6])
