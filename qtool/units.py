@@ -8,4 +8,4 @@ def size_text(size: int) -> str:
     for limit, divisor, unit in ((1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
         if size < limit:
             return f"{size / divisor:.3g} {unit}"
-    return f"{size / 1e12:.3g} TB"
+    return f"{size / 1e12:.3g} TB" if size < 1e15 else f"{size / 1e12:,.0f} TB"

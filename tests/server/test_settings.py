@@ -53,7 +53,8 @@ def test_a_model_can_have_several_names(serve: Callable[..., Any]) -> None:
 
 def test_each_key_has_its_own_share(serve: Callable[..., Any]) -> None:
     keys = [{"Authorization": f"Bearer {key}"} for key in ("first", "second")]
-    body = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    # Many long answers: they are not done before the next request comes, however slow that is.
+    body = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 32}
     with serve(api_keys=("first", "second"), max_per_client=1) as server:
         url = f"{server.url}/v1/completions"
         with httpx.stream("POST", url, json=body, headers=keys[0], timeout=60) as running:
