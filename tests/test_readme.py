@@ -35,7 +35,7 @@ README = Path(__file__).parent.parent / "README.md"
 # Commands that are not run here, by how they begin or what they hold.
 NOT_RUN = {
     r"^(git|make|pip|python3? -m venv|\. )": "sets up the checkout, from a registry",
-    r"^pytest ": "belongs to the checkout, and this one to a GPU",
+    r"^pytest |--device cuda": "needs a GPU",
     r"\b(Qwen|meta-llama)/": "reads a model from the Hub",
     r"^vllm ": "another program",
     r"^qtool push ": "writes to the Hub",
