@@ -12,8 +12,7 @@ logits    llama.cpp's own logits of the first of these files, and its file of th
 speed     a model of Qwen2.5-0.5B's shape in Q4_0: whole processes, from the start to the printed
           perplexity. They take turns; what counts is the least of each, by CPU time and by wall
 
-Where they are not named, peers.py builds them. One line of the block can differ in its last digit:
-llama-perplexity places percentiles by float32, which has no exact 99.9 % of thousands of tokens.
+Where they are not named, peers.py builds them.
 `ratio` is the peer's time by ours: above 1, ours is faster.
 """
 
