@@ -58,7 +58,8 @@ def test_each_key_has_its_own_share(serve: Callable[..., Any]) -> None:
     with serve(api_keys=("first", "second"), max_per_client=32) as server:
         url = f"{server.url}/v1/completions"
         with httpx.stream("POST", url, json=body, headers=keys[0], timeout=60) as running:
-            next(running.iter_lines())
+            lines = running.iter_lines()  # held: where it is let go, httpx hangs up
+            next(lines)
             refused = server.post("/v1/completions", {"prompt": "a"}, headers=keys[0])
             assert refused.status_code == 429
             assert refused.json()["error"]["code"] == "client_limit"
