@@ -54,8 +54,8 @@ def test_a_model_can_have_several_names(serve: Callable[..., Any]) -> None:
 def test_each_key_has_its_own_share(serve: Callable[..., Any]) -> None:
     keys = [{"Authorization": f"Bearer {key}"} for key in ("first", "second")]
     # Many long answers: they are not done before the next request comes, however slow that is.
-    body = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 32}
-    with serve(api_keys=("first", "second"), max_per_client=32) as server:
+    body = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 4}
+    with serve(api_keys=("first", "second"), max_per_client=4) as server:
         url = f"{server.url}/v1/completions"
         with httpx.stream("POST", url, json=body, headers=keys[0], timeout=60) as running:
             lines = running.iter_lines()  # held: where it is let go, httpx hangs up
