@@ -40,6 +40,7 @@ def service(
     return run
 
 
+# A program of the distribution, which no package index has.
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_finds_nothing_wrong(
     tmp_path: Path, written: Callable[[str, Path], dict[str, str]]

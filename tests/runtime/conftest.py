@@ -1,13 +1,22 @@
 """transformers as the oracle: the same folders, in float32, through its own modelling code."""
 
 import functools
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+from qtool import grid
+from qtool.checkpoint import Checkpoint
+from qtool.convert.formats import FORMATS
+from qtool.scheme import QuantScheme
+from qtool.weights import QuantizedWeight
 
 Logits = Callable[[Path, Tensor], Tensor]
 Greedy = Callable[[Path, Sequence[int], int], list[int]]
@@ -50,3 +59,35 @@ def transformers_greedy() -> Greedy:
         return ids
 
     return greedy
+
+
+@pytest.fixture(scope="session")
+def packed_checkpoint() -> Callable[[Path, Path, str], Path]:
+    """(folder, out, scheme) -> out, the checkpoint with the linears of its blocks packed."""
+
+    def pack(folder: Path, out: Path, word: str) -> Path:
+        scheme = QuantScheme.parse(word)
+        source = Checkpoint.open(folder)
+        tensors: dict[str, Tensor] = {}
+        packed: dict[str, QuantScheme] = {}
+        for name in source.tensors:
+            values = source.tensor(name)
+            module = name.removesuffix(".weight")
+            if values.ndim != 2 or ".layers." not in name:
+                tensors[name] = values
+                continue
+            found = grid.fit(values.float(), scheme)
+            zeros = None if found.zeros is None else found.zeros.to(torch.uint8)
+            codes = grid.codes(values.float(), found, scheme)
+            weight = QuantizedWeight(codes, found.scales, zeros, scheme)
+            parts = FORMATS["compressed-tensors"].pack(weight, values.dtype)
+            tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+            packed[module] = scheme
+        shutil.copytree(folder, out)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, out / "model.safetensors")
+        config = json.loads((out / "config.json").read_text())
+        described = FORMATS["compressed-tensors"].quantization_config(packed, ["lm_head"])
+        (out / "config.json").write_text(json.dumps(config | {"quantization_config": described}))
+        return out
+
+    return pack

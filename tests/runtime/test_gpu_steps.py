@@ -5,19 +5,13 @@ Weights are in float32, where fused and plain operations differ by the order of 
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qtool import grid
-from qtool.checkpoint import Checkpoint
-from qtool.convert.formats import FORMATS
 from qtool.kernels import dispatch
 from qtool.kernels.cuda import marlin_linear
 from qtool.kernels.cuda.sampling import Draw
@@ -32,7 +26,6 @@ from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.models import triton_decoder
 from qtool.runtime.models.decoder import Decoder
-from qtool.scheme import QuantScheme
 from qtool.settings import Activations
 from qtool.weights import QuantizedWeight, Weight
 
@@ -106,43 +99,20 @@ def runner(loaded: LoadedModel, kind: KvCacheDtype = "auto", *, eager: bool = Tr
     )
 
 
-def pack(folder: Path, out: Path, scheme: QuantScheme) -> Path:
-    """The checkpoint with the linears of its blocks packed."""
-    source = Checkpoint.open(folder)
-    tensors: dict[str, Tensor] = {}
-    packed: dict[str, QuantScheme] = {}
-    for name in source.tensors:
-        values = source.tensor(name)
-        module = name.removesuffix(".weight")
-        if values.ndim != 2 or ".layers." not in name:
-            tensors[name] = values
-            continue
-        found = grid.fit(values.float(), scheme)
-        zeros = None if found.zeros is None else found.zeros.to(torch.uint8)
-        codes = grid.codes(values.float(), found, scheme)
-        weight = QuantizedWeight(codes, found.scales, zeros, scheme)
-        parts = FORMATS["compressed-tensors"].pack(weight, values.dtype)
-        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-        packed[module] = scheme
-    shutil.copytree(folder, out)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, out / "model.safetensors")
-    config = json.loads((out / "config.json").read_text())
-    described = FORMATS["compressed-tensors"].quantization_config(packed, ["lm_head"])
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": described}))
-    return out
-
-
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
 @pytest.fixture
 def two(
-    request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    request: pytest.FixtureRequest,
+    tiny_checkpoint: Callable[..., Path],
+    packed_checkpoint: Callable[..., Path],
+    tmp_path: Path,
 ) -> tuple[LoadedModel, LoadedModel]:
     """A model loaded as on a GPU, and the same weights for PyTorch's operations."""
     family, scheme = getattr(request, "param", ("llama", "int4-g128-sym"))
-    folder = pack(tiny_checkpoint(family), tmp_path / "model", QuantScheme.parse(scheme))
+    folder = packed_checkpoint(tiny_checkpoint(family), tmp_path / "model", scheme)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "choose", dispatch.choose)
         plain = load_model(str(folder), dtype="float32", device="cpu")

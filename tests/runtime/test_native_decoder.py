@@ -2,19 +2,13 @@
 logits have the same bits whatever else is in the step.
 """
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qtool import grid
-from qtool.checkpoint import Checkpoint
-from qtool.convert.formats import FORMATS
 from qtool.convert.run import convert_model
 from qtool.kernels.cpu.native import load
 from qtool.kernels.reference import Span
@@ -27,8 +21,6 @@ from qtool.runtime.llm import LLM
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.native import NativeDecoder, why_not
-from qtool.scheme import QuantScheme
-from qtool.weights import QuantizedWeight
 
 BLOCK_SIZE = 16
 
@@ -100,40 +92,17 @@ def test_a_tokens_logits_have_the_same_bits_in_any_step(
         assert torch.equal(run(chunks, company), expected), (chunks, company)
 
 
-def pack(folder: Path, out: Path) -> Path:
-    """The checkpoint with the linears of its blocks in 8 bits."""
-    source = Checkpoint.open(folder)
-    tensors: dict[str, Tensor] = {}
-    packed: dict[str, QuantScheme] = {}
-    scheme = QuantScheme.parse("int8-g32-sym")
-    for name in source.tensors:
-        values = source.tensor(name)
-        module = name.removesuffix(".weight")
-        if values.ndim != 2 or ".layers." not in name:
-            tensors[name] = values
-            continue
-        found = grid.fit(values.float(), scheme)
-        codes = grid.codes(values.float(), found, scheme)
-        weight = QuantizedWeight(codes, found.scales, None, scheme)
-        parts = FORMATS["compressed-tensors"].pack(weight, values.dtype)
-        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-        packed[module] = scheme
-    shutil.copytree(folder, out)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, out / "model.safetensors")
-    config = json.loads((out / "config.json").read_text())
-    described = FORMATS["compressed-tensors"].quantization_config(packed, ["lm_head"])
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": described}))
-    return out
-
-
 @pytest.mark.parametrize(
     "family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "phi3", "smollm3"]
 )
 def test_the_one_call_computes_what_the_operations_do(
-    family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    family: str,
+    tiny_checkpoint: Callable[..., Path],
+    packed_checkpoint: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """In float32, where both differ by little more than the order of sums."""
-    folder = pack(tiny_checkpoint(family), tmp_path / "model")
+    folder = packed_checkpoint(tiny_checkpoint(family), tmp_path / "model", "int8-g32-sym")
     loaded = load_model(str(folder), dtype="float32")
     decoder = loaded.decoder
     assert isinstance(decoder, Decoder)
