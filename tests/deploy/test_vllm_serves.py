@@ -22,7 +22,7 @@ import pytest
 
 from qtool import LLM, SamplingParams
 
-# vLLM pins other versions of what qtool needs: it lives in an environment of its own, where there is one.
+# vLLM pins other versions of what qtool needs: it lives in an environment of its own, if anywhere.
 PYTHON = os.environ.get("QTOOL_TEST_VLLM_PYTHON")
 pytestmark = [
     pytest.mark.slow,
