@@ -41,7 +41,10 @@ journal = Path(out).with_name("." + Path(out).name + ".partial") / "journal"
 choose = random.Random(int(seed))
 
 def written():
-    return journal.read_bytes().count(b"\\n") - 1 if journal.exists() else 0
+    try:
+        return journal.read_bytes().count(b"\\n") - 1
+    except FileNotFoundError:  # not begun, or finished and put away between two looks
+        return 0
 
 for more in [choose.randint(0, 25) for _ in range(5)] + [None]:
     before = written()
