@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qtool.calibration.activations import Activations
-from qtool.calibration.capture import BlockCapture, stages
+from qtool.calibration.capture import BlockCapture
+from qtool.calibration.groups import stages
 from qtool.calibration.linears import Linear, Site, block_linears
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton

@@ -25,12 +25,8 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from qtool.calibration.activations import Activations
-from qtool.calibration.capture import (
-    HELD_OUT_EVERY,
-    BlockCapture,
-    Compared,
-    InputGroup,
-)
+from qtool.calibration.capture import HELD_OUT_EVERY, BlockCapture
+from qtool.calibration.groups import Compared, InputGroup
 from qtool.calibration.linears import Site
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton

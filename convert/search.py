@@ -26,8 +26,9 @@ from torch import Tensor
 
 from qtool.arch import find_family
 from qtool.calibration.activations import Activations
-from qtool.calibration.capture import BlockCapture, stages
+from qtool.calibration.capture import BlockCapture
 from qtool.calibration.dataset import load_calibration, load_tokenizer
+from qtool.calibration.groups import stages
 from qtool.calibration.linears import Linear, Site, block_linears
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton
@@ -40,7 +41,7 @@ from qtool.convert.gguf.plan import ExportPlan, PlannedTensor
 from qtool.convert.gguf.sizes import Sizes
 from qtool.errors import QtoolError, UnsupportedModel
 from qtool.quantize import block_grid
-from qtool.quantize.block import expert_prior, put_weights, require_finite
+from qtool.quantize.group import expert_prior, put_weights, require_finite
 from qtool.recipe import Calibration
 
 _EMBEDDING = "token_embd.weight"

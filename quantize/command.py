@@ -146,7 +146,8 @@ def quantize(
     from qtool.hub import open_repository
     from qtool.progress import console
     from qtool.quantize.allocate import Target
-    from qtool.quantize.pipeline import follow, prepare, run
+    from qtool.quantize.job import prepare
+    from qtool.quantize.pipeline import follow, run
     from qtool.quantize.report import (
         ConsoleListener,
         plan_to_dict,

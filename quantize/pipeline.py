@@ -15,12 +15,9 @@ block and gives the same bytes: finished blocks are decoded and run, which is ch
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,34 +25,24 @@ import torch
 from torch import Tensor
 
 from qtool.artifact import LayerReport, Manifest, tool_versions, write_manifest
-from qtool.calibration.activations import Activations
-from qtool.calibration.capture import BlockCapture
-from qtool.calibration.dataset import CalibrationTokens, load_calibration, load_tokenizer
-from qtool.calibration.decoded import open_checkpoint
-from qtool.calibration.linears import Linear
-from qtool.calibration.originals import Originals
-from qtool.calibration.ranks import DataRanks, SharedCapture
-from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner, has_fast_bfloat16
-from qtool.calibration.skeleton import Skeleton, assign
-from qtool.convert.formats import Format
-from qtool.errors import QtoolError, UnknownName, UnsupportedModel, UsageError
+from qtool.calibration.dataset import CalibrationTokens
+from qtool.calibration.ranks import DataRanks
+from qtool.calibration.runner import CHUNK_TOKENS
+from qtool.errors import QtoolError, UsageError
 from qtool.output import OutputFolder
 from qtool.progress import bar
-from qtool.quantize.allocate import Target, mixed_plan
+from qtool.quantize.allocate import Target
 from qtool.quantize.artifact_files import assemble, model_dtype
-from qtool.quantize.block import BlockResult, put_weights, solve_block
+from qtool.quantize.block import solve_block
+from qtool.quantize.group import BlockResult
+from qtool.quantize.job import Job, prepare
 from qtool.quantize.journal import FollowedJournal, Journal, Progress, digest
-from qtool.quantize.layouts import layout_for, spec_of
 from qtool.quantize.model_card import write_card
-from qtool.quantize.plan import Plan, make_plan
+from qtool.quantize.stream import CalibrationStream, in_bfloat16
 from qtool.quantize.strict import require_no_fallback
 from qtool.quantize.verify import Verification, is_finite, verify
-from qtool.recipe import Gptq, Recipe, load_recipe
-from qtool.scheme import QuantScheme
-from qtool.source import Source, resolve
-
-# Marlin is a layout for serving, made from any of these by `qtool convert`.
-WRITABLE_FORMATS = ("compressed-tensors", "gptq", "awq")
+from qtool.recipe import Gptq, Recipe
+from qtool.source import Source
 
 
 class Listener(Protocol):
@@ -79,93 +66,6 @@ class Silent:
 
     def note(self, text: str) -> None:
         return
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request, understood: the model's structure, and what will be done to it.
-
-    strict  whether a fallback of the numerics is an error
-    """
-
-    source: Source
-    recipe: Recipe
-    layout: Format
-    skeleton: Skeleton
-    plan: Plan
-    trust_remote_code: bool
-    warnings: tuple[str, ...]
-    strict: bool = False
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.skeleton.blocks)
-
-    @property
-    def default_out(self) -> Path:
-        return Path(f"{self.source.short_name}-{self.recipe.name}")
-
-
-def prepare(
-    model: str | Source,
-    recipe: str | Recipe = "int4",
-    *,
-    format: str = "compressed-tensors",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    target: Target | None = None,
-    strict: bool = False,
-) -> Job:
-    """Resolve every name and make the plan; nothing is written."""
-    if format not in WRITABLE_FORMATS:
-        hint = "Marlin is made by `qtool convert --to marlin`" if format == "marlin" else None
-        error = UnknownName("format", format, WRITABLE_FORMATS)
-        error.hint = hint or error.hint
-        raise error
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    source = resolve(model, revision) if isinstance(model, str) else model
-    if source.is_gguf:
-        raise UnsupportedModel(
-            f"{source.name} is a GGUF file, which is already quantized or converted",
-            "quantize the Hugging Face model that it was made from",
-        )
-    skeleton = Skeleton.build(open_checkpoint(source), trust_remote_code=trust_remote_code)
-    warnings: list[str] = []
-    if recipe.needs_calibration:
-        recipe = _within_context(recipe, skeleton, warnings)
-    layout = layout_for(recipe, format)
-    plan = make_plan(skeleton, recipe, layout)
-    if target is not None:
-        plan = _mixed(source, recipe, skeleton, plan, layout, target, trust_remote_code)
-    return Job(
-        source=source,
-        recipe=recipe,
-        layout=layout,
-        skeleton=skeleton,
-        plan=plan,
-        trust_remote_code=trust_remote_code,
-        warnings=(*warnings, *plan.warnings),
-        strict=strict,
-    )
-
-
-def _mixed(
-    source: Source,
-    recipe: Recipe,
-    skeleton: Skeleton,
-    plan: Plan,
-    layout: Format,
-    target: Target,
-    trust_remote_code: bool,
-) -> Plan:
-    """The plan with widths chosen on the calibration data, which is run once through the model."""
-    if layout.single_scheme or recipe.float_scheme is not None:
-        raise UsageError(
-            f"recipe {recipe.name} as {layout.name} holds one width for all layers",
-            "mixed widths are written as compressed-tensors, of recipes with integer weights",
-        )
-    tokens = _tokens(source, recipe, skeleton, trust_remote_code)
-    return mixed_plan(skeleton, plan, target, tokens.tokens)
 
 
 def quantize_model(
@@ -216,7 +116,7 @@ def run(
         require_shareable(job)
     output = OutputFolder(out, force=force, resumable=True, needed_bytes=job.plan.working_bytes)
     listener.planned(job)
-    tokens = _calibration_tokens(job) if job.recipe.needs_calibration else None
+    tokens = job.calibration_tokens() if job.recipe.needs_calibration else None
     for warning in tokens.warnings if tokens is not None else ():
         listener.note(f"warning: {warning}")
     threads = torch.get_num_threads()
@@ -267,7 +167,7 @@ def follow(job: Job, ranks: DataRanks) -> None:
     Nothing is written but scratch files.
     """
     require_shareable(job)
-    tokens = _calibration_tokens(job)
+    tokens = job.calibration_tokens()
     progress: Progress = ranks.from_first(Progress.none())
     torch.set_num_threads(progress.threads)
     with tempfile.TemporaryDirectory(prefix="qtool-quantize-") as folder:
@@ -290,29 +190,6 @@ def require_shareable(job: Job) -> None:
         )
 
 
-def _within_context(recipe: Recipe, skeleton: Skeleton, warnings: list[str]) -> Recipe:
-    """Calibration sequences no longer than the model was trained for."""
-    context = getattr(skeleton.model.config, "max_position_embeddings", None)
-    length = recipe.calibration.sequence_length
-    if not isinstance(context, int) or length <= context:
-        return recipe
-    warnings.append(f"calibration sequences cut from {length} to the model's context of {context}")
-    calibration = dataclasses.replace(recipe.calibration, sequence_length=context)
-    return dataclasses.replace(recipe, calibration=calibration)
-
-
-def _calibration_tokens(job: Job) -> CalibrationTokens:
-    return _tokens(job.source, job.recipe, job.skeleton, job.trust_remote_code)
-
-
-def _tokens(
-    source: Source, recipe: Recipe, skeleton: Skeleton, trust_remote_code: bool
-) -> CalibrationTokens:
-    tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
-    vocab_size = skeleton.model.get_input_embeddings().weight.shape[0]
-    return load_calibration(recipe.calibration, tokenizer, vocab_size=vocab_size)
-
-
 def _fingerprint(
     job: Job, tokens: CalibrationTokens | None, ranks: DataRanks | None
 ) -> dict[str, Any]:
@@ -329,24 +206,9 @@ def _fingerprint(
         "calibration": tokens.to_dict() if tokens is not None else None,
         "chunk_tokens": CHUNK_TOKENS,
         "ranks": 1 if ranks is None else ranks.size,
-        "bfloat16": _in_bfloat16(job),
+        "bfloat16": in_bfloat16(job),
         "versions": tool_versions(),
     }
-
-
-# Widths whose rounding is far coarser than bfloat16's 2**-9.
-_COARSE_BITS = 5
-# Chunks at least, so that there is something to hold out.
-_FEWEST_CHUNKS = 8
-
-
-def _in_bfloat16(job: Job) -> bool:
-    """Whether the blocks are run with bfloat16 products."""
-    coarse = all(
-        isinstance(scheme, QuantScheme) and scheme.bits <= _COARSE_BITS
-        for scheme in job.plan.quantized.values()
-    )
-    return coarse and has_fast_bfloat16()
 
 
 def _quantize_blocks(
@@ -362,7 +224,7 @@ def _quantize_blocks(
             require_no_fallback(block.reports)
     if len(journal.blocks) == job.num_blocks:
         return
-    calibrated = _Calibrated(job, tokens, journal, ranks) if tokens is not None else None
+    calibrated = CalibrationStream(job, tokens, journal, ranks) if tokens is not None else None
     with bar("Quantizing", job.num_blocks) as progress:
         for index in range(job.num_blocks):
             progress.describe(f"Quantizing {job.skeleton.block_name(index)}")
@@ -380,56 +242,6 @@ def _quantize_blocks(
             if job.strict:
                 require_no_fallback(reports)
             progress.advance()
-
-
-class _Calibrated:
-    """The calibration data on its way through the blocks."""
-
-    def __init__(
-        self,
-        job: Job,
-        tokens: CalibrationTokens,
-        journal: Journal,
-        ranks: DataRanks | None = None,
-    ) -> None:
-        self._job = job
-        self._journal = journal
-        self._ranks = ranks
-        job.skeleton.load_outside()
-        chunk_tokens = min(CHUNK_TOKENS, tokens.tokens.numel() // _FEWEST_CHUNKS)
-        own = tokens.tokens
-        if ranks is not None:
-            own = ranks.own_chunks(own, max(1, chunk_tokens // own.shape[1]))
-        self._runner = BlockRunner(job.skeleton, own, chunk_tokens, bfloat16=_in_bfloat16(job))
-        file = journal.folder / "activations.bin"
-        self._activations = Activations(self._runner.num_chunks, file)
-        method = job.recipe.method
-        follows = isinstance(method, Gptq) and method.follows_original
-        self.originals = Originals(job.skeleton, self._runner, journal.folder) if follows else None
-
-    def open(self, index: int) -> BlockCapture:
-        """The block with its weights: as they were, or as an earlier run left them."""
-        skeleton = self._job.skeleton
-        skeleton.load_block(index)
-        if index < len(self._journal.blocks):
-            if self.originals is not None:
-                self.originals.record(index, ())
-            restore_block(self._job, index, self._journal)
-        place = skeleton, self._runner, self._activations, index, self._journal.folder
-        return BlockCapture(*place) if self._ranks is None else SharedCapture(self._ranks, *place)
-
-    def close(self, capture: BlockCapture) -> None:
-        """Run the data on through the block, and give its memory back."""
-        if capture.index + 1 < self._job.num_blocks:
-            capture.advance()
-        else:
-            self._activations.close()
-        capture.close()
-        if self.originals is not None:
-            self.originals.forget()
-            if capture.index + 1 == self._job.num_blocks:
-                self.originals.close()
-        self._job.skeleton.free_block(capture.index)
 
 
 def _record(
@@ -454,38 +266,6 @@ def _record(
             raise QtoolError(f"{name} came out with values that are not finite")
     reports = tuple(result.reports[linear] for linear in result.weights)
     journal.add({**tensors, **changed}, reports, digests, tuple(changed))
-
-
-def restore_block(job: Job, index: int, journal: Journal) -> None:
-    """Give a loaded block the weights of its finished file."""
-    tensors = journal.tensors(index)
-    put_weights(job.skeleton, index, unpacked(job, index, tensors))
-    put_changed(job.skeleton, {name: tensors[name] for name in journal.blocks[index].changed})
-
-
-def unpacked(job: Job, index: int, tensors: Mapping[str, Tensor]) -> list[tuple[Linear, Tensor]]:
-    """A block's linears decoded from packed tensors, float32 [out, in]."""
-    decoded = []
-    for linear in job.plan.block(index):
-        parts = {
-            suffix: tensors[name]
-            for suffix in job.layout.suffixes
-            if (name := f"{linear.name}.{suffix}") in tensors
-        }
-        spec = spec_of(linear.name, job.plan.quantized[linear])
-        decoded.append((linear, job.layout.unpack(parts, spec).dequantize()))
-    return decoded
-
-
-def put_changed(skeleton: Skeleton, changed: Mapping[str, Tensor]) -> None:
-    """Give checkpoint tensors' new values to the parameters they are."""
-    for name, tensor in changed.items():
-        owner = skeleton.stored.owner(name)
-        assert owner is not None, name
-        assert skeleton.stored.sole_tensor(owner) == name, name
-        path = owner.removeprefix(f"{skeleton.prefix}.")
-        index, _, rest = path.partition(".")
-        assign(skeleton.blocks[int(index)], rest, tensor.to(torch.float32))
 
 
 def _verify(

@@ -14,7 +14,7 @@ from rich.table import Table
 from qtool.artifact import LayerReport, Manifest
 from qtool.progress import console
 from qtool.quantize.allocate import average_bits
-from qtool.quantize.pipeline import Job
+from qtool.quantize.job import Job
 from qtool.quantize.summary import (
     KIND_COLUMNS,
     grouped_reasons,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.arch import ARCHITECTURES
-from qtool.calibration.capture import InputGroup
+from qtool.calibration.groups import InputGroup
 from qtool.calibration.linears import Linear, Site
 from qtool.calibration.skeleton import Skeleton, assign
 from qtool.calibration.statistics import Moments

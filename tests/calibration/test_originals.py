@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qtool.calibration.activations import Activations
-from qtool.calibration.capture import BlockCapture, Compared
+from qtool.calibration.capture import BlockCapture
+from qtool.calibration.groups import Compared
 from qtool.calibration.linears import Linear, Site, block_linears
 from qtool.calibration.originals import OUTPUT, Originals, Point
 from qtool.calibration.runner import BlockRunner

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.calibration.activations import Activations
-from qtool.calibration.capture import BlockCapture, stages
+from qtool.calibration.capture import BlockCapture
+from qtool.calibration.groups import stages
 from qtool.calibration.linears import Linear, block_linears
 from qtool.calibration.originals import Originals
 from qtool.calibration.recording import Recording, record

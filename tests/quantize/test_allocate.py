@@ -11,7 +11,8 @@ import torch
 
 from qtool.errors import UsageError
 from qtool.quantize.allocate import WIDTHS, Option, Target, average_bits, choose
-from qtool.quantize.pipeline import prepare, quantize_model
+from qtool.quantize.job import prepare
+from qtool.quantize.pipeline import quantize_model
 from qtool.recipe import load_recipe
 
 

@@ -306,7 +306,8 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qtool.quantize.pipeline import Silent, prepare, run
+from qtool.quantize.job import prepare
+from qtool.quantize.pipeline import Silent, run
 from qtool.recipe import load_recipe
 class Told(Silent):
     def block_done(self, index, reports, seconds): print("block", index, flush=True)
@@ -399,7 +400,8 @@ class Stop(BaseException):
 
 
 def leave_unfinished(source: str, recipe: Recipe, out: Path) -> None:
-    from qtool.quantize.pipeline import Silent, prepare, run
+    from qtool.quantize.job import prepare
+    from qtool.quantize.pipeline import Silent, run
 
     class Stopping(Silent):
         def block_done(self, index: int, reports: Any, seconds: float) -> None:
@@ -410,7 +412,8 @@ def leave_unfinished(source: str, recipe: Recipe, out: Path) -> None:
 
 
 def run_with_notes(source: str, recipe: Recipe, out: Path, notes: list[str]) -> None:
-    from qtool.quantize.pipeline import Silent, prepare, run
+    from qtool.quantize.job import prepare
+    from qtool.quantize.pipeline import Silent, run
 
     class Noting(Silent):
         def note(self, text: str) -> None:

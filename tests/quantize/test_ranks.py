@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qtool.errors import UsageError
-from qtool.quantize.pipeline import prepare, require_shareable
+from qtool.quantize.job import prepare
+from qtool.quantize.pipeline import require_shareable
 from qtool.recipe import load_recipe
 from qtool.settings import Launched, child_environment, launched
 
