@@ -21,8 +21,8 @@ from qtool.kernels.cpu.native import measure_bandwidth
 from qtool.runtime.config import Device, Dtype, EngineConfig
 from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.memory import MemoryBudget, least_weight_bytes
-from qtool.runtime.models.build import KernelUse
 from qtool.runtime.models.decoder import Decoder
+from qtool.runtime.models.kernel_use import KernelUse
 from qtool.runtime.models.load import (
     Code,
     FallbackPlan,

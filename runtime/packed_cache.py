@@ -34,7 +34,7 @@ from qtool.progress import console
 from qtool.runtime import layers
 from qtool.runtime.layers import PackingRules
 from qtool.runtime.memory import size
-from qtool.runtime.models import build, layer_store, tensors, text_part
+from qtool.runtime.models import build, layer_maker, layer_store, tensors, text_part
 from qtool.runtime.models import load as load_models
 from qtool.runtime.models.layer_store import UNSTORED, LayerReader, LayerStore, LayerWriter
 from qtool.settings import settings
@@ -44,7 +44,7 @@ from qtool.source import Source
 # weights are put together. A change of any of them may be another layer.
 CODE = (
     *(native_linear, packed_form, dispatch, layers, layer_store),
-    *(build, tensors, text_part, load_models, arch, decoder_config, scheme, weights),
+    *(build, layer_maker, tensors, text_part, load_models, arch, decoder_config, scheme, weights),
 )
 READERS = Path(str(formats.__file__)).parent
 END_BYTES = 1 << 16

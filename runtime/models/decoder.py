@@ -56,8 +56,9 @@ class Block:
 class Decoder:
     """embedding [vocab, hidden]; rotations are those that the blocks' attention numbers.
 
-    ranks  the others that compute this model, where it is shared out: embedding and head have this
-           rank's tokens, attention its heads
+    device  of the blocks, and of all else but in a part of a model (`runtime.models.split`)
+    ranks   the others that compute this model, where it is shared out: embedding and head have this
+            rank's tokens, attention its heads
     """
 
     config: DecoderConfig
@@ -67,15 +68,12 @@ class Decoder:
     blocks: tuple[Block, ...]
     norm: Norm
     head: Linear | Linears
+    device: torch.device
     ranks: Ranks | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.device
 
     @property
     def vocab_size(self) -> int:
@@ -111,8 +109,11 @@ class Decoder:
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """token_ids, positions [rows] int64 -> the last block's output [rows, hidden]."""
+        return self.through(self.embed(token_ids), positions, attend)
+
+    def through(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """x [rows, hidden], the first block's input -> the last one's output; may be in place."""
         turns = [rotation.turn(positions, self.dtype) for rotation in self.rotations]
-        x = self.embed(token_ids)
         for block in self.blocks:
             x = block(x, turns, attend)
         return x

@@ -38,12 +38,11 @@ from qtool.errors import FormatError, UnsupportedModel, closest
 from qtool.progress import bar
 from qtool.runtime.layers import DEFAULT_RULES, PackingRules
 from qtool.runtime.models.attention_spec import AttentionSpec
-from qtool.runtime.models.build import KernelUse
 from qtool.runtime.models.fallback_rotary import Turn, settle_turns
+from qtool.runtime.models.kernel_use import KernelUse, count_uses
 from qtool.runtime.models.model import Attend
 from qtool.runtime.models.packed_modules import (
     called_linears,
-    count_uses,
     model_bytes,
     pack_modules,
     packed_in_file,

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from qtool.kernels.cpu.native_linear import NativePacked
 from qtool.kernels.cpu.packed_form import freeze, thaw
 from qtool.kernels.dispatch import KERNELS
 from qtool.runtime.layers import Linear, Linears
+from qtool.runtime.models.kernel_use import Use
 
 MAGIC = b"QTPACKED"
 ALIGNMENT = 64
@@ -42,15 +43,6 @@ _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 }
-
-
-class Use(NamedTuple):
-    """A role's weight, how it is stored, the kernel that runs it, and why that one."""
-
-    role: str
-    stored: str
-    kernel: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)

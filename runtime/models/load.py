@@ -15,7 +15,8 @@ from qtool.convert.formats import WeightReader
 from qtool.decoder_config import DecoderConfig
 from qtool.errors import UnsupportedModel
 from qtool.runtime.layers import DEFAULT_RULES, PackingRules
-from qtool.runtime.models.build import KernelUse, build_decoder
+from qtool.runtime.models.build import build_decoder
+from qtool.runtime.models.kernel_use import KernelUse
 from qtool.runtime.models.layer_store import UNSTORED, LayerStore
 from qtool.runtime.models.model import Model
 from qtool.runtime.models.tensors import check_tensors

@@ -17,11 +17,8 @@ from torch import Tensor, nn
 from qtool.convert.formats import WeightReader
 from qtool.kernels.dispatch import describe
 from qtool.runtime.layers import Linear, PackingRules, pack
-from qtool.runtime.models.build import KernelUse
+from qtool.runtime.models.kernel_use import Use
 from qtool.weights import DenseWeight
-
-# What runs a linear: its kind, how it is stored, the kernel and why.
-_Use = tuple[str, str, str, str]
 
 
 class PackedLinear(nn.Module):
@@ -78,7 +75,7 @@ def pack_modules(
     dtype: torch.dtype,
     device: torch.device,
     rules: PackingRules,
-) -> list[_Use]:
+) -> list[Use]:
     """Replace these linears, each by the file's weight where that is packed, else by its own."""
     shared = Counter(
         parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False)
@@ -96,7 +93,7 @@ def pack_modules(
         assert isinstance(fused.layer, Linear)
         (choice,) = fused.choices
         role = name.rpartition(".")[2]
-        uses.append((role, describe(weight), choice.kernel.name, choice.reason))
+        uses.append(Use(role, describe(weight), choice.kernel.name, choice.reason))
         model.set_submodule(name, PackedLinear(fused.layer, module))
     return uses
 
@@ -119,10 +116,6 @@ def unpack_modules(
         if bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=False)
         model.set_submodule(name, linear)
-
-
-def count_uses(uses: list[_Use]) -> tuple[KernelUse, ...]:
-    return tuple(KernelUse(*use, count) for use, count in Counter(uses).items())
 
 
 def model_bytes(model: nn.Module) -> int:
