@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from qtool.errors import UnsupportedModel
+from qtool.kernels import llama_cpp
 from qtool.kernels.cpu import native_linear, torch_ops
 from qtool.kernels.cuda import eight_bit_linear, marlin_linear
-from qtool.settings import Activations
+from qtool.settings import Rounding
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
 
@@ -37,7 +38,7 @@ class LinearKernel:
     takes: str
     is_for: Callable[[Weight], bool]
     keeps_packed: bool
-    refuses: Callable[[Any, torch.dtype, torch.device, Activations | None], str | None]
+    refuses: Callable[[Any, torch.dtype, torch.device, Rounding | None], str | None]
     pack: Callable[[Any, torch.dtype, torch.device], Any]
     matmul: Callable[[Tensor, Any, Tensor | None], Tensor]
     device: str | None = None
@@ -70,7 +71,7 @@ def _has_codes_of(bits: int) -> Callable[[Weight], bool]:
 
 
 def _takes_all(
-    weight: Weight, dtype: torch.dtype, device: torch.device, activations: Activations | None
+    weight: Weight, dtype: torch.dtype, device: torch.device, activations: Rounding | None
 ) -> None:
     return None
 
@@ -167,21 +168,37 @@ KERNELS: tuple[LinearKernel, ...] = (
     ),
 )
 
+# What `activations="llama.cpp"` chooses from: there is nothing to fall back on.
+LIKE_LLAMA_CPP: tuple[LinearKernel, ...] = (
+    LinearKernel(
+        "llama_cpp",
+        "types of llama.cpp, inputs rounded as it does",
+        llama_cpp.takes,
+        True,
+        llama_cpp.refuses,
+        llama_cpp.pack,
+        llama_cpp.matmul,
+    ),
+)
+
 
 def choose(
     weight: Weight,
     dtype: torch.dtype,
     device: torch.device,
-    activations: Activations | None = None,
-    kernels: tuple[LinearKernel, ...] = KERNELS,
+    activations: Rounding | None = None,
+    kernels: tuple[LinearKernel, ...] | None = None,
 ) -> Choice:
     """The first kernel that takes the weight with activations of `dtype` on `device`.
 
     activations  "int8": they may be rounded to 8 bits, also in float32; "bf16": they may not;
-                 None: as the kernels' defaults are
+                 "llama.cpp": as that does it; None: as the kernels' defaults are
+    kernels      None: KERNELS, or LIKE_LLAMA_CPP
 
     The reason of a fallback names what each kernel made for this weight had against it.
     """
+    if kernels is None:
+        kernels = LIKE_LLAMA_CPP if activations == "llama.cpp" else KERNELS
     refusals: list[str] = []
     for kernel in kernels:
         if not kernel.is_for(weight) or kernel.device not in (None, device.type):

@@ -35,6 +35,8 @@ _TRUE = {"1", "on", "yes", "true"}
 _FALSE = {"0", "off", "no", "false"}
 
 Activations = Literal["int8", "bf16"]
+# What evaluation can ask for beside: inputs rounded as llama.cpp's CPU backend rounds them.
+Rounding = Literal["int8", "bf16", "llama.cpp"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from qtool.kernels.cpu.native import Native, load
 from qtool.kernels.dispatch import KERNELS, Choice, LinearKernel, choose
 from qtool.runtime.config import LmHead
 from qtool.scheme import QuantScheme
-from qtool.settings import Activations
+from qtool.settings import Rounding
 from qtool.weights import BlockWeight, DenseWeight, QuantizedWeight, Weight
 
 
@@ -33,12 +33,12 @@ class PackingRules(NamedTuple):
     """What the user asked of packed layers.
 
     activations  "int8": quantized layers may round their inputs to 8 bits, also in float32;
-                 "bf16": they may not; None: by default
+                 "bf16": they may not; "llama.cpp": as that does; None: by default
     lm_head      bits that a head in floating point is rounded to; auto: int8 beside layers that
                  round their inputs to 8 bits, else as it is
     """
 
-    activations: Activations | None = None
+    activations: Rounding | None = None
     lm_head: LmHead = "auto"
 
 

@@ -54,7 +54,7 @@ from torch import Tensor
 
 from qtool.kernels.cpu.native import ELEMENT_TYPES, Native, load
 from qtool.native_build import Missing
-from qtool.settings import Activations, settings
+from qtool.settings import Rounding, settings
 from qtool.weights import BlockWeight, QuantizedWeight, Weight
 
 PANEL_ROWS = 32
@@ -161,7 +161,7 @@ def refuses(
     weight: QuantizedWeight | BlockWeight,
     dtype: torch.dtype,
     device: torch.device,
-    activations: Activations | None,
+    activations: Rounding | None,
 ) -> str | None:
     if isinstance(weight, QuantizedWeight):
         group = weight.scheme.group_width(weight.shape[1])
@@ -171,7 +171,7 @@ def refuses(
 
 
 def refuses_any(
-    dtype: torch.dtype, device: torch.device, activations: Activations | None
+    dtype: torch.dtype, device: torch.device, activations: Rounding | None
 ) -> str | None:
     """What it has against every weight, or None."""
     if device.type != "cpu":
@@ -182,6 +182,8 @@ def refuses_any(
     asked = activations or settings().activations
     if asked == "bf16":
         return "rounds activations to 8 bits, and bf16 was asked for"
+    if asked == "llama.cpp":
+        return "rounds activations in blocks of its own, and llama.cpp's were asked for"
     if asked is None and dtype == torch.float32:
         return "rounds activations to 8 bits, which float32 is there to avoid"
     native = load()

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtool.settings import Activations
+from qtool.settings import Rounding
 from qtool.weights import QuantizedWeight, Weight
 
 # Rows that the layout is made for. 32 serves 1 as well as 512, a layout made for 1 does not.
@@ -90,7 +90,7 @@ def onednn_refuses(
     weight: Weight,
     dtype: torch.dtype,
     device: torch.device,
-    activations: Activations | None,
+    activations: Rounding | None,
 ) -> str | None:
     refusal = _refuses_activations(dtype, device)
     if refusal is not None:
@@ -116,7 +116,7 @@ def int4_refuses(
     weight: QuantizedWeight,
     dtype: torch.dtype,
     device: torch.device,
-    activations: Activations | None,
+    activations: Rounding | None,
 ) -> str | None:
     group = weight.scheme.group_width(weight.shape[1])
     if group not in INT4_GROUPS:
@@ -217,7 +217,7 @@ def int8_refuses(
     weight: QuantizedWeight,
     dtype: torch.dtype,
     device: torch.device,
-    activations: Activations | None,
+    activations: Rounding | None,
 ) -> str | None:
     scheme = weight.scheme
     if not scheme.symmetric:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qtool.kernels.cuda.fused import quantize_rows
 from qtool.kernels.cuda.launch import FLOAT8_CAPABILITY, has_float8, obstacle
-from qtool.settings import Activations
+from qtool.settings import Rounding
 from qtool.weights import Float8Weight, QuantizedWeight, Weight
 
 # What `torch._scaled_mm` wants inputs and outputs to be a multiple of; `torch._int_mm` wants 8.
@@ -44,7 +44,7 @@ def fp8_refuses(
     weight: Float8Weight,
     dtype: torch.dtype,
     device: torch.device,
-    activations: Activations | None,
+    activations: Rounding | None,
 ) -> str | None:
     found = obstacle(device)
     if found is not None:
@@ -94,7 +94,7 @@ def int8_refuses(
     weight: QuantizedWeight,
     dtype: torch.dtype,
     device: torch.device,
-    activations: Activations | None,
+    activations: Rounding | None,
 ) -> str | None:
     found = obstacle(device)
     if found is not None:

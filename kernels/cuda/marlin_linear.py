@@ -31,7 +31,7 @@ from qtool.convert.packing import pack as pack_fields
 from qtool.kernels.cuda.launch import Launch, obstacle
 from qtool.kernels.cuda.tuning import LinearShape, LinearTile, linear_tile, rows_to_unpack_at
 from qtool.scheme import QuantScheme
-from qtool.settings import Activations
+from qtool.settings import Rounding
 from qtool.weights import QuantizedWeight, Weight
 
 GROUPS = (32, 64, 128)
@@ -74,7 +74,7 @@ def refuses(
     weight: QuantizedWeight,
     dtype: torch.dtype,
     device: torch.device,
-    activations: Activations | None,
+    activations: Rounding | None,
 ) -> str | None:
     """Why these kernels cannot multiply by the weight; None if they can."""
     found = obstacle(device)

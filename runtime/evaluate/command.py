@@ -11,7 +11,7 @@ import click
 from qtool.errors import UsageError
 from qtool.runtime.config import Device
 from qtool.runtime.evaluate.text import DEFAULT_MAX_TOKENS, ScoringDtype
-from qtool.settings import Activations
+from qtool.settings import Rounding
 
 
 @click.command(name="eval")
@@ -49,9 +49,10 @@ from qtool.settings import Activations
 )
 @click.option(
     "--activations",
-    type=click.Choice(get_args(Activations)),
+    type=click.Choice(get_args(Rounding)),
     help="int8: quantized layers round their inputs to 8 bits, as they are served on a CPU; bf16: "
-    "they do not, which shows the loss of the weights alone. Default: QTOOL_ACTIVATIONS, or int8.",
+    "they do not, which shows the loss of the weights alone; llama.cpp: as that program does on a "
+    "CPU, for GGUF files, several times slower. Default: QTOOL_ACTIVATIONS, or int8.",
 )
 @click.option(
     "--no-papers", is_flag=True, help="Perplexity by llama.cpp's protocol alone: half the time."
@@ -102,7 +103,7 @@ def evaluate(
     text: Path | None,
     max_tokens: int,
     dtype: ScoringDtype,
-    activations: Activations | None,
+    activations: Rounding | None,
     no_papers: bool,
     device: Device,
     out: Path | None,

@@ -42,7 +42,7 @@ from qtool.runtime.evaluate.text import (
     ScoringDtype,
 )
 from qtool.runtime.evaluate.worst import WorstToken, worst_tokens
-from qtool.settings import Activations
+from qtool.settings import Rounding
 
 # Of the machine's memory, what the loaded models may take together.
 MEMORY_SHARE = 0.6
@@ -133,7 +133,7 @@ def score_models(
     recorder: Recorder | None = None,
     dtype: ScoringDtype,
     device: Device,
-    activations: Activations | None = None,
+    activations: Rounding | None = None,
     papers: bool = True,
 ) -> Scoring:
     """Each model over the text, or over the tokens of `stored` in place of it.

@@ -54,7 +54,7 @@ from qtool.runtime.evaluate.text import (
     ScoringDtype,
     read_text,
 )
-from qtool.settings import Activations
+from qtool.settings import Rounding
 from qtool.source import Source
 
 
@@ -67,7 +67,7 @@ def evaluate(
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
     dtype: ScoringDtype = "float32",
     device: Device = "auto",
-    activations: Activations | None = None,
+    activations: Rounding | None = None,
     papers: bool = True,
     force: bool = False,
     speed: bool = True,
@@ -88,7 +88,8 @@ def evaluate(
     out         a folder for report.json, report.md and report.html; None: no files
     max_tokens  of the text; None: all of it
     activations of quantized layers: "int8", rounded as they are served; "bf16": not rounded;
-                None: what QTOOL_ACTIVATIONS says, or else int8
+                "llama.cpp": GGUF files' as that program rounds them on a CPU, in float32; None:
+                what QTOOL_ACTIVATIONS says, or else int8
     papers      perplexity by the papers' protocol too, a second run over the text
     tasks       names of `tasks.TASKS`, or files of questions
     task_data   a folder that holds the files of named tasks; None: the Hub
@@ -100,7 +101,7 @@ def evaluate(
     command     what the report names as the way to repeat it; by default `qtool eval ...`
     """
     wanted = [models] if isinstance(models, str | Source) else list(models)
-    _check(wanted, dtype, max_tokens)
+    _check(wanted, dtype, max_tokens, activations)
     stage = nullcontext() if out is None else OutputFolder(out, force=force)
     opened = tuple(open_task(task, folder=task_data, limit=task_limit) for task in tasks)
     require_different_names(opened)
@@ -108,6 +109,8 @@ def evaluate(
     stored = _stored(against, text)
     content = read_text(text) if stored is None else as_text(stored)
     subjects = open_subjects(wanted)
+    if activations == "llama.cpp":
+        _require_gguf(subjects)
     if stored is None:
         reference, note = find_reference(against, subjects)
     else:
@@ -236,13 +239,33 @@ def _as_given(model: str | Source) -> str:
     return model if isinstance(model, str) else model.name
 
 
-def _check(models: Sequence[str | Source], dtype: str, max_tokens: int | None) -> None:
+def _check(
+    models: Sequence[str | Source],
+    dtype: str,
+    max_tokens: int | None,
+    activations: Rounding | None,
+) -> None:
     if not models:
         raise UsageError("no model to evaluate", "name one: qtool eval ./Qwen3-0.6B-int4")
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}, must be at least 1, or None for all")
+    if activations == "llama.cpp" and dtype != "float32":
+        raise UsageError(
+            f"--activations llama.cpp with --dtype {dtype}: llama.cpp computes in float32 on CPUs",
+            "leave --dtype away",
+        )
+
+
+def _require_gguf(subjects: Sequence[Subject]) -> None:
+    for subject in subjects:
+        if subject.reader.format not in ("gguf", "dense"):
+            raise UsageError(
+                f"--activations llama.cpp: {subject.name} is {subject.reader.format}, and "
+                "llama.cpp runs GGUF files",
+                f"qtool convert {subject.source.name} --to gguf, then evaluate that file",
+            )
 
 
 def _agreement(

@@ -5,7 +5,9 @@ serve` answers with, whatever the file: a plain folder, compressed-tensors, GPTQ
 GGUF. Its quantized layers are multiplied by the kernels that serve them, which round their inputs
 to 8 bits (`kernels.cpu.native_linear`), as llama.cpp's do; all else is in float32, so that a model
 that is not quantized is measured exactly. `activations="bf16"` leaves the inputs alone and shows
-what the weights alone have lost, at half the speed. `TransformersScorer` is for families that the
+what the weights alone have lost, at half the speed; "llama.cpp" rounds a GGUF file's inputs as that
+program does, so that the numbers are those that its users see (`kernels.llama_cpp`), several times
+slower. `TransformersScorer` is for families that the
 native decoder does not have. The original and its candidate are always of one family, so both are
 scored by the same implementation.
 
@@ -39,7 +41,7 @@ from qtool.runtime.layers import PackingRules
 from qtool.runtime.loading import LoadedModel, choose_device, load_model
 from qtool.runtime.models.model import causal_hidden
 from qtool.runtime.tokenizer import Tokenizer
-from qtool.settings import Activations, settings
+from qtool.settings import Rounding, settings
 from qtool.source import Source
 
 DTYPES: dict[str, torch.dtype] = {
@@ -107,12 +109,15 @@ def open_scorer(
     *,
     dtype: ScoringDtype,
     device: Device,
-    activations: Activations | None = None,
+    activations: Rounding | None = None,
 ) -> Scorer:
     """Load a model for scoring: by the runtime if it has the family, else by transformers.
 
-    activations  None: what QTOOL_ACTIVATIONS says, or else int8, as they are served
+    activations  None: what QTOOL_ACTIVATIONS says, or else int8, as they are served. "llama.cpp"
+                 leaves the inputs of what is no GGUF file alone, of originals
     """
+    if activations == "llama.cpp" and not source.is_gguf:
+        activations = "bf16"
     rules = PackingRules(activations or settings().activations or "int8")
     try:
         loaded = load_model(str(source.path), dtype=dtype, device=device, rules=rules)
@@ -135,6 +140,8 @@ class RuntimeScorer:
     def dtype(self) -> str:
         name = str(self.loaded.dtype).removeprefix("torch.")
         # Kernels are named for the bits of weights and activations, w4a8, where the latter round.
+        if any(use.kernel == "llama_cpp" for use in self.loaded.kernels):
+            return f"{name} with inputs rounded as llama.cpp rounds them on CPUs"
         rounds = any(use.kernel.endswith("a8") for use in self.loaded.kernels)
         return f"{name} with quantized layers on 8-bit activations" if rounds else name
 
