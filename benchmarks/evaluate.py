@@ -4,9 +4,10 @@
     python benchmarks/evaluate.py --llama-python PATH --llama-perplexity PATH --out FILE.json
 
 numbers   the bundled model as GGUF, each type against the F32 file, over the same windows of 512
-          tokens: perplexity and mean KL divergence of both programs; and of the weights alone, for
-          which llama.cpp runs the type's values as an F32 file (both round the inputs of packed
-          layers to 8 bits, by scales of 32 inputs here, in K-quants of 256 there)
+          tokens: perplexity and mean KL divergence of both programs. Both round the inputs of
+          packed layers to 8 bits, so three times: as that program does (--activations llama.cpp),
+          which is what must agree; as qtool serves, by scales of 32 inputs where K-quants have 256
+          there; and of the weights alone, for which llama.cpp runs the type's values as an F32 file
 logits    llama.cpp's own logits of the first of these files, and its file of the original's
           predictions, through our arithmetic: every line of the block that llama-perplexity prints
 speed     a model of Qwen2.5-0.5B's shape in Q4_0: whole processes, from the start to the printed
@@ -22,13 +23,10 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,15 +37,15 @@ from qtool.runtime.bench.conditions import write_result
 from qtool.runtime.evaluate.divergence import Divergence, TokenDivergence, join, summarize
 from qtool.runtime.evaluate.stored import LlamaCppLogits
 from qtool.runtime.random_model import QWEN_05B, RandomReader
-from qtool.settings import child_environment
 
 # PYTHONSAFEPATH leaves a script's own folder out.
 sys.path.insert(0, str(Path(__file__).parent))
+from llama_perplexity import WINDOW, Cost, Peer, Printed, run
 from peers import build_llama_cpp, find_library
 
 MODEL = "builtin:books-7m"
-TYPES = ("Q4_0", "Q4_K_M", "Q8_0")
-WINDOW = 512
+TYPES = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+AS_SERVED = "8 bits, as served"
 # What this project holds itself to.
 MOST_PERPLEXITY, MOST_KLD, STANDARD_ERRORS = 0.005, 0.05, 2.0
 # The attention whose sums are those of separate operations, in the program and in the package.
@@ -101,46 +99,6 @@ BLOCK = {
     "Same top p": lambda d: _percent(d.same_top),
 }
 PERCENTILE = re.compile(r"^([\d.]+)% +(KLD|Δp)$")
-NUMBER = r"(-?[\d.]+|-?nan|inf)"
-
-
-class Cost(NamedTuple):
-    cpu_seconds: float
-    wall_seconds: float
-    text: str
-
-
-def run(command: Sequence[str], threads: int, library: Path | None = None) -> Cost:
-    """A process and what it took; what it printed, both streams."""
-    environment = child_environment(OMP_NUM_THREADS=str(threads), PYTHONSAFEPATH="1")
-    if library is not None:
-        environment["LD_LIBRARY_PATH"] = str(library)
-    with tempfile.TemporaryFile() as said:
-        began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        text = said.read().decode("utf-8", errors="replace")
-    if process.returncode:
-        raise SystemExit(f"{command[0]} ended with {process.returncode}:\n{text[-2000:]}")
-    return Cost(usage.ru_utime + usage.ru_stime, wall, text)
-
-
-class Peer(NamedTuple):
-    """The program, an interpreter that has llama_cpp, and the folder of its libraries."""
-
-    program: Path
-    python: str
-    library: Path
-
-    def perplexity(self, model: Path, text: Path, windows: int, threads: int, *more: str) -> Cost:
-        command = [
-            *(str(self.program), "-m", str(model), "-f", str(text), "-c", str(WINDOW)),
-            *("-b", str(WINDOW), "--chunks", str(windows), "-t", str(threads), *more),
-        ]
-        return run(command, threads, self.library)
 
 
 def find_peer(options: argparse.Namespace) -> Peer:
@@ -159,9 +117,12 @@ def evaluate(model: Path, threads: int, out: Path, *more: str) -> Cost:
 # -- numbers --------------------------------------------------------------------------------------
 
 
-def compare_numbers(peer: Peer, folder: Path, windows: int, threads: int) -> dict[str, Any]:
+def compare_numbers(
+    peer: Peer, folder: Path, scratch: Path, windows: int, threads: int
+) -> dict[str, Any]:
+    """folder: of models, which may be kept and shared; scratch: this run's own."""
     text = evaluation_text()
-    base, predictions = folder / "F32.gguf", folder / "base.kld"
+    base, predictions = folder / "F32.gguf", scratch / "base.kld"
     convert(base, "F32")
     peer.perplexity(base, text, windows, threads, "--kl-divergence-base", str(predictions), *PLAIN)
     rows = []
@@ -170,33 +131,30 @@ def compare_numbers(peer: Peer, folder: Path, windows: int, threads: int) -> dic
         convert(packed, name)
         if not plain.exists():
             convert_model(str(packed), to="gguf", type="F32", out=plain)
+        theirs_of = {
+            model: peer.divergence(model, text, windows, threads, predictions, *PLAIN)
+            for model in (packed, plain)
+        }
         for model, inputs, activations in (
-            (packed, "8 bits", "int8"),
+            (packed, "8 bits, as llama.cpp", "llama.cpp"),
+            (packed, AS_SERVED, "int8"),
             (plain, "as they are", "bf16"),
         ):
-            theirs = read_block(
-                peer.perplexity(
-                    model,
-                    text,
-                    windows,
-                    threads,
-                    *("--kl-divergence", "--kl-divergence-base", str(predictions), *PLAIN),
-                ).text
-            )
+            theirs = theirs_of[model]
             more = ("--max-tokens", str(windows * WINDOW), "--activations", activations)
-            evaluate(packed, threads, folder / "report", "--against", str(base), *more)
-            report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+            evaluate(packed, threads, scratch / "report", "--against", str(base), *more)
+            report = json.loads((scratch / "report" / "report.json").read_text(encoding="utf-8"))
             ours = report["models"][0]["divergence"]
             rows.append({"type": name, "inputs": inputs, **_number_row(ours, theirs)})
     return {
         "windows": windows,
         "types": rows,
-        "same_logits": compare_blocks(peer, folder, predictions, TYPES[0], threads),
+        "same_logits": compare_blocks(peer, folder / f"{TYPES[0]}.gguf", predictions, threads),
     }
 
 
-def _number_row(ours: dict[str, Any], theirs: dict[str, list[float]]) -> dict[str, Any]:
-    perplexity, kld = theirs["Mean PPL(Q)"][0], theirs["Mean    KLD"]
+def _number_row(ours: dict[str, Any], theirs: dict[str, Printed]) -> dict[str, Any]:
+    perplexity, kld = theirs["Mean PPL(Q)"].numbers[0], theirs["Mean    KLD"].numbers
     away = abs(ours["kld"]["value"] - kld[0])
     error = max(ours["kld"]["error"], kld[1])
     row = {
@@ -219,11 +177,9 @@ def convert(path: Path, type: str) -> None:
         convert_model(MODEL, to="gguf", type=type, out=path)
 
 
-def compare_blocks(
-    peer: Peer, folder: Path, predictions: Path, name: str, threads: int
-) -> dict[str, Any]:
+def compare_blocks(peer: Peer, packed: Path, predictions: Path, threads: int) -> dict[str, Any]:
     """Line by line, the block that they print and ours of their logits."""
-    packed, logits = folder / f"{name}.gguf", folder / "logits.npy"
+    logits = predictions.with_name("logits.npy")
     command = [peer.python, "-c", LOGITS, str(packed), str(predictions), str(logits), str(threads)]
     version = run(command, threads, peer.library).text.strip().splitlines()[-1]
     stored = LlamaCppLogits(predictions)
@@ -234,26 +190,18 @@ def compare_blocks(
         targets = stored.tokens.view(-1, stored.window)[number, half + 1 :]
         parts.append(stored.compare(number, 0, torch.from_numpy(window.copy()), targets))
     ours = summarize(join(parts))
-    said = peer.perplexity(
-        packed,
-        evaluation_text(),
-        len(rows),
-        threads,
-        *("--kl-divergence", "--kl-divergence-base", str(predictions), *PLAIN),
-    ).text
+    printed = peer.divergence(packed, evaluation_text(), len(rows), threads, predictions, *PLAIN)
     lines = []
-    for line, (printed, digits) in printed_block(said).items():
+    for line, (numbers, digits) in printed.items():
         found = our_line(line, ours)
         if found is None:
             continue
         # Half a unit of the last digit is what printing rounds away.
         unit = 10.0**-digits
-        apart = max(abs(a - b) for a, b in zip(found, printed, strict=True)) / unit
-        lines.append({"line": line, "ours": found, "printed": printed, "last_digits": apart})
-    if not lines:
-        raise SystemExit(f"llama-perplexity printed no block:\n{said[-2000:]}")
+        apart = max(abs(a - b) for a, b in zip(found, numbers, strict=True)) / unit
+        lines.append({"line": line, "ours": found, "printed": numbers, "last_digits": apart})
     unequal = [line["line"] for line in lines if line["last_digits"] > 0.5 + 1e-6]
-    return {"type": name, "llama_cpp_python": version, "lines": lines, "unequal": unequal}
+    return {"type": packed.stem, "llama_cpp_python": version, "lines": lines, "unequal": unequal}
 
 
 def _percent(estimate: Any) -> tuple[float, float]:
@@ -271,23 +219,6 @@ def our_line(line: str, ours: Divergence) -> list[float] | None:
         (ours.kld_percentiles, 1.0) if match[2] == "KLD" else (ours.delta_p_percentiles, 100.0)
     )
     return [scale * percentiles[float(match[1])]]
-
-
-def printed_block(text: str) -> dict[str, tuple[list[float], int]]:
-    """Each line's numbers and how many digits are printed behind the point of the first."""
-    found = {}
-    for line in text.splitlines():
-        match = re.search(rf"(?:^| I )([^:]+?) *: *{NUMBER}(?: *± *{NUMBER})?", line)
-        if match is None:
-            continue
-        numbers = [float(part) for part in match.groups()[1:] if part is not None]
-        digits = len(match[2].partition(".")[2])
-        found[match[1].strip()] = (numbers, digits)
-    return found
-
-
-def read_block(text: str) -> dict[str, list[float]]:
-    return {line: numbers for line, (numbers, _) in printed_block(text).items()}
 
 
 # -- speed ----------------------------------------------------------------------------------------
@@ -312,18 +243,18 @@ def make_model(folder: Path) -> Path:
 
 
 def compare_speed(
-    peer: Peer, folder: Path, windows: int, threads: int, rounds: int
+    peer: Peer, folder: Path, scratch: Path, windows: int, threads: int, rounds: int
 ) -> dict[str, Any]:
     model = make_model(folder)
     limit = ("--max-tokens", str(windows * WINDOW))
     costs: dict[str, list[Cost]] = {"qtool": [], "llama-perplexity": []}
     for turn in range(rounds):
-        costs["qtool"].append(evaluate(model, threads, folder / "speed", *limit))
+        costs["qtool"].append(evaluate(model, threads, scratch / "speed", *limit))
         costs["llama-perplexity"].append(
             peer.perplexity(model, evaluation_text(), windows, threads)
         )
         print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-    report = json.loads((folder / "speed" / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((scratch / "speed" / "report.json").read_text(encoding="utf-8"))
     said = re.search(r"Final estimate: PPL = ([\d.]+)", costs["llama-perplexity"][0].text)
     least = {
         name: {
@@ -361,26 +292,33 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     peer = find_peer(options)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.models or Path(temporary)
+        scratch = Path(temporary)
+        folder = options.models or scratch / "models"
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = compare_numbers(peer, folder, options.windows, options.threads[0])
+        numbers = compare_numbers(peer, folder, scratch, options.windows, options.threads[0])
         show_numbers(numbers)
         speeds = []
         for threads in options.threads:
             speeds.append(
-                compare_speed(peer, folder, options.speed_windows, threads, options.rounds)
+                compare_speed(peer, folder, scratch, options.speed_windows, threads, options.rounds)
             )
             show_speed(speeds[-1])
+    # As it serves, qtool rounds otherwise, which need not agree.
+    apart = [row for row in numbers["types"] if row["inputs"] != AS_SERVED and not row["holds"]]
+    for row in apart:
+        print(f"{row['type']}, inputs {row['inputs']}: farther apart than it may be")
     if options.out is not None:
         versions = {"llama_cpp_python": numbers["same_logits"]["llama_cpp_python"]}
         facts = {"numbers": numbers, "speed": speeds}
         write_result(options.out, facts, load_before=load_before, versions=versions)
+    if apart:
+        raise SystemExit(1)
 
 
 def show_numbers(numbers: dict[str, Any]) -> None:
     for row in numbers["types"]:
         print(
-            f"{row['type']:7} inputs {row['inputs']:11} perplexity {row['perplexity']:9.4f}, "
+            f"{row['type']:7} inputs {row['inputs']:20} perplexity {row['perplexity']:9.4f}, "
             f"llama.cpp {row['llama_cpp_perplexity']:9.4f} "
             f"({100 * row['perplexity_relative']:+.3f} %); "
             f"KLD {row['kld']:.6f}, {row['llama_cpp_kld']:.6f} ({100 * row['kld_relative']:+.2f} "

@@ -68,7 +68,7 @@ def test_every_line_of_llama_perplexitys_block_is_read(
     script: Callable[[str], ModuleType],
 ) -> None:
     evaluate = script("evaluate")
-    block = evaluate.printed_block(BLOCK)
+    block = script("llama_perplexity").printed_block(BLOCK)
     assert block["Mean PPL(Q)"] == ([45.373152, 1.386351], 6)
     assert block["0.1%   KLD"] == ([-0.000001], 6)
     generator = torch.Generator().manual_seed(0)
@@ -107,6 +107,7 @@ def test_every_benchmark_that_is_listed_is_there(script: Callable[[str], ModuleT
         "engine_worker.py",
         "serve_host.py",
         "quantize_child.py",
+        "llama_perplexity.py",
         "gpu.py",
     }
     assert listed | parts == {path.name for path in FOLDER.glob("*.py")}
@@ -115,3 +116,48 @@ def test_every_benchmark_that_is_listed_is_there(script: Callable[[str], ModuleT
 def test_every_benchmark_finds_what_it_imports(script: Callable[[str], ModuleType]) -> None:
     for area in script("all").AREAS.values():
         assert callable(script(Path(area.script).stem).main)
+
+
+def program(folder: Path, body: str) -> Path:
+    path = folder / "llama-perplexity"
+    path.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_run_whose_last_lines_are_lost_is_repeated(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    peer = script("llama_perplexity").Peer
+    count, block = tmp_path / "count", tmp_path / "block.txt"
+    block.write_text(BLOCK, encoding="utf-8")
+    forgetful = program(
+        tmp_path,
+        f"echo run >> {count}; if [ $(wc -l < {count}) -lt 2 ]; then lines=5; else lines=99; fi; "
+        f"head -n $lines {block}",
+    )
+    found = peer(forgetful, sys.executable, tmp_path).divergence(
+        tmp_path / "model.gguf", tmp_path / "text", 2, 1, tmp_path / "base.kld"
+    )
+    assert found["Same top p"] == ([94.032, 0.262], 3)
+    assert count.read_text(encoding="utf-8").count("run") == 2
+
+
+def test_what_llama_perplexity_says_of_its_failure_is_passed_on(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    peer = script("llama_perplexity").Peer
+    said = "0.01.124.007 E kl_divergence: failed reading log-probs for chunk 1"
+    failing = program(tmp_path, f'echo "chunk PPL"; echo "{said}" >&2; exit 0')
+    with pytest.raises(SystemExit) as caught:
+        peer(failing, sys.executable, tmp_path).divergence(
+            tmp_path / "model.gguf", tmp_path / "text", 2, 1, tmp_path / "base.kld"
+        )
+    assert said in str(caught.value)
+    assert "never printed 'Same top p'" in str(caught.value)
+
+
+def test_one_that_dies_says_how(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    dying = program(tmp_path, "echo no model; exit 3")
+    with pytest.raises(SystemExit, match="ended with 3:\nno model"):
+        script("llama_perplexity").run([str(dying)], 1)

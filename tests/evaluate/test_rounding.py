@@ -35,7 +35,8 @@ def test_each_rounding_is_named_and_gives_other_numbers(packed: Path, original: 
             speed=False,
         )
         assert report.models[0].dtype == said
-        assert report.reference is not None and report.reference.dtype == "float32"
+        assert report.reference is not None
+        assert report.reference.dtype == "float32"
         assert f"--activations {rounding}" in report.command
         divergence = report.models[0].divergence
         assert divergence is not None
@@ -50,11 +51,11 @@ def test_what_llama_cpp_cannot_run_is_refused_with_the_conversion(
 ) -> None:
     int4 = tmp_path / "int4"
     convert_model(str(packed), to="compressed-tensors", out=int4)
-    with pytest.raises(UsageError, match="is compressed-tensors, and llama.cpp runs") as caught:
+    with pytest.raises(UsageError, match=r"is compressed-tensors, and llama\.cpp runs") as caught:
         evaluate(str(int4), str(original), activations="llama.cpp")
     assert "qtool convert" in (caught.value.hint or "")
 
 
 def test_llama_cpp_computes_in_float32(packed: Path, original: Path) -> None:
-    with pytest.raises(UsageError, match="--dtype bfloat16: llama.cpp computes in float32"):
+    with pytest.raises(UsageError, match=r"--dtype bfloat16: llama\.cpp computes in float32"):
         evaluate(str(packed), str(original), dtype="bfloat16", activations="llama.cpp")
