@@ -18,6 +18,7 @@ from qtool.runtime.config import (
     Device,
     Dtype,
     EngineConfig,
+    GpuLayers,
     KvCacheDtype,
     LmHead,
     SchedulingPolicy,
@@ -47,6 +48,17 @@ URL_SCHEMES = ("http://", "https://")
 def default_of(name: str) -> Any:
     # A slotted dataclass keeps its defaults in its fields, not on the class.
     return EngineConfig.__dataclass_fields__[name].default
+
+
+def _gpu_layers(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> GpuLayers | None:
+    if value is None or value == "auto" or value == "all":
+        return value  # type: ignore[return-value]
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value} is neither a number nor auto or all") from None
 
 
 ENGINE_OPTIONS = (
@@ -151,6 +163,15 @@ ENGINE_OPTIONS = (
         show_default=True,
         metavar="N",
         help="Share the model out among N GPUs of this machine, or N processes on a CPU.",
+    ),
+    click.option(
+        "--n-gpu-layers",
+        "-ngl",
+        "--gpu-layers",
+        callback=_gpu_layers,
+        metavar="N",
+        help="Layers on the GPU, the last ones, the head being one; the others are on the CPU. "
+        "auto: as many as fit; -1, all.  [default: as --device says]",
     ),
     click.option(
         "--enforce-eager", is_flag=True, help="On a GPU: launch every kernel, record no steps."

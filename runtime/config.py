@@ -24,6 +24,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 KvCacheDtype = Literal["auto", "int8", "fp8"]
+GpuLayers = int | Literal["auto", "all"]
 LmHead = Literal["auto", "bf16", "int8", "int4"]
 
 # What a step may take beside which others decode, in milliseconds.
@@ -74,7 +75,12 @@ class EngineConfig:
                              each, or with a part of the CPU's threads
     lora_modules             adapters to load at the start: a mapping from names to peft's folders,
                              or "name=folder" each
+    n_gpu_layers             layers on the GPU, the last ones of all blocks and the head, the others
+                             being on the CPU: a number, "auto" (as many as fit) or -1, "all"; 0:
+                             none; None: all of them on the device
     enforce_eager            on a GPU: record no steps (CUDA graphs), launch every kernel
+    async_scheduling         where tokens are drawn on a device: launch a step before the tokens of
+                             the one before it are read
     seed                     what requests without a seed of their own are sampled from
     """
 
@@ -100,7 +106,9 @@ class EngineConfig:
     enable_lora: bool = False
     lora_modules: tuple[tuple[str, str], ...] = ()
     tensor_parallel_size: int = 1
+    n_gpu_layers: GpuLayers | None = None
     enforce_eager: bool = False
+    async_scheduling: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -139,6 +147,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, must be at least 1")
+        self._check_gpu_layers()
         if self.tensor_parallel_size > 1 and self.cache_packed:
             raise UsageError(
                 f"cache_packed is for a model in one piece, not in {self.tensor_parallel_size}",
@@ -155,6 +164,46 @@ class EngineConfig:
                 "merge the adapter into the weights (peft: merge_and_unload), or use "
                 "--tensor-parallel-size 1",
             )
+
+    def _check_gpu_layers(self) -> None:
+        layers = self.n_gpu_layers
+        if isinstance(layers, bool) or not (
+            layers in (None, "auto", "all") or (isinstance(layers, int) and layers >= -1)
+        ):
+            raise UsageError(
+                f"n_gpu_layers is {layers!r}, must be a number of layers, auto or all",
+                "-1 is all of them, 0 none",
+            )
+        if layers == 0:
+            if self.device == "cuda":
+                raise UsageError(
+                    "n_gpu_layers is 0 and device is cuda", "use one of -ngl 0 and --device cuda"
+                )
+            object.__setattr__(self, "device", "cpu")
+        if layers in (None, 0):
+            return
+        if self.device == "cpu":
+            raise UsageError(
+                f"n_gpu_layers is {layers} and device is cpu", "use one of -ngl and --device cpu"
+            )
+        if not self.divides_layers:
+            return
+        if self.tensor_parallel_size > 1:
+            raise UsageError(
+                f"n_gpu_layers is {layers}, and the model is shared out in "
+                f"{self.tensor_parallel_size} ranks",
+                "use one of --n-gpu-layers and --tensor-parallel-size",
+            )
+        if self.speculative_config is not None and self.speculative_config.model is not None:
+            raise UsageError(
+                f"n_gpu_layers is {layers}, and a draft model would need a device of its own",
+                'use --n-gpu-layers all, or guess without a model: --speculative-model "[ngram]"',
+            )
+
+    @property
+    def divides_layers(self) -> bool:
+        """Whether some layers may be on a GPU and some on the CPU."""
+        return self.n_gpu_layers not in (None, "all", -1, 0)
 
     @property
     def uses_lora(self) -> bool:

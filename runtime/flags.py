@@ -172,7 +172,6 @@ KNOWN: Mapping[str, Known] = {
     "-mg": Known(True, "choose with CUDA_VISIBLE_DEVICES", ("0",)),
     "--threads-http": Known(True, _AUTO),
 }
-GPU_LAYERS = ("-ngl", "--n-gpu-layers", "--gpu-layers")
 
 
 class Translation(NamedTuple):
@@ -203,12 +202,6 @@ def translate(arguments: Sequence[str], own: Mapping[str, bool]) -> Translation:
             from_file = translate(config_flags(value or _next(rest, name)), own)
             translated[:0] = from_file.arguments
             notes += from_file.notes
-            continue
-        if name in GPU_LAYERS:
-            layers = value if has_value else _next(rest, name)
-            translated += ["--device", "cpu"] if layers == "0" else []
-            if layers not in ("0", "-1", "auto", "all"):
-                notes.append(f"{name} {layers}: all layers are on one device")
             continue
         name = ALIASES.get(name, name)
         if name == "MODEL":

@@ -66,17 +66,17 @@ class Llama:
         **unused: Any,
     ) -> None:
         """model_path    a .gguf file, a folder, builtin:NAME or a Hub id
-        n_gpu_layers  0: on the CPU; else on the GPU where there is one
+        n_gpu_layers  on the GPU where there is one, the last layers of all blocks and the head; -1:
+                      all of them, 0: none
         n_ctx         tokens of prompt and answer; 0: as many as the model was made for
         n_threads     of the process; None: as they are
         unused        llama-cpp-python's other parameters, which have no meaning here
         """
         if n_threads is not None or n_threads_batch is not None:
             torch.set_num_threads(max(n_threads or 1, n_threads_batch or 1))
-        on_gpu = n_gpu_layers != 0 and torch.cuda.is_available()
         asked = EngineConfig(
             model_path,
-            device="cuda" if on_gpu else "cpu",
+            n_gpu_layers=n_gpu_layers,
             max_num_seqs=1,
             seed=time.time_ns() if seed == RANDOM_SEED else seed,
         )

@@ -33,6 +33,7 @@ from qtool.runtime.models.load import (
 )
 from qtool.runtime.models.model import Model, causal_logits
 from qtool.runtime.models.native import why_not
+from qtool.runtime.models.split import SplitDecoder
 from qtool.runtime.models.triton_decoder import why_not as why_not_fused
 from qtool.runtime.packed_cache import packed_store, say
 from qtool.runtime.tokenizer import Tokenizer
@@ -90,33 +91,44 @@ class LoadedModel:
     def kernel_table(self) -> Table:
         """The start-up table: which kernel runs which layers, and why."""
         table = Table("layers", "stored as", "kernel", "count", "because", title=self._title())
-        alike: dict[tuple[str, str, str], list[KernelUse]] = {}
+        alike: dict[tuple[int, str, str, str], list[KernelUse]] = {}
         for use in self.kernels:
-            alike.setdefault((use.weight, use.kernel, use.reason), []).append(use)
-        for (weight, kernel, reason), uses in alike.items():
+            alike.setdefault((use.part, use.weight, use.kernel, use.reason), []).append(use)
+        for (part, weight, kernel, reason), uses in alike.items():
             count = sum(use.count for use in uses)
             layers = " ".join(use.layer for use in uses)
-            table.add_row(layers, weight, kernel, str(count), reason)
-        if isinstance(self.decoder, Decoder):
-            if self.device.type == "cuda":
-                obstacle, one = why_not_fused(self.decoder), "fused"
-                reason = obstacle or "all operations of a step have Triton kernels"
-            else:
-                obstacle, one = why_not(self.decoder), "one call"
-                reason = obstacle or "all operations of a step are in the library"
-            way = one if obstacle is None else "one by one"
-            table.add_row("blocks", "", way, str(len(self.decoder.blocks)), reason)
+            table.add_row(f"{layers}{self._place(part)}", weight, kernel, str(count), reason)
+        for index, decoder in enumerate(self._decoders):
+            way, reason = _way_of(decoder)
+            blocks = f"blocks{self._place(index)}"
+            table.add_row(blocks, "", way, str(len(decoder.blocks)), reason)
         return table
+
+    @property
+    def _decoders(self) -> tuple[Decoder, ...]:
+        """One a device; none of transformers' code."""
+        if isinstance(self.decoder, SplitDecoder):
+            return self.decoder.parts
+        return (self.decoder,) if isinstance(self.decoder, Decoder) else ()
+
+    def _place(self, part: int) -> str:
+        """Where a part of a model on several devices is."""
+        return f" ({self.decoder.place(part)})" if isinstance(self.decoder, SplitDecoder) else ""
 
     @property
     def token_bytes(self) -> int:
         """What decoding reads for a token: all weights but rows that are looked up."""
-        looked_up = self.decoder.looked_up_bytes if isinstance(self.decoder, Decoder) else 0
+        decoder = self.decoder
+        looked_up = decoder.looked_up_bytes if isinstance(decoder, Decoder | SplitDecoder) else 0
         return self.nbytes - looked_up * self.num_ranks
 
     def expected_speed(self) -> str:
         """What a token reads, and how often this machine's memory gives that in a second."""
         read = self.token_bytes
+        if isinstance(self.decoder, SplitDecoder):
+            places = enumerate(self.decoder.part_bytes)
+            parts = (f"{held / 1e6:,.0f} MB {self.decoder.place(part)}" for part, held in places)
+            return f"weights: {', '.join(parts)}"
         bandwidth = measure_bandwidth() if self.device.type == "cpu" else None
         if bandwidth is None:
             return f"a token reads {read / 1e6:,.0f} MB"
@@ -135,12 +147,27 @@ class LoadedModel:
         )
 
 
+def _way_of(decoder: Decoder) -> tuple[str, str]:
+    """How a decoder's blocks are run, and why so."""
+    if decoder.device.type == "cuda":
+        obstacle, one = why_not_fused(decoder), "fused"
+        reason = obstacle or "all operations of a step have Triton kernels"
+    else:
+        obstacle, one = why_not(decoder), "one call"
+        reason = obstacle or "all operations of a step are in the library"
+    return (one if obstacle is None else "one by one"), reason
+
+
 def load_for(config: EngineConfig) -> LoadedModel:
     """Load the model that an engine is to run, if it fits into the memory that it may have."""
     if config.tensor_parallel_size > 1:
         from qtool.runtime.parallel.loading import load_together
 
         return load_together(config)
+    if config.divides_layers:
+        from qtool.runtime.offload import load_offloaded
+
+        return load_offloaded(config)
     return load_model(
         config.model,
         dtype=config.dtype,

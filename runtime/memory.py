@@ -15,6 +15,7 @@ the weights will take: types that no kernel multiplies by packed are unpacked wh
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,10 +119,15 @@ class MemoryBudget:
         """What the KV pool may take, the weights being loaded (they are in used_bytes)."""
         if self.kv_cache_bytes is not None:
             return self.kv_cache_bytes
-        free = self.total_bytes - self.used_bytes
+        return max(self.free_share - (0 if self.utilization is None else logits_bytes), 0)
+
+    @property
+    def free_share(self) -> int:
+        """Of what is free, what may be taken."""
         if self.utilization is None:
+            free = self.total_bytes - self.used_bytes
             return int(free * (CUDA_SHARE if self.device == "cuda" else CPU_SHARE))
-        return max(self.usable_bytes - self.used_bytes - logits_bytes, 0)
+        return self.usable_bytes - self.used_bytes
 
     def arithmetic(self, logits_bytes: int) -> str:
         """Where `pool_bytes` comes from."""
@@ -219,7 +225,11 @@ def choose_max_model_len(asked: int | None, trained: int, pool_tokens: int) -> i
 
 def least_weight_bytes(reader: WeightReader, dtype: torch.dtype) -> int:
     """What a model's weights take at the least, by the headers of its files."""
-    names = (*reader.modules(), *reader.tensor_names())
+    return least_bytes(reader, (*reader.modules(), *reader.tensor_names()), dtype)
+
+
+def least_bytes(reader: WeightReader, names: Iterable[str], dtype: torch.dtype) -> int:
+    """The same of some of its tensors."""
     return sum(int(_held_bytes(reader.describe(name), dtype)) for name in names)
 
 

@@ -116,6 +116,9 @@ FLAGS: Mapping[str, Becomes] = {
     "keep_alive": Becomes(because="vLLM serves one model, loaded all the time"),
     "max_loaded_models": Becomes(because="vLLM serves one model, loaded all the time"),
     "max_loaded_bytes": Becomes(because="vLLM serves one model, loaded all the time"),
+    "n_gpu_layers": Becomes(
+        because="vLLM keeps all layers on its device (--cpu-offload-gb is its own)", refused=True
+    ),
     "cache_packed": Becomes(because="vLLM packs weights on every start"),
     "also_serve": Becomes(because="vLLM serves one model", refused=True),
     "ssl_keyfile_password": Becomes(because="vLLM reads no password", refused=True),

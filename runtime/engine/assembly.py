@@ -3,17 +3,23 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.client import ModelInfo
 from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.runner import ModelRunner, Runner
+from qtool.runtime.engine.split_runner import SplitRunner
 from qtool.runtime.engine.step_memory import measure_step_bytes
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.memory import MemoryBudget, PoolPlan, plan_pool
 from qtool.runtime.models.model import Model
+from qtool.runtime.models.split import SplitDecoder
 
 
 def plan(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None) -> PoolPlan:
+    if isinstance(loaded.decoder, SplitDecoder):
+        return _plan_parts(config, loaded.decoder, loaded.max_position_embeddings)
     weight_bytes = loaded.nbytes + (0 if draft is None else draft.nbytes)
     longest = config.max_model_len or loaded.max_position_embeddings
     step_bytes = 0
@@ -29,7 +35,34 @@ def plan(config: EngineConfig, loaded: LoadedModel, draft: LoadedModel | None) -
     )
 
 
+def _plan_parts(config: EngineConfig, model: SplitDecoder, trained: int) -> PoolPlan:
+    """A block has keys and values on each device, so the device with the least room decides."""
+    if config.kv_cache_memory_bytes is not None:
+        cpu = torch.device("cpu")
+        return plan_pool(config, model, trained, MemoryBudget.measure(config, cpu))
+    plans = []
+    for part, weight_bytes in zip(model.parts, model.part_bytes, strict=True):
+        if not part.attention:
+            continue
+        on_cpu = part.device.type == "cpu"
+        # The share that was asked for is the GPU's.
+        own = replace(config, gpu_memory_utilization=None) if on_cpu else config
+        budget = MemoryBudget.measure(own, part.device, weight_bytes=weight_bytes)
+        plans.append(plan_pool(own, part, trained, budget))
+    return PoolPlan(
+        num_blocks=min(plan.num_blocks for plan in plans),
+        max_model_len=min(plan.max_model_len for plan in plans),
+    )
+
+
 def make_runner(loaded: LoadedModel, model: Model, config: EngineConfig, pool: PoolPlan) -> Runner:
+    if isinstance(model, SplitDecoder):
+        return SplitRunner(
+            model,
+            num_blocks=pool.num_blocks,
+            block_size=config.block_size,
+            kv_cache_dtype=config.kv_cache_dtype,
+        )
     if loaded.team is None:
         return ModelRunner(
             model,

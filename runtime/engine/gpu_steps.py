@@ -64,11 +64,14 @@ class GpuSteps:
         return cls(model, pool, max_model_len=max_model_len, enforce_eager=enforce_eager)
 
     @torch.inference_mode()
-    def logits(self, batch: Batch) -> Tensor:
-        """Of the sampled rows, [sampled, vocab] float32; the cache holds all rows after."""
-        if self.graphs is not None and self.graphs.takes(batch):
+    def logits(self, batch: Batch, x: Tensor | None = None) -> Tensor:
+        """Of the sampled rows, [sampled, vocab] float32; the cache holds all rows after.
+
+        x  [rows, hidden], the output of the parts of a model before this one
+        """
+        if x is None and self.graphs is not None and self.graphs.takes(batch):
             return self.graphs.logits(batch)
-        return self._compute(batch)
+        return self._compute(batch, x)
 
     @torch.inference_mode()
     def draw(self, batch: Batch, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
@@ -78,15 +81,20 @@ class GpuSteps:
         logits = self._compute(batch)
         return sampling.draw_tokens(logits, sampling.on_device(draws, logits.device))
 
-    def _compute(self, batch: Batch) -> Tensor:
+    def _compute(self, batch: Batch, x: Tensor | None = None) -> Tensor:
         model, sampled = self._model, batch.sampled_rows
         tables = paged_attention.plan(
             batch.spans, self._shapes, block_size=self._pool.block_size, device=model.device
         )
         rows = None if len(sampled) == len(batch.token_ids) else sampled
         if self._fused is not None:
-            return self._fused.logits(batch.token_ids, batch.positions, tables, rows)
-        hidden = model.hidden(batch.token_ids, batch.positions, self._attend(tables))
+            return self._fused.logits(batch.token_ids, batch.positions, tables, rows, x)
+        attend = self._attend(tables)
+        if x is None:
+            hidden = model.hidden(batch.token_ids, batch.positions, attend)
+        else:
+            assert isinstance(model, Decoder)
+            hidden = model.through(x, batch.positions, attend)
         if not len(sampled):
             return hidden.new_empty(0, model.vocab_size, dtype=torch.float32)
         return model.logits(hidden if rows is None else hidden.index_select(0, rows))

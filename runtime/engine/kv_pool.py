@@ -98,12 +98,19 @@ class KVPool:
 
 def block_bytes(model: Model, block_size: int, kv_cache_dtype: KvCacheDtype = "auto") -> int:
     """Bytes of one block over all layers, keys and values."""
-    channels = sum(spec.cached_channels for spec in model.attention)
+    return sum(
+        layer_bytes(spec, block_size, kv_cache_dtype, model.dtype) for spec in model.attention
+    )
+
+
+def layer_bytes(
+    spec: AttentionSpec, num_tokens: int, kv_cache_dtype: KvCacheDtype, dtype: torch.dtype
+) -> int:
+    """Of so many tokens in one layer; dtype: the model's."""
     if kv_cache_dtype != "int8":
-        held = HELD.get(kv_cache_dtype, model.dtype)
-        return channels * block_size * held.itemsize
-    heads = sum(spec.num_kv_heads * (1 if spec.value_in_key else 2) for spec in model.attention)
-    return (channels + heads * SCALE_BYTES) * block_size
+        return spec.cached_channels * num_tokens * HELD.get(kv_cache_dtype, dtype).itemsize
+    heads = spec.num_kv_heads * (1 if spec.value_in_key else 2)
+    return (spec.cached_channels + heads * SCALE_BYTES) * num_tokens
 
 
 def _layer(spec: AttentionSpec, slots: int, dtype: torch.dtype, device: torch.device) -> LayerPool:

@@ -90,24 +90,36 @@ class ModelRunner:
         self._sinks = [sinks_of(spec, model.device) for spec in model.attention]
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
-        """Logits of the sampled rows, [sampled, vocab] float32; the cache holds all rows after."""
+    def run(self, batch: Batch, x: Tensor | None = None) -> Tensor:
+        """Logits of the sampled rows, [sampled, vocab] float32; the cache holds all rows after.
+
+        x  [rows, hidden], the output of the parts of a model before this one
+        """
         if self.gpu is not None:
-            return self.gpu.logits(batch)
+            return self.gpu.logits(batch, x)
         model = self._decoder or self._model
-        if self._decoder is not None:
-            hidden = self._decoder.hidden(batch.token_ids, batch.positions, batch.spans)
-        elif self._native is not None:
-            attend = self._native.attend(batch)
-            hidden = self._model.hidden(batch.token_ids, batch.positions, attend)
-        else:
-            attend = self._attend(batch)
-            hidden = self._model.hidden(batch.token_ids, batch.positions, attend)
+        hidden = self.hidden(batch, x)
         if batch.sampled_rows.numel() == 0:
             return hidden.new_empty(0, model.vocab_size, dtype=torch.float32)
         if batch.sampled_rows.numel() < hidden.shape[0]:
             hidden = hidden.index_select(0, batch.sampled_rows)
         return model.logits(hidden)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, x: Tensor | None = None) -> Tensor:
+        """The last block's output [rows, hidden]; the cache holds all rows after. Not for a part
+        that the GPU's kernels run: that is the last one.
+        """
+        assert self.gpu is None
+        if self._decoder is not None:
+            if x is None:
+                return self._decoder.hidden(batch.token_ids, batch.positions, batch.spans)
+            return self._decoder.through(x, batch.positions, batch.spans)
+        attend = self._attend(batch) if self._native is None else self._native.attend(batch)
+        if x is None:
+            return self._model.hidden(batch.token_ids, batch.positions, attend)
+        assert isinstance(self._model, Decoder)
+        return self._model.through(x, batch.positions, attend)
 
     def _attend(self, batch: Batch) -> Attend:
         model, block_size = self._model, self.pool.block_size

@@ -25,6 +25,7 @@ from qtool.runtime.engine.scheduler import Scheduled
 from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.model import Model
 from qtool.runtime.models.packed_modules import PackedLinear
+from qtool.runtime.models.split import SplitDecoder
 from qtool.runtime.models.tensors import EXPERTS, has, role_shapes
 
 
@@ -75,8 +76,8 @@ class WorkMeter:
     def __init__(self, model: Model, *, weight_bytes: int, cache_bytes_per_token: float) -> None:
         self.counts = WorkCounts()
         self._sizes = sizes_of(model)
-        looked_up = model.looked_up_bytes if isinstance(model, Decoder) else 0
-        ranks = model.num_ranks if isinstance(model, Decoder) else 1
+        looked_up = model.looked_up_bytes if isinstance(model, Decoder | SplitDecoder) else 0
+        ranks = model.num_ranks if isinstance(model, Decoder | SplitDecoder) else 1
         self._weight_bytes = weight_bytes - looked_up * ranks
         # Layers of one window see the same tokens, and few models have more than two windows.
         operations: Counter[int | None] = Counter()
@@ -131,7 +132,7 @@ def tokens_seen(start: int, stop: int, window: int | None) -> int:
 
 def sizes_of(model: Model) -> LinearSizes:
     """The decoder's by its config, transformers' code's by its modules; no other model has any."""
-    if not isinstance(model, Decoder):
+    if not isinstance(model, Decoder | SplitDecoder):
         # By what it has: its class is in a module that loads transformers, which takes seconds.
         base, head = getattr(model, "base", None), getattr(model, "head", None)
         if isinstance(base, nn.Module) and isinstance(head, nn.Module):

@@ -5,6 +5,7 @@ does not compute is run by transformers, with that as the reason. What neither r
 multimodal model the part that writes text is run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ from qtool.convert.formats import WeightReader
 from qtool.decoder_config import DecoderConfig
 from qtool.errors import UnsupportedModel
 from qtool.runtime.layers import DEFAULT_RULES, PackingRules
-from qtool.runtime.models.build import build_decoder
+from qtool.runtime.models.build import Built, build_decoder, build_split
 from qtool.runtime.models.kernel_use import KernelUse
 from qtool.runtime.models.layer_store import UNSTORED, LayerStore
 from qtool.runtime.models.model import Model
+from qtool.runtime.models.split import Stretch
 from qtool.runtime.models.tensors import check_tensors
 from qtool.runtime.models.text_part import text_part
 from qtool.runtime.parallel.layers import Ranks
@@ -62,6 +64,17 @@ class NativePlan:
         built = build_decoder(
             self.reader, self.architecture, self.config, dtype, device, rules, ranks, store
         )
+        return self._loaded(built)
+
+    def load_split(
+        self, dtype: torch.dtype, stretches: Sequence[Stretch], rules: PackingRules = DEFAULT_RULES
+    ) -> LoadedDecoder:
+        """On several devices: all blocks, in their order."""
+        return self._loaded(
+            build_split(self.reader, self.architecture, self.config, dtype, stretches, rules)
+        )
+
+    def _loaded(self, built: Built) -> LoadedDecoder:
         return LoadedDecoder(
             model=built.decoder,
             code="native",

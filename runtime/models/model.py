@@ -87,21 +87,22 @@ def _causal(model: Model, batch: int, length: int) -> Attend:
         for window in {spec.window for spec in model.attention}
         if window is not None and window < length
     }
-    sinks = [sinks_of(spec, model.device) for spec in model.attention]
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (
             part.reshape(batch, length, *part.shape[1:]) for part in (query, key, value)
         )
         spec = model.attention[layer]
+        # Layers may be on several devices.
+        mask = masks.get(spec.window)
         output = causal_attention(
             query,
             key.transpose(1, 2),
             value.transpose(1, 2),
             scale=spec.scale,
-            mask=masks.get(spec.window),
+            mask=None if mask is None else mask.to(query.device),
             softcap=spec.softcap,
-            sinks=sinks[layer],
+            sinks=sinks_of(spec, query.device),
         )
         return output.flatten(0, 1)
 

@@ -188,7 +188,11 @@ class NativeDecoder:
 
     def hidden(self, token_ids: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
         """As `Model.hidden`, with the spans whose rows these are."""
-        x = self._decoder.embed(token_ids).contiguous()
+        return self.through(self._decoder.embed(token_ids), positions, spans)
+
+    def through(self, x: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
+        """x [rows, hidden], the first block's input -> the last one's output."""
+        x = x.contiguous()
         cos, sin = self._angles(positions)
         slots = find_slots(spans, self._block_size)
         return self._blocks(x, cos, sin, slots, plan_spans(spans, block_size=self._block_size))

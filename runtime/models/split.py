@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.decoder_config import DecoderConfig
 from qtool.runtime.models.attention_spec import AttentionSpec
 from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.model import Attend
+from qtool.runtime.models.parts import Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,33 @@ class SplitDecoder:
     @property
     def vocab_size(self) -> int:
         return self.parts[0].vocab_size
+
+    @property
+    def norm(self) -> Norm:
+        return self.parts[-1].norm
+
+    @property
+    def num_ranks(self) -> int:
+        return 1
+
+    @property
+    def whole_config(self) -> DecoderConfig:
+        layers = tuple(layer for part in self.parts for layer in part.config.layers)
+        return dataclasses.replace(self.parts[0].config, layers=layers)
+
+    @property
+    def looked_up_bytes(self) -> int:
+        """See `Decoder.looked_up_bytes`."""
+        return self.parts[-1].looked_up_bytes
+
+    def place(self, part: int) -> str:
+        """Which layers a part has and where they are: "0 to 19 on cpu"."""
+        stretch = self.stretches[part]
+        blocks = f"{stretch.blocks[0]} to {stretch.blocks[-1]}" if stretch.blocks else ""
+        names = [blocks] if blocks else []
+        if part == len(self.parts) - 1:
+            names.append("head")
+        return f"{' and '.join(names)} on {stretch.device.type}"
 
     def for_context(self, num_tokens: int) -> SplitDecoder:
         parts = tuple(part.for_context(num_tokens) for part in self.parts)

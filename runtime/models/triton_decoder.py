@@ -175,13 +175,15 @@ class TritonDecoder:
         positions: Tensor,
         tables: StepTables,
         sampled_rows: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """token_ids, positions [rows] int64 -> logits [sampled, vocab] float32; the cache holds all
         rows after.
 
         sampled_rows  [sampled] int64, as many as are wanted; None: all
+        before        the first block's input [rows, hidden], changed in place; None: of the tokens
         """
-        residual = self._decoder.embed(token_ids).contiguous()
+        residual = (self._decoder.embed(token_ids) if before is None else before).contiguous()
         angles = self._angles(positions)
         parts: Tensor | None = None
         post: Tensor | None = None

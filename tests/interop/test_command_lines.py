@@ -70,7 +70,7 @@ LINES = {
     "llama-server": Line(f"{SERVE} -m GGUF --port 0", ("Q4_K",)),
     "llama-server with layers on a GPU": Line(
         f"{SERVE} -m GGUF -ngl 20 -c 256 -n 64 -t 2 --chat-template llama3 --port 0",
-        ("-ngl 20", "given"),
+        ("--n-gpu-layers 20: there is no GPU", "given"),
         context=256,
     ),
     "Text Generation Inference": Line(
