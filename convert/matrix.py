@@ -80,6 +80,7 @@ SOURCE_KINDS: tuple[SourceKind, ...] = (
     SourceKind("fp8", "FP8 in blocks", Held(SHAPE, "fp8-128x128")),
     SourceKind("bitsandbytes", "NF4, FP4", Held(SHAPE, "nf4-g64")),
     SourceKind("bitsandbytes", "int8", _integers("int8-row-sym", "float32")),
+    SourceKind("codebook", "a table a row", Held(SHAPE, "codebook4-row")),
     SourceKind(GGUF_TARGET, "F32, F16, BF16", Held(SHAPE, "bfloat16")),
     SourceKind(GGUF_TARGET, "Q4_0", _blocks("Q4_0")),
     SourceKind(GGUF_TARGET, "Q8_0", _blocks("Q8_0")),

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qtool.convert import awq, bitsandbytes, compressed_tensors, float8, gptq, marlin
+from qtool.convert import awq, bitsandbytes, codebook, compressed_tensors, float8, gptq, marlin
 from qtool.convert.layer import Packed
 
 # Tensors that only packed models have; others, such as Marlin's "B", could be anybody's.
 UNMISTAKABLE = (
     "qweight",
     "weight_packed",
+    codebook.MARKER,
     *float8.SCALES,
     *bitsandbytes.MARKERS,
 )
@@ -50,4 +51,5 @@ SOURCES: dict[str, SourceFormat] = {
     "marlin": SourceFormat(marlin.QUANT_METHOD, ("B",), marlin.read),
     "fp8": SourceFormat("fp8", float8.SCALES, float8.read, compressed_tensors.ACTIVATION_SUFFIXES),
     "bitsandbytes": SourceFormat("bitsandbytes", bitsandbytes.MARKERS, bitsandbytes.read),
+    "codebook": SourceFormat(codebook.QUANT_METHOD, (codebook.MARKER,), codebook.read),
 }

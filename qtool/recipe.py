@@ -26,7 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from qtool.errors import UnknownName, UsageError, closest
-from qtool.scheme import FloatScheme, QuantScheme
+from qtool.scheme import FloatScheme, QuantScheme, codebook_scheme
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
@@ -76,6 +76,10 @@ class Gptq:
             raise UsageError(f"orders {self.orders} is not a positive number")
         if self.correction and not self.sequential:
             raise UsageError("correction needs sequential statistics")
+
+    @property
+    def beyond_one_sweep(self) -> bool:
+        return self.orders > 1 or self.tuning_steps > 0
 
     @property
     def follows_original(self) -> bool:
@@ -167,13 +171,16 @@ FLOAT_WEIGHTS: dict[str, FloatScheme] = {
     "mxfp4": FloatScheme("mxfp4", (1, 32)),
     "nf4": FloatScheme("nf4", (1, 64)),
 }
+# Tables of each row's own, and the bits of a place in them.
+CODEBOOK = "codebook"
+CODEBOOK_BITS = (2, 3, 4)
 ACTIVATIONS = ("none", "int8")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """weights      "int", or a key of FLOAT_WEIGHTS, for which bits, symmetric and group_size say
-                 nothing
+    """weights      "int", "codebook", or a key of FLOAT_WEIGHTS, for which bits, symmetric and
+                 group_size say nothing
     activations  "int8": runtimes round them by token, which takes 8-bit weights a row each
     """
 
@@ -189,11 +196,13 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
-        if self.weights != "int" and self.weights not in FLOAT_WEIGHTS:
-            raise UnknownName("weights", self.weights, ["int", *FLOAT_WEIGHTS])
+        if self.weights not in ("int", CODEBOOK, *FLOAT_WEIGHTS):
+            raise UnknownName("weights", self.weights, ["int", CODEBOOK, *FLOAT_WEIGHTS])
         if self.activations not in ACTIVATIONS:
             raise UnknownName("activations", self.activations, ACTIVATIONS)
-        if self.weights != "int" and not isinstance(self.method, Rtn):
+        if self.weights == CODEBOOK:
+            self._require_tables()
+        elif self.weights != "int" and not isinstance(self.method, Rtn):
             raise UsageError(
                 f"{self.weights} weights are made by rounding, not by {method_name(self.method)}",
                 "method: {name: rtn}",
@@ -210,8 +219,28 @@ class Recipe:
         # A scheme is valid or it raises; the group size is checked against each layer later.
         self.scheme(128 if self.group_size == "auto" else self.group_size)
 
+    def _require_tables(self) -> None:
+        if self.bits not in CODEBOOK_BITS:
+            known = ", ".join(map(str, CODEBOOK_BITS))
+            raise UsageError(f"a codebook of {self.bits} bits", f"tables are made for {known} bits")
+        if self.group_size not in ("auto", "row"):
+            raise UsageError(
+                f"a codebook with groups of {self.group_size}: each row has one table",
+                "leave out the group size",
+            )
+        fits = isinstance(self.method, Rtn) or (
+            isinstance(self.method, Gptq) and not self.method.beyond_one_sweep
+        )
+        if not fits:
+            raise UsageError(
+                f"codebook weights are not made by {method_name(self.method)} with these options",
+                "method rtn, or gptq at effort fast or default",
+            )
+
     @property
     def float_scheme(self) -> FloatScheme | None:
+        if self.weights == CODEBOOK:
+            return codebook_scheme(self.bits)
         return FLOAT_WEIGHTS.get(self.weights)
 
     def scheme(self, group_size: int | Literal["row"]) -> QuantScheme:
@@ -251,7 +280,8 @@ class Recipe:
         recipe = self if effort is None else self.with_effort(effort)
         if bits is not None and bits != self.bits:
             named = self.name.replace(f"int{self.bits}", f"int{bits}")
-            named = named if named != self.name else f"{self.name}-int{bits}"
+            kind = "" if self.weights == CODEBOOK else "int"
+            named = named if named != self.name else f"{self.name}-{kind}{bits}"
             recipe = replace(recipe, name=named, bits=bits)
         return replace(
             recipe,

@@ -5,6 +5,7 @@
     int4-g64-asym     4-bit codes, a scale and a zero point for 64 inputs
     fp8-128x128       8-bit floats, one scale for 128 outputs by 128 inputs
     nf4-g64           codes that are places in a table of 16 values, one scale for 64 weights
+    codebook4-row     codes that are places in a table of 16 values, a table a row
 
 A symmetric scheme stores unsigned codes around the midpoint 2**(bits-1): weight = (code -
 midpoint) * scale. The scale may be negative, so that the largest weight of a group can sit on the
@@ -22,6 +23,7 @@ _WORD = re.compile(r"int(?P<bits>[2-8])-(?:g(?P<group>[1-9]\d*)|row)-(?P<kind>sy
 
 # The group sizes that every runtime has kernels for, largest first.
 PORTABLE_GROUP_SIZES = (128, 64, 32)
+_CODEBOOK = "codebook"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,8 @@ def divisors_text(in_features: int) -> str:
 class FloatScheme:
     """Codes that are small floats or places in a table, and how many weights share a scale.
 
-    name   "fp8", "fp8e5m2", "nvfp4", "mxfp4", "mxfp8", "nf4" or "fp4"
-    block  (outputs, inputs) that share a scale; None is all of that axis
+    name   "fp8", "fp8e5m2", "nvfp4", "mxfp4", "mxfp8", "nf4", "fp4" or "codebook4"
+    block  (outputs, inputs) that share a scale or a table; None is all of that axis
 
     >>> str(FloatScheme("fp8", (1, None))), str(FloatScheme("fp8", (128, 128)))
     ('fp8-row', 'fp8-128x128')
@@ -112,3 +114,19 @@ class FloatScheme:
         if rows == 1:
             return f"{self.name}-row" if columns is None else f"{self.name}-g{columns}"
         return f"{self.name}-{rows or 'all'}x{columns or 'all'}"
+
+    @property
+    def table_bits(self) -> int | None:
+        """Bits of a code where each row has a table of its own, else None."""
+        if not self.name.startswith(_CODEBOOK):
+            return None
+        return int(self.name.removeprefix(_CODEBOOK))
+
+
+def codebook_scheme(bits: int) -> FloatScheme:
+    """Codes of `bits` bits that are places in a table of each row's own.
+
+    >>> str(codebook_scheme(4)), codebook_scheme(3).table_bits
+    ('codebook4-row', 3)
+    """
+    return FloatScheme(f"{_CODEBOOK}{bits}", (1, None))

@@ -24,6 +24,7 @@ from qtool.weights import (
     DenseWeight,
     Float8Weight,
     QuantizedWeight,
+    TableWeight,
     Weight,
 )
 
@@ -79,6 +80,9 @@ def _columns(weight: Weight, run: range) -> Weight:
         return _float8_columns(weight, run)
     if isinstance(weight, CodebookWeight):
         return _codebook_columns(weight, run)
+    if isinstance(weight, TableWeight):
+        codes = weight.codes[:, run.start : run.stop].contiguous()
+        return TableWeight(codes, weight.tables, weight.scheme)
     return _block_columns(weight, run)
 
 

@@ -292,6 +292,65 @@ class CodebookWeight:
         return DenseWeight(values.mul_(self.scales[places // self.block_size]))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TableWeight:
+    """Codes that are places in a table that each output row has of its own: weight[o, k] =
+    tables[o, codes[o, k]].
+
+    codes   [out, in]  uint8
+    tables  [out, n]   floating, in the type that files store; n is a power of two
+    """
+
+    codes: Tensor
+    tables: Tensor
+    scheme: FloatScheme
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 2 or self.codes.dtype != torch.uint8:
+            raise FormatError(
+                f"codes must be a uint8 matrix, found {self.codes.dtype} "
+                f"of shape {list(self.codes.shape)}"
+            )
+        if self.tables.ndim != 2 or not self.tables.is_floating_point():
+            raise FormatError(f"tables are a floating-point matrix, found {self.tables.dtype}")
+        if self.tables.shape[0] != self.codes.shape[0]:
+            raise FormatError(
+                f"{self.tables.shape[0]} tables for {self.codes.shape[0]} rows; each needs its own"
+            )
+        entries = self.tables.shape[1]
+        if entries < 2 or entries & (entries - 1):
+            raise FormatError(f"tables of {entries} entries; a power of two is needed")
+        if self.codes.numel() and int(self.codes.max()) >= entries:
+            raise FormatError(f"a code is beyond the {entries} entries of its table")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return (self.tables.shape[1] - 1).bit_length()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes once packed: codes at their width, and the tables."""
+        return self.codes.numel() * self.bits // 8 + self.tables.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        # In slabs: places in a table are looked up by 64-bit numbers.
+        height = max(1, SLAB_WEIGHTS // max(1, self.shape[1]))
+        for begin in range(0, self.shape[0], height):
+            rows = slice(begin, begin + height)
+            values[rows] = torch.gather(self.tables[rows], 1, self.codes[rows].long()).to(dtype)
+        return values
+
+    def rows(self, order: Tensor) -> TableWeight:
+        """Some of its output rows, or all of them in another order (int64 [n])."""
+        return TableWeight(self.codes[order], self.tables[order], self.scheme)
+
+
 FLOAT8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -302,4 +361,4 @@ def num_blocks(shape: tuple[int, int], scheme: FloatScheme) -> tuple[int, int]:
     return down, 1 if columns is None else -(-shape[1] // columns)
 
 
-Weight = DenseWeight | QuantizedWeight | BlockWeight | Float8Weight | CodebookWeight
+Weight = DenseWeight | QuantizedWeight | BlockWeight | Float8Weight | CodebookWeight | TableWeight

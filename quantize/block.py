@@ -79,7 +79,7 @@ def solve_block(
             _solve_rtn(planned, options, skeleton, result)
         case Gptq() as options:
             assert capture is not None
-            _solve_gptq(index, integers, options, capture, originals, result)
+            _solve_gptq(index, planned, options, capture, originals, result)
         case Awq() | SmoothQuant() as options:
             assert capture is not None
             _solve_awq(index, integers, options, capture, result)
@@ -115,7 +115,7 @@ def _solve_rtn(
 
 def _solve_gptq(
     index: int,
-    planned: Mapping[Linear, QuantScheme],
+    planned: Mapping[Linear, Scheme],
     options: Gptq,
     capture: BlockCapture,
     originals: Originals | None,
@@ -240,7 +240,7 @@ def _solve_awq(
 
 
 def _traced(
-    index: int, planned: Mapping[Linear, QuantScheme], capture: BlockCapture
+    index: int, planned: Mapping[Linear, Scheme], capture: BlockCapture
 ) -> list[InputGroup]:
     """Groups that hold a planned linear; consumers that stay dense are listed in them too."""
     sites = dict.fromkeys(linear.site for linear in _all_linears(capture.skeleton, index))

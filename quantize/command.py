@@ -38,7 +38,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     show_default=True,
     metavar="NAME|FILE",
     help="int4, int3, int2, gptq, awq, awq-gptq, rtn-int4, rtn-int8, smoothquant, w8a8, fp8, "
-    "fp8-block, nvfp4, mxfp4, nf4, or a YAML file.",
+    "fp8-block, nvfp4, mxfp4, nf4, codebook, or a YAML file.",
 )
 @click.option(
     "--effort",

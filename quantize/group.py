@@ -19,8 +19,9 @@ from qtool.calibration.linears import Linear, Site
 from qtool.calibration.skeleton import Skeleton
 from qtool.calibration.statistics import Drift, Moments, total
 from qtool.errors import QtoolError
-from qtool.quantize import awq, gptq, rtn
+from qtool.quantize import awq, codebook, gptq, rtn
 from qtool.quantize.correction import correct
+from qtool.quantize.layouts import Scheme
 from qtool.quantize.solution import (
     Solution,
     power,
@@ -30,7 +31,7 @@ from qtool.quantize.solution import (
     share,
 )
 from qtool.recipe import Awq, Gptq, SmoothQuant, method_name
-from qtool.scheme import QuantScheme
+from qtool.scheme import FloatScheme, QuantScheme
 
 FEW_TOKENS = "fewer tokens than inputs reached this expert, so the layer's other experts fill in"
 NO_CORRECTION = "its correction could not be computed, so it was quantized as it was"
@@ -114,7 +115,7 @@ class Problem(NamedTuple):
     """
 
     linears: Sequence[Linear]
-    planned: Mapping[Linear, QuantScheme]
+    planned: Mapping[Linear, Scheme]
     hessian: Tensor | None
     num_tokens: int
     notes: tuple[str, ...]
@@ -123,7 +124,7 @@ class Problem(NamedTuple):
 
 def make_problem(
     linears: Sequence[Linear],
-    planned: Mapping[Linear, QuantScheme],
+    planned: Mapping[Linear, Scheme],
     observed: Moments,
     prior: Moments | None,
     notes: tuple[str, ...] = (),
@@ -165,7 +166,10 @@ def solve_group(
         ]
         if aims.keep_all:
             aims.weights.update(zip(members, weights, strict=True))
-        if isinstance(options, Gptq):
+        if isinstance(scheme, FloatScheme):
+            assert isinstance(options, Gptq), options
+            solved = codebook.solve(torch.cat(weights), hessian, scheme, options)
+        elif isinstance(options, Gptq):
             solved = gptq.solve(torch.cat(weights), hessian, scheme, options)
         elif isinstance(options, SmoothQuant):
             solved = rtn.solve(torch.cat(weights), scheme)
@@ -178,7 +182,7 @@ def solve_group(
             result.weights[linear] = part
             # Plain rounding knows nothing of the scales: it is measured on the weight as it was.
             original = weight if scales is None else weight / scales
-            plain = row_errors(original, rtn.solve(original, scheme).dequantized, unscaled)
+            plain = row_errors(original, _rounded(original, scheme).dequantized, unscaled)
             lost = part.lost
             if lost is None:
                 lost = row_errors(weight, part.dequantized, hessian)
@@ -191,7 +195,7 @@ def solve_group(
                 rtn_error=share(float(plain.double().sum()), there),
                 num_tokens=problem.num_tokens,
                 seconds=round((time.monotonic() - started) / len(members), 3),
-                steps=(*aims.steps.get(linear, ()), *_steps(options)),
+                steps=(*aims.steps.get(linear, ()), *_steps(options, scheme)),
                 peak_bytes=peak_bytes(),
                 fallbacks=(*aims.fallbacks.get(linear, ()), *part.fallbacks),
                 notes=problem.notes,
@@ -203,15 +207,23 @@ def solve_group(
         )
 
 
-def _steps(options: Gptq | Awq | SmoothQuant) -> tuple[str, ...]:
+def _rounded(weight: Tensor, scheme: Scheme) -> Solution:
+    """Plain rounding to as many bits."""
+    integers = scheme if isinstance(scheme, QuantScheme) else codebook.as_integers(scheme)
+    return rtn.solve(weight, integers)
+
+
+def _steps(options: Gptq | Awq | SmoothQuant, scheme: Scheme) -> tuple[str, ...]:
     """What the solver was asked to do around its sweep."""
     if isinstance(options, SmoothQuant):
         return ()
     if isinstance(options, Awq):
         if options.sweep:
-            return ("gptq", *_steps(_SWEEP))
+            return ("gptq", *_steps(_SWEEP, scheme))
         return ("clip search",) if options.clip_search else ()
     steps = ["scale search"] if options.scale_search else []
+    if isinstance(scheme, FloatScheme):
+        steps = ["k-means"]
     if options.refine_rounds:
         steps.append(f"{options.refine_rounds} rounds of refinement")
     if options.orders > 1:
@@ -220,7 +232,7 @@ def _steps(options: Gptq | Awq | SmoothQuant) -> tuple[str, ...]:
 
 
 def solve_unseen(
-    index: int, planned: Mapping[Linear, QuantScheme], capture: BlockCapture, result: BlockResult
+    index: int, planned: Mapping[Linear, Scheme], capture: BlockCapture, result: BlockResult
 ) -> None:
     """A planned linear without statistics is rounded on a searched grid, and says so."""
     parameters = dict(capture.skeleton.block_parameters(index))
@@ -229,14 +241,17 @@ def solve_unseen(
             continue
         weight = linear.matrix(parameters[linear.parameter]).contiguous()
         require_finite(weight, linear)
-        solved = rtn.solve(weight, scheme, scale_search=True, fallbacks=(NO_TOKENS,))
+        if isinstance(scheme, FloatScheme):
+            solved = codebook.solve(weight, None, scheme, None, (NO_TOKENS,))
+        else:
+            solved = rtn.solve(weight, scheme, scale_search=True, fallbacks=(NO_TOKENS,))
         result.weights[linear] = solved
         result.reports[linear] = LayerReport(
             module=linear.name,
             scheme=str(scheme),
             method="rtn",
             error=relative_error(weight, solved.dequantized, None),
-            rtn_error=relative_error(weight, rtn.solve(weight, scheme).dequantized, None),
+            rtn_error=relative_error(weight, _rounded(weight, scheme).dequantized, None),
             num_tokens=0,
             fallbacks=solved.fallbacks,
         )

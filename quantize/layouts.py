@@ -8,6 +8,7 @@ written by `quantize` alone:
     w8a8       compressed-tensors int-quantized, activations to int8 by token at run time
     nvfp4, mxfp4   compressed-tensors, weights only
     nf4        bitsandbytes, without double quantization
+    codebook   codes with a table a row, for `qtool` itself
 
 Each is a `Format` as those are, so that the pipeline sees one kind of thing.
 """
@@ -22,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.convert import bitsandbytes, float4, float8, int_quantized
+from qtool.convert import bitsandbytes, codebook, float4, float8, int_quantized
 from qtool.convert.formats import FORMATS, Format
 from qtool.convert.layer import FloatSpec, LayerSpec, Layout
 from qtool.errors import UsageError
 from qtool.quantize.rounding import NF4, nvfp4_factor
 from qtool.recipe import Recipe
-from qtool.scheme import FloatScheme, QuantScheme
+from qtool.scheme import FloatScheme, QuantScheme, codebook_scheme
 from qtool.weights import CodebookWeight, Float8Weight, QuantizedWeight, Weight
 
 Scheme = QuantScheme | FloatScheme
@@ -68,7 +69,13 @@ def bits_per_weight(scheme: Scheme, out_features: int, in_features: int) -> floa
     return bits + scale_bits / each
 
 
-_BITS = {"fp8": (8, 16), "nvfp4": (4, 8), "mxfp4": (4, 8), "nf4": (4, 32)}
+_BITS: dict[str, tuple[int, int]] = {
+    "fp8": (8, 16),
+    "nvfp4": (4, 8),
+    "mxfp4": (4, 8),
+    "nf4": (4, 32),
+    **{codebook_scheme(bits).name: (bits, 16 * 2**bits) for bits in codebook.BITS},
+}
 
 
 def _pack_float8(weight: Weight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -269,5 +276,13 @@ FLOAT_LAYOUTS: dict[str, Format] = {
         pack=_pack_nf4,
         quantization_config=_nf4_config,
     ),
+    "codebook": Format(
+        name="codebook",
+        layout=codebook.LAYOUT,
+        single_scheme=False,
+        refuses=_takes_multiples(1),
+        pack=codebook.pack_layer,  # type: ignore[arg-type]
+        quantization_config=codebook.quantization_config,  # type: ignore[arg-type]
+    ),
 }
-_COMPRESSED = {"w8a8": W8A8, **{k: v for k, v in FLOAT_LAYOUTS.items() if k != "nf4"}}
+_COMPRESSED = {"w8a8": W8A8, **{kind: FLOAT_LAYOUTS[kind] for kind in _GROUPS if kind != "w8a8"}}

@@ -137,10 +137,27 @@ def _summary(manifest: Manifest, found: Sizes) -> str:
 
 
 def _loading(manifest: Manifest, name: str) -> str:
-    needs = _TRANSFORMERS_NEEDS.get(manifest.format, manifest.format)
-    lines = [
-        "## Load it",
+    needs = _TRANSFORMERS_NEEDS.get(manifest.format)
+    lines = ["## Load it", "", *(_own_loader(name) if needs is None else _loaders(name, needs))]
+    if manifest.warnings:
+        lines += ["", "Said when it was made:", "", *(f"- {text}" for text in manifest.warnings)]
+    return "\n".join(lines)
+
+
+def _own_loader(name: str) -> list[str]:
+    return [
+        "With qtool, which alone reads this format; the second command makes a 16-bit model of it "
+        "that every loader takes:",
         "",
+        "```sh",
+        f"qtool serve {name}",
+        f"qtool convert {name} --to hf",
+        "```",
+    ]
+
+
+def _loaders(name: str, needs: str) -> list[str]:
+    return [
         f"With transformers, after `pip install transformers {needs}`:",
         "",
         "```python",
@@ -157,9 +174,6 @@ def _loading(manifest: Manifest, name: str) -> str:
         f"qtool serve {name}",
         "```",
     ]
-    if manifest.warnings:
-        lines += ["", "Said when it was made:", "", *(f"- {text}" for text in manifest.warnings)]
-    return "\n".join(lines)
 
 
 def _measured(manifest: Manifest, found: Sizes) -> str:

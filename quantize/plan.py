@@ -201,6 +201,11 @@ def _loader_warnings(quantized: Iterable[Linear], recipe: Recipe, layout: Format
             "transformers leaves Conv1D layers of compressed-tensors files random; "
             "use --format gptq to load this model there"
         )
+    if layout.name == "codebook":
+        yield (
+            "qtool alone reads tables that differ from row to row; `qtool convert --to hf` makes a "
+            "16-bit model of them that every loader takes"
+        )
     if layout.name == "gptq" and recipe.bits < 4:
         yield f"vLLM refuses {recipe.bits}-bit GPTQ files; --format compressed-tensors is read"
 

@@ -4,6 +4,7 @@
     nvfp4   e2m1 in groups of 16; a group's scale is an e4m3 float by one float32 for the matrix
     mxfp4   e2m1 in groups of 32 with a power of two for a scale
     nf4     bitsandbytes' table for normally distributed weights, blocks of 64, scale amax
+    codebook4, 3, 2  the best table for each row (tables.py)
 
 A group of e2m1 has a choice that costs nothing: its largest weight may lie on 6 or, on a finer
 grid of scales, on 4 (MXFP4: the power of two below or above). Both are rounded and the one with
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from qtool.convert.float4 import E2M1, MXFP4, NVFP4
 from qtool.errors import UsageError
+from qtool.quantize.tables import best_tables, nearest
 from qtool.scheme import FloatScheme
-from qtool.weights import CodebookWeight, Float8Weight
+from qtool.weights import CodebookWeight, Float8Weight, TableWeight
 
 FLOAT8_LARGEST = 448.0
 _SMALLEST_SCALE = 2.0**-100
@@ -34,7 +36,7 @@ NF4 = (
 )  # fmt: skip
 
 
-def round_float(weight: Tensor, scheme: FloatScheme) -> Float8Weight | CodebookWeight:
+def round_float(weight: Tensor, scheme: FloatScheme) -> Float8Weight | CodebookWeight | TableWeight:
     """weight [out, in] float32, finite."""
     if scheme.name == "fp8":
         return _fp8(weight, scheme)
@@ -44,7 +46,10 @@ def round_float(weight: Tensor, scheme: FloatScheme) -> Float8Weight | CodebookW
         return _mxfp4(weight, scheme)
     if scheme.name == "nf4":
         return _nf4(weight, scheme)
-    raise UsageError(f"{scheme} is not written", "written: fp8, nvfp4, mxfp4, nf4")
+    if scheme.table_bits is not None:
+        tables = best_tables(weight, weight.new_ones(weight.shape[1]), 2**scheme.table_bits)
+        return TableWeight(nearest(weight, tables), tables, scheme)
+    raise UsageError(f"{scheme} is not written", "written: fp8, nvfp4, mxfp4, nf4, codebook")
 
 
 def _fp8(weight: Tensor, scheme: FloatScheme) -> Float8Weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from qtool import grid
 from qtool.grid import Grid
 from qtool.scheme import QuantScheme
-from qtool.weights import QuantizedWeight, Weight
+from qtool.weights import QuantizedWeight, TableWeight, Weight
 
 
 class Solution(NamedTuple):
@@ -31,6 +32,20 @@ class Solution(NamedTuple):
         """The weight of a solver that makes integers."""
         assert isinstance(self.weight, QuantizedWeight)
         return self.weight
+
+
+def on(solved: Solution, device: torch.device) -> Solution:
+    """The same solution with all of its tensors on a device."""
+    if solved.dequantized.device == device:
+        return solved
+    tensors = {
+        field.name: value.to(device)
+        for field in fields(solved.weight)
+        if isinstance(value := getattr(solved.weight, field.name), Tensor)
+    }
+    lost = None if solved.lost is None else solved.lost.to(device)
+    weight: Weight = replace(solved.weight, **tensors)  # type: ignore[arg-type]
+    return Solution(weight, solved.dequantized.to(device), solved.fallbacks, lost)
 
 
 def joined(parts: Sequence[Solution]) -> Solution:
@@ -53,10 +68,11 @@ def joined(parts: Sequence[Solution]) -> Solution:
 
 def rows(solved: Solution, start: int, stop: int) -> Solution:
     """A slice of a solution's rows."""
-    order = torch.arange(start, stop)
+    order = torch.arange(start, stop, device=solved.dequantized.device)
     lost = None if solved.lost is None else solved.lost[start:stop]
+    assert isinstance(solved.weight, QuantizedWeight | TableWeight)
     return Solution(
-        solved.integers.rows(order), solved.dequantized[start:stop], solved.fallbacks, lost
+        solved.weight.rows(order), solved.dequantized[start:stop], solved.fallbacks, lost
     )
 
 
@@ -108,7 +124,7 @@ def row_errors(weight: Tensor, dequantized: Tensor, hessian: Tensor | None) -> T
 
 def power(weight: Tensor, hessian: Tensor | None) -> float:
     """tr(W H Wᵀ): what there is to lose."""
-    return float(row_errors(weight, torch.zeros(()), hessian).double().sum())
+    return float(row_errors(weight, weight.new_zeros(()), hessian).double().sum())
 
 
 def relative_error(weight: Tensor, dequantized: Tensor, hessian: Tensor | None) -> float:

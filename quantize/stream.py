@@ -31,7 +31,9 @@ _FEWEST_CHUNKS = 8
 def in_bfloat16(job: Job) -> bool:
     """Whether the blocks are run with bfloat16 products."""
     coarse = all(
-        isinstance(scheme, QuantScheme) and scheme.bits <= _COARSE_BITS
+        (scheme.bits <= _COARSE_BITS)
+        if isinstance(scheme, QuantScheme)
+        else scheme.table_bits is not None
         for scheme in job.plan.quantized.values()
     )
     return coarse and has_fast_bfloat16()

@@ -6,6 +6,7 @@ model_executor/layers/fused_moe. vLLM itself says so only after minutes of start
 
 from __future__ import annotations
 
+from qtool.convert import codebook
 from qtool.runtime.deploy.facts import ModelFacts
 from qtool.runtime.deploy.vllm_installed import Installed
 
@@ -35,6 +36,8 @@ def why_not(facts: ModelFacts, vllm: Installed) -> str | None:
         return None
     if method == "qtool-marlin":
         return "qtool's Marlin files are a cache for `qtool serve`; vLLM packs for Marlin by itself"
+    if method == codebook.QUANT_METHOD:
+        return "qtool alone reads tables that differ from row to row"
     if method not in READABLE:
         return f"vLLM has no loader for quant_method {method!r}"
     if method in ("gptq", "gptq_marlin", "auto_gptq"):
@@ -75,7 +78,8 @@ def _why_not_on_cpu(facts: ModelFacts, vllm: Installed) -> str | None:
 
 def cure(facts: ModelFacts, vllm: Installed) -> str:
     """The conversion after which vLLM loads the model."""
-    if vllm.is_cpu and (facts.has_experts or facts.quant_method in ONE_WAY_ON_CPU):
+    one_way = vllm.is_cpu and (facts.has_experts or facts.quant_method in ONE_WAY_ON_CPU)
+    if one_way or facts.quant_method == codebook.QUANT_METHOD:
         return f"`qtool convert {facts.name} --to hf` writes it in 16 bit, which every vLLM loads"
     return (
         f"`qtool convert {facts.name} --to compressed-tensors` keeps what has 4 or 8 bits as it is "

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
+from qtool.convert import codebook
 from qtool.convert.formats import FORMATS
 from qtool.convert.gguf.blocks.codecs import quantize
 from qtool.convert.gguf.container import KeyValue
@@ -32,8 +33,8 @@ from qtool.convert.gguf.imatrix import (
 from qtool.convert.gguf.types import TENSOR_TYPES, ValueType
 from qtool.convert.gguf.vocab import TokenKind, tokenizer_from_gguf
 from qtool.convert.gguf.writer import GgufLayout, GgufWriter, TensorInfo
-from qtool.scheme import QuantScheme
-from qtool.weights import QuantizedWeight
+from qtool.scheme import QuantScheme, codebook_scheme
+from qtool.weights import QuantizedWeight, TableWeight
 
 RandomWeight = Callable[..., QuantizedWeight]
 ForeignParts = Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], dict[str, Any]]]
@@ -43,7 +44,7 @@ OF_COMPRESSED_TENSORS = ("int8-asym", "fp8-tensor", "fp8-block", "mxfp8", "mxfp4
 OF_FP8 = ("fine-grained-fp8", "fine-grained-ue8m0")
 OF_BITSANDBYTES = {"bitsandbytes-4": ("nf4", "nf4-nested"), "bitsandbytes-8": ("llm-int8",)}
 BESIDE_MODELS = ("imatrix.dat", "imatrix.gguf", "tokenizer.json")
-READERS = ("dense", "bin", "gguf", *FORMATS, "fp8", *OF_BITSANDBYTES, *BESIDE_MODELS)
+READERS = ("dense", "bin", "gguf", *FORMATS, "fp8", "codebook", *OF_BITSANDBYTES, *BESIDE_MODELS)
 PACKED = "model.layers.0.packed"
 
 Parts = dict[str, torch.Tensor]
@@ -93,6 +94,11 @@ def linears_of(reader: str, random_weight: RandomWeight, foreign_parts: ForeignP
         layout = FORMATS[reader]
         packed = layout.pack(random_weight(scheme, 64, 128), torch.float16)
         return {PACKED: packed}, layout.quantization_config({PACKED: scheme}, [])
+    if reader == "codebook":
+        scheme, codes = codebook_scheme(3), values.abs().mul(100).to(torch.uint8) % 8
+        tables = TableWeight(codes, values[:, :8].half(), scheme)
+        packed = codebook.pack_layer(tables, torch.float16)
+        return {PACKED: packed}, codebook.quantization_config({PACKED: scheme}, [])
     kinds = OF_FP8 if reader == "fp8" else OF_BITSANDBYTES.get(reader, ())
     if not kinds:
         return {"model.layers.0.up": {"weight": values[:16].bfloat16()}}, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from qtool.convert.formats import WeightReader, open_weights
 from qtool.convert.matrix import SOURCE_KINDS, Cell, SourceKind, cell
 from qtool.convert.run import convert_model
 from qtool.errors import QtoolError
+from qtool.quantize.pipeline import quantize_model
+from qtool.recipe import Rtn, load_recipe
 from qtool.source import resolve
 
 Make = Callable[..., Path]
@@ -34,6 +37,8 @@ QUICK = {
     ("awq", "int4", "gguf"),
     ("bitsandbytes", "int8", "compressed-tensors"),
     ("bitsandbytes", "NF4, FP4", "hf"),
+    ("codebook", "a table a row", "hf"),
+    ("codebook", "a table a row", "gguf"),
     ("fp8", "FP8 in blocks", "gguf"),
     ("gguf", "Q8_0", "marlin"),
     ("gguf", "all other types", "compressed-tensors"),
@@ -70,6 +75,8 @@ def example(
             return tiny_checkpoint("llama", dtype="bfloat16", **SMALL)
         if kind in FOREIGN_KINDS:
             return foreign_checkpoint(FOREIGN_KINDS[kind], **SMALL)
+        if source.format == "codebook":
+            return _codebook(root, tiny_checkpoint("llama", dtype="bfloat16", **SMALL))
         if source.format == "gguf":
             # Scales of blocks are halves of any kind where the weights are floats of any kind.
             dtype = "bfloat16" if source.example.is_plain else "float32"
@@ -80,6 +87,14 @@ def example(
         return _act_order(folder, root) if source.kinds == "act-order" else folder
 
     return make
+
+
+def _codebook(root: Path, original: Path) -> Path:
+    out = root / "codebook"
+    if not out.exists():
+        rounded = replace(load_recipe("codebook"), method=Rtn())
+        quantize_model(str(original), rounded, out=out)
+    return out
 
 
 def _gguf(source: SourceKind, root: Path, original: Path) -> Path:
