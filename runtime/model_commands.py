@@ -132,7 +132,14 @@ def cp(source: str, name: str) -> None:
     Example:
       qtool cp captain mate
     """
-    store().keep(name, store().find(source) or Modelfile(base=source))
+    made = store().find(source)
+    if made is None:
+        from qtool.source import resolve
+
+        # A name for nothing is not kept.
+        resolve(source, config_only=True)
+        made = Modelfile(base=_beside(Path(), source))
+    store().keep(name, made)
     click.echo(f"{name}: made from {source}")
 
 

@@ -110,6 +110,9 @@ def test_a_model_is_made_listed_shown_copied_and_removed(
     assert {"poet", "bard"} <= names
     assert parse_modelfile(qtool_says("show", "poet", "--modelfile")) == replace(MADE, adapter=None)
     assert qtool_says("pull", "poet").strip().endswith("books-7m")
+    with pytest.raises(UsageError, match="no model at 'nobody'"):
+        CliRunner().invoke(qtool, ["cp", "nobody", "x"], catch_exceptions=False)
+    assert "x" not in qtool_says("list").split()
     qtool_says("rm", "bard")
     assert "bard" not in qtool_says("list")
     with pytest.raises(UsageError) as error:
