@@ -116,7 +116,7 @@ def measure_sums(rounds: int) -> dict[str, Any]:
 
 
 def _sums(rank: int, size: int, meeting: Path, tokens: int, rounds: int) -> float:
-    group = ProcessGroup(rank, size, meeting, "gloo")
+    group = ProcessGroup(rank, size, meeting, "gloo", timeout_seconds=300)
     values = torch.ones(tokens, HIDDEN)
     times = []
     for _ in range(10 * rounds):

@@ -165,6 +165,14 @@ ENGINE_OPTIONS = (
         help="Share the model out among N GPUs of this machine, or N processes on a CPU.",
     ),
     click.option(
+        "--distributed-timeout-seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        default=default_of("distributed_timeout_seconds"),
+        show_default=True,
+        metavar="SECONDS",
+        help="How long a rank may not be heard of before the service ends.",
+    ),
+    click.option(
         "--n-gpu-layers",
         "-ngl",
         "--gpu-layers",

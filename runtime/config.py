@@ -73,6 +73,8 @@ class EngineConfig:
     enable_lora              whether requests may name LoRA adapters
     tensor_parallel_size     ranks that the model is shared out among, a process each: with a GPU
                              each, or with a part of the CPU's threads
+    distributed_timeout_seconds
+                             after which a rank that is not heard of ends the service
     lora_modules             adapters to load at the start: a mapping from names to peft's folders,
                              or "name=folder" each
     n_gpu_layers             layers on the GPU, the last ones of all blocks and the head, the others
@@ -106,6 +108,7 @@ class EngineConfig:
     enable_lora: bool = False
     lora_modules: tuple[tuple[str, str], ...] = ()
     tensor_parallel_size: int = 1
+    distributed_timeout_seconds: float = 60.0
     n_gpu_layers: GpuLayers | None = None
     enforce_eager: bool = False
     async_scheduling: bool = True
@@ -133,6 +136,12 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise UsageError(f"gpu_memory_utilization is {share}, must be above 0 and at most 1")
+        if not self.distributed_timeout_seconds > 0:
+            raise UsageError(
+                f"distributed_timeout_seconds is {self.distributed_timeout_seconds}, must be above "
+                "0",
+                "a busy machine needs 10 and more",
+            )
         for name in ("max_num_waiting", "target_itl_ms"):
             value = getattr(self, name)
             if value is not None and not value >= 0:

@@ -281,7 +281,7 @@ def _logits_of_rank(
 
     plan = plan_decoder(open_weights(resolve(str(model))))
     parts = plan.shard(Shard(rank, size))
-    ranks = Ranks(parts, ProcessGroup(rank, size, meeting, "gloo"))
+    ranks = Ranks(parts, ProcessGroup(rank, size, meeting, "gloo", timeout_seconds=300))
     with torch.inference_mode():
         loaded = plan.load(torch.float32, torch.device("cpu"), ranks=ranks)
         hidden = causal_hidden(loaded.model, tokens)

@@ -116,6 +116,7 @@ FLAGS: Mapping[str, Becomes] = {
     "keep_alive": Becomes(because="vLLM serves one model, loaded all the time"),
     "max_loaded_models": Becomes(because="vLLM serves one model, loaded all the time"),
     "max_loaded_bytes": Becomes(because="vLLM serves one model, loaded all the time"),
+    "distributed_timeout_seconds": Becomes(because="vLLM's workers have a timeout of their own"),
     "n_gpu_layers": Becomes(
         because="vLLM keeps all layers on its device (--cpu-offload-gb is its own)", refused=True
     ),

@@ -68,6 +68,8 @@ def why_not(decoder: Decoder) -> str | None:
         return f"the library computes in bfloat16 or float32, not {name}"
     if decoder.ranks is not None:
         return "ranks add up their products within a block"
+    if not decoder.blocks:
+        return "there are no blocks"
     native = load()
     if isinstance(native, Missing):
         return f"the library {native.reason}"

@@ -26,6 +26,7 @@ from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.layers import PackingRules
 from qtool.runtime.models.load import plan_decoder
 from qtool.runtime.models.model import Model, causal_hidden, causal_logits
+from qtool.runtime.parallel.heartbeat import beat, sum_seconds
 from qtool.runtime.parallel.layers import Ranks
 from qtool.runtime.parallel.members import Errand
 from qtool.runtime.parallel.message import (
@@ -65,6 +66,7 @@ def _follow(channel: Channel) -> None:
     errand_text = channel.receive()
     assert isinstance(errand_text, Text)
     errand = Errand.parse(errand_text.text)
+    beat(lambda: channel.send(encode(Text('{"alive": 1}'))), errand.timeout_seconds)
     model = _load(errand, channel)
     runners: dict[int, ModelRunner] = {}
     while True:
@@ -96,7 +98,13 @@ def _load(errand: Errand, channel: Channel) -> Model:
     plan = plan_decoder(open_weights(resolve(errand.model)))
     shards = plan.shard(Shard(errand.rank, errand.size))
     channel.send(encode(Text('{"arrived": 1}')))
-    group = ProcessGroup(errand.rank, errand.size, Path(errand.meeting), errand.backend)
+    group = ProcessGroup(
+        errand.rank,
+        errand.size,
+        Path(errand.meeting),
+        errand.backend,
+        timeout_seconds=sum_seconds(errand.timeout_seconds),
+    )
     rules = PackingRules(errand.activations, errand.lm_head)  # type: ignore[arg-type]
     with torch.inference_mode():
         loaded = plan.load(getattr(torch, errand.dtype), device, rules, Ranks(shards, group))

@@ -41,6 +41,7 @@ def load_together(config: EngineConfig) -> LoadedModel:
         size,
         lambda rank, meeting: _errand(config, found, rank, meeting, backend, num_threads),
         at_end=lambda: _take_threads_back(given),
+        timeout_seconds=config.distributed_timeout_seconds,
     )
     try:
         return _loaded(config, found, plan, team, backend)
@@ -80,6 +81,7 @@ def _errand(
         meeting=str(meeting),
         backend=backend,
         num_threads=num_threads,
+        timeout_seconds=config.distributed_timeout_seconds,
     )
 
 

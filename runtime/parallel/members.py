@@ -17,10 +17,11 @@ from qtool.settings import child_environment
 class Errand:
     """What another rank is told to load, and how.
 
-    model        a path
-    activations  and lm_head: as in `PackingRules`
-    meeting      the file where the ranks meet
-    num_threads  that it computes with on a CPU
+    model            a path
+    activations      and lm_head: as in `PackingRules`
+    meeting          the file where the ranks meet
+    num_threads      that it computes with on a CPU
+    timeout_seconds  after which a rank that is silent is given up
     """
 
     model: str
@@ -33,6 +34,7 @@ class Errand:
     meeting: str
     backend: Backend
     num_threads: int
+    timeout_seconds: float
 
     def text(self) -> str:
         return json.dumps(asdict(self))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -178,10 +179,12 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
+        self._sending = threading.Lock()
 
     def send(self, frame: bytes) -> None:
-        """An encoded message."""
-        self.socket.sendall(frame)
+        """An encoded message; from any thread."""
+        with self._sending:
+            self.socket.sendall(frame)
 
     def receive(self) -> Message | None:
         """The next message; None when the other end is closed."""

@@ -22,10 +22,6 @@ from qtool.errors import UsageError
 
 Backend = Literal["gloo", "nccl"]
 
-# A rank that computes is at most a layer behind the others. One that is this far behind is stopped
-# or swapped out, and whoever waits for it is told so.
-TIMEOUT = timedelta(minutes=5)
-
 
 class CutOff(RuntimeError):
     """What the others were to add did not come: one of them has ended, or waits itself."""
@@ -34,14 +30,20 @@ class CutOff(RuntimeError):
 class ProcessGroup:
     """A `Collective` over processes; a sum that cannot be had raises CutOff."""
 
-    def __init__(self, rank: int, size: int, meeting: Path, backend: Backend) -> None:
-        """Waits until all ranks have come to the file `meeting`."""
+    def __init__(
+        self, rank: int, size: int, meeting: Path, backend: Backend, *, timeout_seconds: float
+    ) -> None:
+        """Waits until all ranks have come to the file `meeting`.
+
+        timeout_seconds  that a rank may be behind, which computes at most a layer more than others
+        """
+        timeout = timedelta(seconds=timeout_seconds)
         self.rank, self.size = rank, size
         make = _nccl if backend == "nccl" else _gloo
         with _cut_off():
             store = c10d.FileStore(str(meeting), size)
-            store.set_timeout(TIMEOUT)
-            self._group: Any = make(store, rank, size)
+            store.set_timeout(timeout)
+            self._group: Any = make(store, rank, size, timeout)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
@@ -71,19 +73,19 @@ def _cut_off() -> Iterator[None]:
         raise CutOff(str(error)) from error
 
 
-def _gloo(store: c10d.Store, rank: int, size: int) -> Any:
+def _gloo(store: c10d.Store, rank: int, size: int, timeout: timedelta) -> Any:
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     # By itself it takes the interface that the host's name resolves to, which may be any or none.
     options._devices = [gloo.create_device(hostname="127.0.0.1")]
-    options._timeout = TIMEOUT
+    options._timeout = timeout
     return gloo(store, rank, size, options)
 
 
-def _nccl(store: c10d.Store, rank: int, size: int) -> Any:
+def _nccl(store: c10d.Store, rank: int, size: int, timeout: timedelta) -> Any:
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
-    options._timeout = TIMEOUT
+    options._timeout = timeout
     return nccl(store, rank, size, options)
 
 

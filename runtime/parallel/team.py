@@ -24,6 +24,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qtool.runtime.engine.client import EngineLost
+from qtool.runtime.parallel.heartbeat import sum_seconds
 from qtool.runtime.parallel.members import Errand, Member, spawn
 from qtool.runtime.parallel.message import Message, Pass, encode
 from qtool.runtime.parallel.process_group import Backend, CutOff, ProcessGroup
@@ -56,10 +57,12 @@ class Team:
         folder: Path,
         cleanup: Callable[[], None],
         at_end: Callable[[], None],
+        timeout_seconds: float,
     ) -> None:
         self._members = tuple(members)
         self._meeting = folder / "meeting"
-        self._watch = Watch(self._members)
+        self._watch = Watch(self._members, timeout_seconds)
+        self._sum_seconds = sum_seconds(timeout_seconds)
         self._turn = threading.RLock()
         self._group: ProcessGroup | None = None
         self._num_runners = 0
@@ -74,10 +77,13 @@ class Team:
         size: int,
         errand: Callable[[int, Path], Errand],
         at_end: Callable[[], None] = lambda: None,
+        *,
+        timeout_seconds: float,
     ) -> Team:
         """
-        errand  (rank, the file where the ranks meet) -> what that rank is to do
-        at_end  called once, when they have been stopped or could not be started
+        errand           (rank, the file where the ranks meet) -> what that rank is to do
+        at_end           called once, when they have been stopped or could not be started
+        timeout_seconds  after which a rank that is silent is given up
         """
         folder = tempfile.TemporaryDirectory(prefix="qtool-ranks-")
         meeting = Path(folder.name) / "meeting"
@@ -86,10 +92,10 @@ class Team:
             for rank in range(1, size):
                 members.append(spawn(rank, errand(rank, meeting)))
         except BaseException:
-            _end(Watch(members), folder.cleanup)
+            _end(Watch(members, timeout_seconds), folder.cleanup)
             at_end()
             raise
-        return cls(members, Path(folder.name), folder.cleanup, at_end)
+        return cls(members, Path(folder.name), folder.cleanup, at_end, timeout_seconds)
 
     @property
     def size(self) -> int:
@@ -114,7 +120,9 @@ class Team:
         self._watch.wait_for("arrived")
         self._raise_if_lost()
         try:
-            self._group = ProcessGroup(0, self.size, self._meeting, backend)
+            self._group = ProcessGroup(
+                0, self.size, self._meeting, backend, timeout_seconds=self._sum_seconds
+            )
         except CutOff as error:
             raise self._diagnosed(error) from error
         self._watch.on_lost(lambda _, group=self._group: group.abort())  # type: ignore[misc]

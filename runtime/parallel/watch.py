@@ -1,8 +1,9 @@
 """Waits for what the other ranks say, and for their end.
 
-A rank says "arrived" when it is about to join the others, "loaded" with its bytes of weights, and
-"failed" with the reason before it ends by itself. One that ends without that was killed. One that
-says "cut off" missed a sum: whoever ended first is the reason, and is given a moment to be found.
+A rank says "arrived" when it is about to join the others, "loaded" with its bytes of weights,
+"alive" a few times within the timeout, and "failed" with the reason before it ends by itself. One
+that ends without that was killed, one that is silent is stopped or swapped out. One that says "cut
+off" missed a sum: whoever ended first is the reason, and is given a moment to be found.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from qtool.runtime.parallel.heartbeat import Silence, period, state_of
 from qtool.runtime.parallel.members import Member
 from qtool.runtime.parallel.message import Stop, Text, encode
 
@@ -26,16 +29,18 @@ STOP_SECONDS = 30.0
 # How long after it a rank's end is known, by which others were cut off.
 REASON_SECONDS = 1.0
 
-Said = Literal["arrived", "loaded"]
+Said = Literal["arrived", "loaded", "alive"]
 
 
 class Watch:
     """lost: what ended the group, in words, also when it was `end`; None while all are there."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], timeout_seconds: float) -> None:
+        """timeout_seconds  after which a rank that is silent is given up"""
         self._members = tuple(members)
+        self._timeout_seconds = timeout_seconds
         self._changed = threading.Condition()
-        self._said: dict[str, dict[int, int]] = {"arrived": {}, "loaded": {}}
+        self._said: dict[str, dict[int, int]] = {"arrived": {}, "loaded": {}, "alive": {}}
         self._listeners: list[Callable[[str], None]] = []
         self._ending = False
         # Ranks that have said why they end.
@@ -100,11 +105,31 @@ class Watch:
         with selectors.DefaultSelector() as selector:
             for member in self._members:
                 selector.register(member.channel.socket, selectors.EVENT_READ, member)
+            silence = Silence()
+            pause = period(self._timeout_seconds)
+            next_tick = time.monotonic() + pause
             while selector.get_map():
-                for key, _ in selector.select():
+                for key, _ in selector.select(max(next_tick - time.monotonic(), 0.0)):
+                    silence.heard(key.data.rank)
                     if not self._hear(key.data):
+                        silence.ended(key.data.rank)
                         selector.unregister(key.fileobj)
                         key.data.channel.close()
+                if time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + pause
+                    self._give_up(silence.tick())
+
+    def _give_up(self, silent: Sequence[int]) -> None:
+        """Ranks that have not been heard of for too long."""
+        for member in self._members:
+            if member.rank in silent:
+                pid = member.process.pid
+                state = state_of(pid)
+                self.lose(
+                    f"rank {member.rank} of {1 + len(self._members)} (process {pid}"
+                    f"{f', {state}' if state else ''}) has not been heard of for "
+                    f"{self._timeout_seconds:g} s"
+                )
 
     def _hear(self, member: Member) -> bool:
         """Take what a rank says; False when it says no more."""

@@ -153,6 +153,26 @@ def test_a_rank_killed_within_a_step_ends_the_step() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("within_a_step", [True, False])
+def test_a_rank_that_is_stopped_is_given_up(within_a_step: bool) -> None:
+    """Also when nothing runs that would wait for it."""
+    llm = engine(2, distributed_timeout_seconds=8)
+    team = llm.loaded.team
+    assert team is not None
+    heard = threading.Event()
+    team.on_lost(lambda lost: heard.set())
+    (pid,) = team.pids
+    os.kill(pid, signal.SIGSTOP)
+    if not within_a_step:
+        assert heard.wait(120)
+    with pytest.raises(RankLost, match=rf"rank 1 of 2 \(process {pid}.*not been heard of for 8 s"):
+        texts(llm)
+    assert "stopped" in str(team.lost)
+    assert is_gone(pid)
+    llm.close()
+
+
+@pytest.mark.slow
 def test_a_rank_that_fails_by_itself_says_why() -> None:
     llm = engine(2)
     team = llm.loaded.team
@@ -207,9 +227,9 @@ def test_ranks_end_with_rank_0_however_that_ends() -> None:
 def test_what_keeps_a_rank_from_coming_is_said(tmp_path: Path) -> None:
     def errand(rank: int, meeting: Path) -> Errand:
         model = str(tmp_path / "nothing")
-        return Errand(model, "float32", "cpu", None, "auto", rank, 2, str(meeting), "gloo", 1)
+        return Errand(model, "float32", "cpu", None, "auto", rank, 2, str(meeting), "gloo", 1, 60)
 
-    team = Team.start(2, errand)
+    team = Team.start(2, errand, timeout_seconds=60)
     with pytest.raises(RankLost, match="rank 1 of 2 failed: no model at"):
         team.meet("gloo")
     team.stop()
