@@ -80,6 +80,13 @@ class Decoder:
         return self.config.vocab_size
 
     @property
+    def num_logits(self) -> int:
+        """Logits that a row has here: of the whole vocabulary at rank 0, at others of their part."""
+        if self.ranks is None or self.ranks.plan.shard.rank == 0:
+            return self.vocab_size
+        return len(self.ranks.plan.vocabulary)
+
+    @property
     def num_ranks(self) -> int:
         return 1 if self.ranks is None else self.ranks.plan.shard.size
 

@@ -15,7 +15,10 @@ device, so that a step can be recorded and replayed (`runtime.engine.graphs`). A
 the same bits in every batch that takes the same tiles; across numbers of rows they may differ in
 the last bit, as dense products do.
 
-What is not fused (latent attention, norms over all heads, layer norms, ranks) keeps the decoder's
+Ranks add up their o's and down's in between (`runtime.parallel.layers`), each in one call of the
+collective, which NCCL lets be recorded with the rest.
+
+What is not fused (latent attention, norms over all heads, layer norms) keeps the decoder's
 own operations with attention by the same kernels; `why_not` names the first thing in the way.
 """
 
@@ -43,6 +46,7 @@ from qtool.runtime.models.mlp import Mlp, SparseMlp
 from qtool.runtime.models.model import sinks_of
 from qtool.runtime.models.native import LayerCache
 from qtool.runtime.models.parts import GATED, HeadNorm, Norm, RmsNorm, WideRmsNorm
+from qtool.runtime.parallel.layers import own_part, together
 
 ACTIVATIONS: tuple[fused.Activation, ...] = ("silu", "gelu_tanh")
 
@@ -70,8 +74,6 @@ def why_not(decoder: Decoder) -> str | None:
     found = attention_obstacle(decoder.attention, decoder.dtype, decoder.device)
     if found is not None:
         return found
-    if decoder.ranks is not None:
-        return "ranks add up their products within a block"
     if not _is_rms(decoder.norm):
         return "layer norms are not fused"
     return next((reason for block in decoder.blocks for reason in _obstacles(block)), None)
@@ -102,6 +104,7 @@ def _gain(norm: Norm | None) -> Tensor | None:
 
 def sum_block(layer: Linear | Linears) -> int:
     """Inputs whose sums a linear reads beside them; 0: it reads none."""
+    layer = own_part(layer)
     if isinstance(layer, Linear) and isinstance(layer.packed, MarlinPacked):
         return marlin_linear.sum_block(layer.packed)
     return 0
@@ -109,6 +112,11 @@ def sum_block(layer: Linear | Linears) -> int:
 
 def product(layer: Linear | Linears, x: Summed) -> Tensor:
     """[parts, rows, out], whose sum over the parts is the layer's output."""
+    own = own_part(layer)
+    if own is not layer:
+        parts = product(own, x)
+        whole = parts[0] if parts.shape[0] == 1 else parts.sum(0).to(x.values.dtype)
+        return together(layer, whole)[None]
     values = x.values
     if isinstance(layer, Linear) and isinstance(layer.packed, MarlinPacked):
         packed, rows = layer.packed, values.shape[0]
@@ -120,6 +128,7 @@ def product(layer: Linear | Linears, x: Summed) -> Tensor:
 
 def _summed(x: Tensor, layer: Linear | Linears) -> Summed:
     """Of inputs that no fused step made."""
+    layer = own_part(layer)
     if sum_block(layer):
         assert isinstance(layer, Linear)
         return Summed(x, marlin_linear.block_sums(x, layer.packed))
@@ -320,7 +329,7 @@ def is_static(decoder: Decoder) -> bool:
             layers += [every.up, every.down]
     parts = [
         part
-        for layer in layers
+        for layer in map(own_part, layers)
         for part in (layer.parts if isinstance(layer, Linears) else [layer])
     ]
     return all(part.kernel.name in kernels for part in parts)

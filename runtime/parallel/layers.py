@@ -8,8 +8,9 @@
 After a sum all ranks hold the same bits, so that routers and norms, which every rank computes by
 itself, agree.
 
-On a CPU a rank runs layer by layer, and not all blocks in one call of the library, which cannot
-wait for others within a block. That costs 11 ms of CPU time a step of 24 layers, however wide they
+On GPUs a rank runs the fused steps, and all of a step is recorded, sums included
+(`runtime.models.triton_decoder`). On a CPU it runs layer by layer, and not all blocks in one call
+of the library, which cannot wait for others within a block. That costs 11 ms of CPU time a step of 24 layers, however wide they
 are: 1.5 times the one call for a 0.5B model in 4 bits, which needs no ranks, and a few percent for
 one that does (`python benchmarks/ranks.py`, a 2-core Xeon with AMX at a load of 30, 2026-11).
 """
@@ -57,7 +58,10 @@ def _gathered(
 ) -> Tensor:
     """[tokens, vocab] at rank 0; this rank's part elsewhere."""
     base, ranks, widths = packed
-    own = base(x)
+    return _at_rank_0(base(x), ranks, widths)
+
+
+def _at_rank_0(own: Tensor, ranks: Collective, widths: tuple[int, ...]) -> Tensor:
     # Tensors that are gathered have one shape.
     missing = max(widths) - own.shape[1]
     parts = ranks.gather(F.pad(own, (0, missing)) if missing else own)
@@ -69,6 +73,21 @@ def _gathered(
 
 REDUCED = _wrapper("all_reduce", _reduced)
 GATHERED = _wrapper("gather", _gathered)
+
+
+def own_part(layer: Linear | Linears) -> Linear | Linears:
+    """Of a linear that ranks share, what this one multiplies by."""
+    if isinstance(layer, Linear) and layer.kernel in (REDUCED, GATHERED):
+        base: Linear | Linears = layer.packed[0]
+        return base
+    return layer
+
+
+def together(layer: Linear | Linears, own: Tensor) -> Tensor:
+    """What a linear that ranks share gives, from what its `own_part` gave."""
+    assert isinstance(layer, Linear)
+    _, ranks, *widths = layer.packed
+    return _at_rank_0(own, ranks, *widths) if widths else ranks.all_reduce(own)
 
 
 @dataclass(frozen=True, slots=True)
