@@ -81,7 +81,7 @@ class Decoder:
 
     @property
     def num_logits(self) -> int:
-        """Logits that a row has here: of the whole vocabulary at rank 0, at others of their part."""
+        """Logits of a row here: of the whole vocabulary at rank 0, at others of their part."""
         if self.ranks is None or self.ranks.plan.shard.rank == 0:
             return self.vocab_size
         return len(self.ranks.plan.vocabulary)
