@@ -18,7 +18,8 @@ import yaml
 from qtool.artifact import CARD_NAME, Manifest
 from qtool.quantize.layouts import bits_per_weight
 from qtool.quantize.plan import Plan
-from qtool.quantize.summary import KIND_COLUMNS, grouped_reasons, lost_by_kind, megabytes, shortened
+from qtool.quantize.summary import KIND_COLUMNS, grouped_reasons, lost_by_kind, shortened
+from qtool.units import size_text
 
 # What a copy in fewer bits takes over from the card of its source.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -130,8 +131,8 @@ def _summary(manifest: Manifest, found: Sizes) -> str:
     version = manifest.versions.get("qtool", "")
     return (
         f"{_source(manifest)}, quantized by qtool {version}: {kinds}, in the format "
-        f"{manifest.format}. {megabytes(found.file_bytes)} instead of "
-        f"{megabytes(found.source_bytes)}; the quantized weights take {found.bits:.3f} bits each, "
+        f"{manifest.format}. {size_text(found.file_bytes)} instead of "
+        f"{size_text(found.source_bytes)}; the quantized weights take {found.bits:.3f} bits each, "
         "scales included."
     )
 
@@ -191,7 +192,7 @@ def _measured(manifest: Manifest, found: Sizes) -> str:
         "",
         f"| | this model | {PurePath(manifest.source).name} |",
         "|---|---|---|",
-        f"| weight files | {megabytes(found.file_bytes)} | {megabytes(found.source_bytes)} |",
+        f"| weight files | {size_text(found.file_bytes)} | {size_text(found.source_bytes)} |",
         f"| bits a quantized weight | {found.bits:.3f} | |",
     ]
     notes: dict[str, int] = {}

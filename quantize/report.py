@@ -20,11 +20,11 @@ from qtool.quantize.summary import (
     grouped_reasons,
     lost_by_kind,
     mean,
-    megabytes,
     percent,
     shortened,
 )
 from qtool.scheme import QuantScheme
+from qtool.units import size_text
 
 
 class ConsoleListener:
@@ -79,8 +79,8 @@ def print_plan(job: Job) -> None:
             f"{data.dataset or 'the text that ships with qtool'}, seed {data.seed}"
         )
     say(
-        f"  size: {megabytes(plan.source_bytes)} -> {megabytes(plan.output_bytes)}; "
-        f"{megabytes(plan.working_bytes)} of disk while it runs"
+        f"  size: {size_text(plan.source_bytes)} -> {size_text(plan.output_bytes)}; "
+        f"{size_text(plan.working_bytes)} of disk while it runs"
     )
     for warning in job.warnings:
         say(f"  warning: {warning}")
@@ -100,7 +100,7 @@ def print_result(job: Job, manifest: Manifest, out: Path, seconds: float) -> Non
     for warning in manifest.warnings:
         say(f"warning: {warning}")
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    say(f"{out}: {megabytes(size)}, {job.source.name} was {megabytes(job.plan.source_bytes)}")
+    say(f"{out}: {size_text(size)}, {job.source.name} was {size_text(job.plan.source_bytes)}")
     say("lost: share of each layer's output power, on the calibration data where there is any")
 
 

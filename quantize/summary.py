@@ -81,7 +81,3 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.3f} %"
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -28,6 +28,7 @@ from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.scheduler import PROMPT_ROWS
 from qtool.runtime.models.model import Model
+from qtool.units import size_text
 
 # Of the memory that is free once the weights are loaded, what the pool takes when nobody says.
 CPU_SHARE = 0.25
@@ -103,11 +104,11 @@ class MemoryBudget:
         cache = self.kv_cache_bytes or 0
         if self.used_bytes + weight_bytes + cache <= self.usable_bytes:
             return
-        parts = [f"its weights take at least {size(weight_bytes)}"]
+        parts = [f"its weights take at least {size_text(weight_bytes)}"]
         if cache:
-            parts.append(f"the KV cache {size(cache)} as asked")
+            parts.append(f"the KV cache {size_text(cache)} as asked")
         if self.used_bytes:
-            parts.append(f"{size(self.used_bytes)} are in use")
+            parts.append(f"{size_text(self.used_bytes)} are in use")
         raise NotEnoughMemory(
             f"{name} does not fit into memory: {', '.join(parts)}; {self._usable()}",
             hint="use a format with fewer bits (qtool quantize), a smaller model, or a machine "
@@ -135,19 +136,19 @@ class MemoryBudget:
             return "as asked"
         if self.utilization is None:
             share = CUDA_SHARE if self.device == "cuda" else CPU_SHARE
-            return f"{share:g} of {size(self.total_bytes - self.used_bytes)} free"
+            return f"{share:g} of {size_text(self.total_bytes - self.used_bytes)} free"
         return (
-            f"{self._usable()}, less {size(self.used_bytes)} in use and {size(logits_bytes)} "
-            "for a step's logits"
+            f"{self._usable()}, less {size_text(self.used_bytes)} in use and "
+            f"{size_text(logits_bytes)} for a step's logits"
         )
 
     def _usable(self) -> str:
         what = "of the GPU" if self.device == "cuda" else "free at the start"
         if self.utilization is None:
-            return f"there are {size(self.total_bytes)} {what}"
+            return f"there are {size_text(self.total_bytes)} {what}"
         return (
-            f"{self.utilization:g} x {size(self.total_bytes)} {what} = {size(self.usable_bytes)} "
-            "may be used"
+            f"{self.utilization:g} x {size_text(self.total_bytes)} {what} = "
+            f"{size_text(self.usable_bytes)} may be used"
         )
 
 
@@ -287,10 +288,3 @@ def _left_in_group(group: Path) -> int | None:
         stat = dict(line.split() for line in lines)
         return max(limit - used + sum(int(stat.get(name, 0)) for name in reclaimable), 0)
     return None
-
-
-def size(num_bytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.2f} {unit}"
-    return f"{num_bytes} B"

@@ -17,6 +17,7 @@ from qtool.progress import console
 from qtool.runtime.modelfile import Modelfile, parse_modelfile
 from qtool.runtime.store import Listed, downloaded, forget_download, store
 from qtool.settings import settings
+from qtool.units import size_text
 
 SERVER = "http://127.0.0.1:8000"
 
@@ -64,13 +65,7 @@ def list_models(as_json: bool) -> None:
 
 
 def _size(entry: Listed) -> str:
-    if entry.num_bytes is None:
-        return "-"
-    return (
-        f"{entry.num_bytes / 1e9:.1f} GB"
-        if entry.num_bytes >= 1e8
-        else (f"{entry.num_bytes / 1e6:.1f} MB")
-    )
+    return "-" if entry.num_bytes is None else size_text(entry.num_bytes)
 
 
 def _age(entry: Listed) -> str:
@@ -119,7 +114,7 @@ def rm(models: tuple[str, ...]) -> None:
         if store().remove(model):
             click.echo(f"{model}: the name is removed; what it was made from stays")
         else:
-            click.echo(f"{model}: {forget_download(model) / 1e6:.1f} MB are free again")
+            click.echo(f"{model}: {size_text(forget_download(model))} are free again")
 
 
 @click.command()
@@ -207,9 +202,7 @@ def ps(server: str, api_key: str | None) -> None:
             f"no qtool server answers at {server}", "start one with: qtool serve MODEL"
         ) from None
     for model in models:
-        click.echo(
-            f"{model['name']}  {model['size'] / 1e6:.1f} MB  {model['context_length']} tokens"
-        )
+        click.echo(f"{model['name']}  {size_text(model['size'])}  {model['context_length']} tokens")
 
 
 @click.command()

@@ -33,12 +33,12 @@ from qtool.native_build import cpu_flags
 from qtool.progress import console
 from qtool.runtime import layers
 from qtool.runtime.layers import PackingRules
-from qtool.runtime.memory import size
 from qtool.runtime.models import build, layer_maker, layer_store, tensors, text_part
 from qtool.runtime.models import load as load_models
 from qtool.runtime.models.layer_store import UNSTORED, LayerReader, LayerStore, LayerWriter
 from qtool.settings import settings
 from qtool.source import Source
+from qtool.units import size_text
 
 # What decides what a layer holds and how it is packed: kernels, how each format is read, how
 # weights are put together. A change of any of them may be another layer.
@@ -91,7 +91,7 @@ def packed_store(
         except OSError as error:
             say(f"{path} could not be written ({error.strerror}); the packed form is not kept")
         else:
-            say(f"packed form kept in {path}: {size(num_bytes)}")
+            say(f"packed form kept in {path}: {size_text(num_bytes)}")
     finally:
         writer.discard()
 

@@ -10,13 +10,13 @@ from rich.table import Table
 
 from qtool.runtime.bench.output import new_table
 from qtool.runtime.bench.timing import Spread
-from qtool.runtime.memory import size
 from qtool.runtime.plan.answer import Facts, Load
 from qtool.runtime.plan.costs import MeasuredCosts
 from qtool.runtime.plan.fit import Fit
 from qtool.runtime.plan.hardware import ARITHMETIC_SHARE, BANDWIDTH_SHARE
 from qtool.runtime.plan.measure import Measurement
 from qtool.runtime.plan.variants import Variant
+from qtool.units import size_text
 
 
 def pages(result: Mapping[str, Any], loads: Sequence[Load]) -> RenderableType:
@@ -66,7 +66,7 @@ def _forms_table(forms: Sequence[Variant], facts: Facts) -> Table:
     for form in forms:
         table.add_row(
             form.name,
-            size(form.num_bytes),
+            size_text(form.num_bytes),
             f"{8 * form.num_bytes / facts.num_weights:.2f}",
             f"{100 * form.num_bytes / largest:.0f} %",
         )

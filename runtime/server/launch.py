@@ -35,6 +35,7 @@ from qtool.runtime.server.supervisor import Supervisor
 from qtool.runtime.store import store
 from qtool.runtime.tokenizer import import_transformers
 from qtool.source import Source, resolve
+from qtool.units import size_text
 
 LOG_FORMAT = "%(asctime)s %(message)s"
 
@@ -194,8 +195,8 @@ def within_bytes(config: EngineConfig, weight_bytes: int, room: int) -> EngineCo
     cache = config.kv_cache_memory_bytes or left // 2
     if left <= 0 or cache > left:
         raise NotEnoughMemory(
-            f"{config.model} does not fit: its weights take {_size(weight_bytes)}, and of "
-            f"--max-loaded-bytes {_size(max(room, 0))} are left",
+            f"{config.model} does not fit: its weights take {size_text(weight_bytes)}, and of "
+            f"--max-loaded-bytes {size_text(max(room, 0))} are left",
             "raise --max-loaded-bytes, or serve a smaller model",
         )
     return replace(config, kv_cache_memory_bytes=cache)
@@ -255,7 +256,7 @@ def print_plan(loaded: LoadedModel, info: ModelInfo) -> None:
     facts = {
         "context": f"{info.max_model_len} tokens",
         "KV cache": f"{info.num_kv_blocks} blocks of {info.block_size} = {num_tokens} tokens, "
-        f"{_size(info.kv_cache_bytes)}",
+        f"{size_text(info.kv_cache_bytes)}",
         "speed": loaded.expected_speed(),
         **_ranks(loaded, info),
         "batch": f"{info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens a step",
@@ -271,10 +272,10 @@ def _ranks(loaded: LoadedModel, info: ModelInfo) -> dict[str, str]:
     team = loaded.team
     if team is None:
         return {}
-    weights = " + ".join(_size(num_bytes) for num_bytes in team.weight_bytes)
+    weights = " + ".join(size_text(num_bytes) for num_bytes in team.weight_bytes)
     return {
         "ranks": f"{team.size} processes, weights {weights}, KV cache "
-        f"{_size(info.kv_cache_bytes // team.size)} each"
+        f"{size_text(info.kv_cache_bytes // team.size)} each"
     }
 
 
@@ -292,13 +293,6 @@ def announce_template(loaded: LoadedModel) -> None:
 
 def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
-
-
-def _size(num_bytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes} B"
 
 
 def print_ready(url: str, config: ServerConfig) -> None:

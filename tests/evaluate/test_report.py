@@ -128,7 +128,13 @@ def test_more_divergence_is_called_worse(kld: float, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(999, "0.999 kB"), (14_696_792, "14.7 MB"), (1_234_000_000, "1.23 GB"), (2e12, "2 TB")],
+    [
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (14_696_792, "14.7 MB"),
+        (1_234_000_000, "1.23 GB"),
+        (2e12, "2 TB"),
+    ],
 )
 def test_sizes_are_decimal(size: int, text: str) -> None:
     assert size_text(size) == text

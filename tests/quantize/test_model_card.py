@@ -60,7 +60,7 @@ def test_the_card_has_the_hubs_words_and_the_means_of_the_layers() -> None:
         "# model-int4\n",
         "2 linears as int4-g128-sym",
         "| 2 x up | int4-g128-sym | gptq | 2.000 % | 4.000 % | 0.50 |",
-        "| weight files | 5.00 MB | 15.00 MB |",
+        "| weight files | 5 MB | 15 MB |",
         "4.125",
         "- 1 layers: odd",
         "- few samples",

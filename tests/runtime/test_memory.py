@@ -25,6 +25,7 @@ from qtool.runtime.memory import (
     step_logits_bytes,
 )
 from qtool.source import resolve
+from qtool.units import size_text
 
 GB = 10**9
 # 2 layers, keys and values, 2 heads of 64 in float32.
@@ -69,7 +70,7 @@ def test_a_share_of_the_memory_holds_weights_pool_and_logits(tiny: LoadedModel) 
     pool = plan.num_blocks * 32 * BYTES_PER_TOKEN
     left = 48_000_000 - 20_000_000 - logits
     assert pool <= left < pool + 32 * BYTES_PER_TOKEN
-    assert "0.8 x 60.00 MB free at the start = 48.00 MB may be used, less 20.00 MB in use" in (
+    assert "0.8 x 60 MB free at the start = 48 MB may be used, less 20 MB in use" in (
         budget.arithmetic(logits)
     )
 
@@ -137,7 +138,7 @@ def test_a_draft_model_that_does_not_fit_beside_is_refused(
         gpu_memory_utilization=1.0,
         speculative_config=SpeculativeConfig("draft", str(tiny.source.path)),
     )
-    with pytest.raises(NotEnoughMemory, match=f"{tiny.nbytes / 1e6:.2f} MB are in use"):
+    with pytest.raises(NotEnoughMemory, match=f"{size_text(tiny.nbytes)} are in use"):
         Engine(tiny, config)
 
 
@@ -151,14 +152,14 @@ def test_nobody_saying_anything_a_share_of_what_is_free_is_taken(tiny: LoadedMod
 def test_without_room_for_a_block_the_arithmetic_is_told(tiny: LoadedModel) -> None:
     config = EngineConfig("tiny", gpu_memory_utilization=0.5)
     budget = MemoryBudget(2 * GB, GB, "cpu", utilization=0.5)
-    with pytest.raises(UsageError, match=r"may take 0 bytes \(0.5 x 2.00 GB free at the start"):
+    with pytest.raises(UsageError, match=r"may take 0 bytes \(0.5 x 2 GB free at the start"):
         plan_pool(config, tiny.decoder, 512, budget)
 
 
 def test_a_gpu_counts_what_others_use() -> None:
     budget = MemoryBudget(80 * GB, 30 * GB, "cuda", utilization=0.9)
     assert budget.pool_bytes(logits_bytes=GB) == 41 * GB
-    assert "0.9 x 80.00 GB of the GPU = 72.00 GB may be used" in budget.arithmetic(GB)
+    assert "0.9 x 80 GB of the GPU = 72 GB may be used" in budget.arithmetic(GB)
 
 
 def test_a_model_that_cannot_fit_is_refused_before_a_weight_is_read(
@@ -177,7 +178,7 @@ def test_a_model_that_cannot_fit_is_refused_before_a_weight_is_read(
     small = MemoryBudget(10 * needed, 0, "cpu", utilization=0.05)
     with pytest.raises(NotEnoughMemory, match="its weights take at least") as raised:
         load_model(folder, budget=small)
-    assert f"0.05 x {needed / 1e5:.2f} MB free at the start" in raised.value.message
+    assert f"0.05 x {size_text(10 * needed)} free at the start" in raised.value.message
     assert "qtool quantize" in str(raised.value.hint)
     cache = replace(small, utilization=1.0, kv_cache_bytes=9 * needed + 1)
     with pytest.raises(NotEnoughMemory, match=r"the KV cache \S+ MB as asked"):
