@@ -53,8 +53,7 @@ class Gptq:
                    once a block
     correction     aim at the original model's activations, where held-out text says that it helps
     refine_rounds  rounds of closed-form scale refit and code descent after the sweep
-    orders         column orders tried; past the first, each with three sets of scales, and each
-                   row keeps its best
+    tabu_steps     moves of every row in a tabu search after that
     tuning_steps   gradient steps on a block's codes and scales, kept where held-out error falls
     """
 
@@ -63,23 +62,21 @@ class Gptq:
     sequential: bool = True
     correction: bool = False
     refine_rounds: int = 0
-    orders: int = 1
+    tabu_steps: int = 0
     tuning_steps: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < 1.0:
             raise UsageError(f"damping {self.damping} is not between 0 and 1")
-        for name in ("refine_rounds", "tuning_steps"):
+        for name in ("refine_rounds", "tabu_steps", "tuning_steps"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} {getattr(self, name)} is negative")
-        if self.orders < 1:
-            raise UsageError(f"orders {self.orders} is not a positive number")
         if self.correction and not self.sequential:
             raise UsageError("correction needs sequential statistics")
 
     @property
     def beyond_one_sweep(self) -> bool:
-        return self.orders > 1 or self.tuning_steps > 0
+        return self.tabu_steps > 0 or self.tuning_steps > 0
 
     @property
     def follows_original(self) -> bool:
@@ -134,11 +131,11 @@ METHODS: dict[str, type[Rtn] | type[Gptq] | type[Awq] | type[SmoothQuant]] = {
 Effort = Literal["fast", "default", "best"]
 
 # How far GPTQ goes. fast: one solve on statistics taken once a block; default: everything that has
-# a closed form; best: several sweeps for each linear, and a gradient pass over each block.
+# a closed form; best: a tabu search over each linear, and a gradient pass over each block.
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"sequential": False, "correction": False, "refine_rounds": 0},
     "default": {"correction": True, "refine_rounds": 2},
-    "best": {"correction": True, "refine_rounds": 2, "orders": 5, "tuning_steps": 64},
+    "best": {"correction": True, "refine_rounds": 2, "tabu_steps": 512, "tuning_steps": 64},
 }
 
 

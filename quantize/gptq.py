@@ -20,11 +20,8 @@ Rounding column j by e_j is best compensated by moving the later columns by
 - *Damping* (damping.py): with retries, in float64 too; where nothing helps the layer is rounded to
   nearest on the searched grid, and its report says so.
 - *Dead columns* (inputs that were always zero) are rounded plainly and move nothing.
-- *More than one order*, at `best`: a sweep is greedy, and where it ends depends on the order of
-  columns and on the scales. Further sweeps start from the best scales found so far, and 3 % to
-  either side, in orders that are jittered; of all attempts each row keeps its own best. On one
-  real weight with synthetic inputs (768 x 256, twelve attempts) the error on unseen inputs fell by
-  4 % at four bits, 6 % at three and 8 % at two.
+- *Past single moves*, at `best`: a tabu search (tabu.py) trades codes against each other where no
+  code alone can move any more.
 - *Never worse than rounding*: rows are independent, so a row where plain absmax rounding has the
   lower error keeps that instead.
 
@@ -45,7 +42,8 @@ from qtool.quantize import rtn
 from qtool.quantize.damping import factored, raised
 from qtool.quantize.refine import refine
 from qtool.quantize.scales import search
-from qtool.quantize.solution import Solution, better_rows, from_codes, joined
+from qtool.quantize.solution import Solution, from_codes, joined
+from qtool.quantize.tabu import tabu_search
 from qtool.recipe import Gptq
 from qtool.scheme import QuantScheme
 
@@ -54,8 +52,6 @@ from qtool.scheme import QuantScheme
 _LEAF_COLUMNS = 16
 # Weights of a slice of rows; bounds the temporaries at about six times 64 MB.
 _SLICE_WEIGHTS = 2**24
-# Of the best scales so far, what further sweeps start from.
-_SCALE_SHARES = (1.0, 0.97, 1.03)
 
 NOT_FACTORED = "the Hessian could not be factored, so this layer was rounded to nearest"
 IN_FLOAT64 = "the Hessian could be factored in float64 alone"
@@ -90,47 +86,34 @@ def solve(weight: Tensor, hessian: Tensor, scheme: QuantScheme, options: Gptq) -
         fallbacks = (f"damping raised to {factor.damping:g}",)
     if factor.in_float64:
         fallbacks = (*fallbacks, IN_FLOAT64)
-    damped = _damped(hessian, factor.damping) if options.refine_rounds else None
+    after = options.refine_rounds + options.tabu_steps > 0
+    damped = _damped(hessian, factor.damping) if after else None
     rows = max(1, _SLICE_WEIGHTS // weight.shape[1])
-    slices = [weight[start : start + rows] for start in range(0, weight.shape[0], rows)]
-
-    def attempt(part: Tensor, found: Grid, order: Tensor, factor: Factor) -> Solution:
+    parts = []
+    for part in (weight[start : start + rows] for start in range(0, weight.shape[0], rows)):
+        found = search(part, scheme, diagonal) if options.scale_search else grid.fit(part, scheme)
         codes = _sweep(part, found, scheme, order, factor.lower)
         if damped is not None:
-            codes, found = refine(part, codes, found, scheme, damped, rounds=options.refine_rounds)
-        return rtn.keep_better_rows(part, hessian, from_codes(codes, found, scheme, fallbacks))
-
-    parts = []
-    for part in slices:
-        found = search(part, scheme, diagonal) if options.scale_search else grid.fit(part, scheme)
-        parts.append(attempt(part, found, order, factor))
-    for number in range(options.orders - 1):
-        if number > 0:
-            order = _jittered(diagonal, number)
-            other = factorize(hessian, order, factor.damping)
-            if other is None:
-                break
-            factor = other
-        for place, part in enumerate(slices):
-            for share in _SCALE_SHARES:
-                found = _scaled(parts[place], share)
-                parts[place] = better_rows(parts[place], attempt(part, found, order, factor))
+            codes, found = _refined(part, codes, found, scheme, damped, options)
+        solved = from_codes(codes, found, scheme, fallbacks)
+        parts.append(rtn.keep_better_rows(part, hessian, solved))
     return joined(parts)
 
 
-def _jittered(diagonal: Tensor, number: int) -> Tensor:
-    """Act-order with loudness off by a factor of e**0.5 or so, reversed as all orders are."""
-    generator = torch.Generator().manual_seed(number)
-    noise = torch.randn(diagonal.shape[0], generator=generator).to(diagonal.device)
-    loudness = diagonal.clamp(min=torch.finfo(torch.float32).tiny).log() + 0.5 * noise
-    return torch.argsort(loudness, descending=True, stable=True).flip(0)
-
-
-def _scaled(solved: Solution, share: float) -> Grid:
-    """A solution's grid with its scales times `share`."""
-    weight = solved.integers
-    zeros = None if weight.zeros is None else weight.zeros.to(torch.float32)
-    return Grid(grid.round_scales(weight.scales * share), zeros)
+def _refined(
+    weight: Tensor,
+    codes: Tensor,
+    found: Grid,
+    scheme: QuantScheme,
+    hessian: Tensor,
+    options: Gptq,
+) -> tuple[Tensor, Grid]:
+    """What comes after the sweep; the scales are fitted again to what a search has found."""
+    codes, found = refine(weight, codes, found, scheme, hessian, rounds=options.refine_rounds)
+    if not options.tabu_steps:
+        return codes, found
+    codes = tabu_search(weight, codes, found, scheme, hessian, steps=options.tabu_steps)
+    return refine(weight, codes, found, scheme, hessian, rounds=1)
 
 
 def factorize(hessian: Tensor, order: Tensor, damping: float) -> Factor | None:

@@ -226,8 +226,8 @@ def _steps(options: Gptq | Awq | SmoothQuant, scheme: Scheme) -> tuple[str, ...]
         steps = ["k-means"]
     if options.refine_rounds:
         steps.append(f"{options.refine_rounds} rounds of refinement")
-    if options.orders > 1:
-        steps.append(f"{options.orders} sweeps' best rows")
+    if options.tabu_steps:
+        steps.append(f"{options.tabu_steps} steps of tabu search")
     return tuple(steps)
 
 

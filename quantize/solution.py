@@ -76,23 +76,6 @@ def rows(solved: Solution, start: int, stop: int) -> Solution:
     )
 
 
-def better_rows(first: Solution, second: Solution) -> Solution:
-    """Of two solutions of one weight whose losses are known, each row's better; ties to the
-    first."""
-    assert first.lost is not None
-    assert second.lost is not None
-    better = second.lost < first.lost
-    pick = better.unsqueeze(1)
-    one, other = first.integers, second.integers
-    zeros = None
-    if one.zeros is not None and other.zeros is not None:
-        zeros = torch.where(pick, other.zeros, one.zeros).to(torch.float32)
-    found = Grid(torch.where(pick, other.scales, one.scales), zeros)
-    codes = torch.where(pick, other.codes, one.codes)
-    merged = from_codes(codes, found, one.scheme, first.fallbacks)
-    return merged._replace(lost=torch.where(better, second.lost, first.lost))
-
-
 def from_codes(
     codes: Tensor, found: Grid, scheme: QuantScheme, fallbacks: tuple[str, ...]
 ) -> Solution:
