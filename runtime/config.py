@@ -167,12 +167,6 @@ class EngineConfig:
                 f"a KV cache in fp8 is not offered in {self.tensor_parallel_size} ranks",
                 "use --kv-cache-dtype int8",
             )
-        if self.tensor_parallel_size > 1 and self.uses_lora:
-            raise UsageError(
-                f"adapters cannot be shared by {self.tensor_parallel_size} ranks",
-                "merge the adapter into the weights (peft: merge_and_unload), or use "
-                "--tensor-parallel-size 1",
-            )
 
     def _check_gpu_layers(self) -> None:
         layers = self.n_gpu_layers

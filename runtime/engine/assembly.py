@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.adapters import Adapters
 from qtool.runtime.engine.client import ModelInfo
 from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.runner import ModelRunner, Runner
@@ -55,7 +56,13 @@ def _plan_parts(config: EngineConfig, model: SplitDecoder, trained: int) -> Pool
     )
 
 
-def make_runner(loaded: LoadedModel, model: Model, config: EngineConfig, pool: PoolPlan) -> Runner:
+def make_runner(
+    loaded: LoadedModel,
+    model: Model,
+    config: EngineConfig,
+    pool: PoolPlan,
+    adapters: Adapters | None = None,
+) -> Runner:
     if isinstance(model, SplitDecoder):
         return SplitRunner(
             model,
@@ -81,6 +88,9 @@ def make_runner(loaded: LoadedModel, model: Model, config: EngineConfig, pool: P
         block_size=config.block_size,
         kv_cache_dtype=config.kv_cache_dtype,
         context=pool.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        enforce_eager=config.enforce_eager,
+        adapters=adapters,
     )
 
 

@@ -79,7 +79,7 @@ class Engine:
         )
         self._model = decoder
         self._loaded = loaded
-        self._runner = make_runner(loaded, decoder, config, pool)
+        self._runner = make_runner(loaded, decoder, config, pool, self._adapters)
         self._scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,

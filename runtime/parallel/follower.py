@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from qtool.convert.formats import open_weights
+from qtool.runtime.engine.adapters import Adapters, Selected
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.blocks import Copy
 from qtool.runtime.engine.runner import ModelRunner
@@ -68,10 +69,14 @@ def _follow(channel: Channel) -> None:
     errand = Errand.parse(errand_text.text)
     beat(lambda: channel.send(encode(Text('{"alive": 1}'))), errand.timeout_seconds)
     model = _load(errand, channel)
+    source = resolve(errand.model)
     runners: dict[int, ModelRunner] = {}
+    adapters: dict[int, Adapters] = {}
     while True:
         match channel.receive():
             case Step() as step:
+                if step.runner in adapters:
+                    _select(adapters[step.runner], step)
                 runners[step.runner].run(_batch(step, model.device))
             case CopyBlocks(runner, copies):
                 runners[runner].copy([Copy(*copy) for copy in copies])
@@ -81,9 +86,17 @@ def _follow(channel: Channel) -> None:
                 tokens = torch.tensor(wanted.token_ids).view(wanted.batch, -1)
                 (causal_logits if wanted.logits else causal_hidden)(model, tokens)
             case Open() as wanted_runner:
-                runners[wanted_runner.runner] = _open(wanted_runner, model)
+                decoder = model.for_context(wanted_runner.context)
+                if wanted_runner.lora:
+                    own = adapters[wanted_runner.runner] = Adapters(decoder, source)
+                    decoder = own.model
+                runners[wanted_runner.runner] = _open(wanted_runner, decoder)
+            case Text(text):
+                runner, name, folder = json.loads(text)["adapter"]
+                adapters[runner].load(name, Path(folder))
             case Close(runner):
                 del runners[runner]
+                adapters.pop(runner, None)
             case Stop() | None:
                 return
             case other:
@@ -114,11 +127,18 @@ def _load(errand: Errand, channel: Channel) -> Model:
 
 def _open(wanted: Open, model: Model) -> ModelRunner:
     return ModelRunner(
-        model.for_context(wanted.context),
+        model,
         num_blocks=wanted.num_blocks,
         block_size=wanted.block_size,
         kv_cache_dtype="int8" if wanted.int8 else "auto",
+        max_model_len=wanted.context,
+        enforce_eager=wanted.eager,
     )
+
+
+def _select(adapters: Adapters, step: Step) -> None:
+    names = adapters.names
+    adapters.use([Selected(names[number], *rows) for number, *rows in step.adapter_rows])
 
 
 def _batch(step: Step, device: torch.device) -> Batch:

@@ -12,8 +12,8 @@ On GPUs a rank runs the fused steps, and all of a step is recorded, sums include
 (`runtime.models.triton_decoder`). On a CPU it runs layer by layer, and not all blocks in one call
 of the library, which cannot wait for others within a block. That costs 11 ms of CPU time a step of
 24 layers, however wide they are: 1.5 times the one call for a 0.5B model in 4 bits, which needs no
-ranks, and a few percent for one that does (`python benchmarks/ranks.py`, a 2-core Xeon with AMX at a
-load of 30, 2026-11).
+ranks, and a few percent for one that does (`python benchmarks/ranks.py`, a 2-core Xeon with AMX at
+a load of 30, 2026-11).
 """
 
 from __future__ import annotations

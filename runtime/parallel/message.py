@@ -28,7 +28,9 @@ assert array(_NUMBER).itemsize == 4
 class Open:
     """Make a runner with a KV pool, called by a number from now on.
 
-    int8  keys and values are cached in 8 bits
+    int8   keys and values are cached in 8 bits
+    lora   requests may use adapters
+    eager  steps are launched, none is recorded; else those of up to max_num_seqs sequences are
     """
 
     kind: ClassVar[int] = 1
@@ -37,14 +39,19 @@ class Open:
     block_size: int
     int8: bool
     context: int
+    max_num_seqs: int
+    eager: bool
+    lora: bool
 
     def numbers(self) -> list[int]:
-        return [self.runner, self.num_blocks, self.block_size, int(self.int8), self.context]
+        sizes = [self.runner, self.num_blocks, self.block_size, self.context, self.max_num_seqs]
+        return [*sizes, int(self.int8), int(self.eager), int(self.lora)]
 
     @classmethod
     def read(cls, numbers: Iterator[int]) -> Open:
-        runner, num_blocks, block_size, int8, context = numbers
-        return cls(runner, num_blocks, block_size, bool(int8), context)
+        runner, num_blocks, block_size, context, max_num_seqs, *flags = numbers
+        int8, eager, lora = map(bool, flags)
+        return cls(runner, num_blocks, block_size, int8, context, max_num_seqs, eager, lora)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +71,21 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Run a batch. Positions follow from the spans."""
+    """Run a batch. Positions follow from the spans.
+
+    adapter_rows  (number of the adapter, first row, end) each; adapters are numbered as they came
+    """
 
     kind: ClassVar[int] = 3
     runner: int
     token_ids: Sequence[int]
     sampled_rows: Sequence[int]
     spans: Sequence[Span]
+    adapter_rows: Sequence[tuple[int, int, int]] = ()
 
     def numbers(self) -> list[int]:
         numbers = [self.runner, *_list(self.token_ids), *_list(self.sampled_rows)]
+        numbers += _list([number for rows in self.adapter_rows for number in rows])
         numbers.append(len(self.spans))
         for span in self.spans:
             numbers += (span.num_queries, span.length, *_list(span.block_ids))
@@ -83,8 +95,9 @@ class Step:
     def read(cls, numbers: Iterator[int]) -> Step:
         runner = next(numbers)
         token_ids, sampled_rows = _taken(numbers), _taken(numbers)
+        adapter_rows = _triples(_taken(numbers))
         spans = [Span(next(numbers), next(numbers), _taken(numbers)) for _ in range(next(numbers))]
-        return cls(runner, token_ids, sampled_rows, spans)
+        return cls(runner, token_ids, sampled_rows, spans, adapter_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +113,7 @@ class CopyBlocks:
 
     @classmethod
     def read(cls, numbers: Iterator[int]) -> CopyBlocks:
-        runner, rest = next(numbers), list(numbers)
-        return cls(runner, list(zip(rest[::3], rest[1::3], rest[2::3], strict=True)))
+        return cls(next(numbers), _triples(list(numbers)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +226,10 @@ class Channel:
 def _list(numbers: Sequence[int]) -> Iterator[int]:
     yield len(numbers)
     yield from numbers
+
+
+def _triples(numbers: Sequence[int]) -> list[tuple[int, int, int]]:
+    return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
 
 
 def _taken(numbers: Iterator[int]) -> list[int]:

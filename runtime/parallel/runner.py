@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from qtool.runtime.config import KvCacheDtype
+from qtool.runtime.engine.adapters import Adapters
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.blocks import Copy
 from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.models.model import Model
-from qtool.runtime.parallel.message import ClearBlocks, CopyBlocks, Open, Step
+from qtool.runtime.parallel.message import ClearBlocks, CopyBlocks, Open, Step, Text
 from qtool.runtime.parallel.team import Team
 
 
@@ -27,21 +29,62 @@ class TeamRunner:
         block_size: int,
         kv_cache_dtype: KvCacheDtype,
         context: int,
+        max_num_seqs: int,
+        enforce_eager: bool,
+        adapters: Adapters | None = None,
     ) -> None:
+        """context: tokens of the longest sequence; max_num_seqs: in a recorded step, at the most;
+        adapters: which the model was wrapped for, selected before each step
+        """
+        self._adapters = adapters
+        # Adapters that the others have, by the numbers that name them.
+        self._told: list[str] = []
         self._team = team
         self._number = team.new_runner()
-        team.tell(Open(self._number, num_blocks, block_size, kv_cache_dtype == "int8", context))
+        team.tell(
+            Open(
+                self._number,
+                num_blocks,
+                block_size,
+                kv_cache_dtype == "int8",
+                context,
+                max_num_seqs,
+                enforce_eager,
+                adapters is not None,
+            )
+        )
         self._own = ModelRunner(
-            model, num_blocks=num_blocks, block_size=block_size, kv_cache_dtype=kv_cache_dtype
+            model,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_cache_dtype=kv_cache_dtype,
+            max_model_len=context,
+            enforce_eager=enforce_eager,
         )
 
     def run(self, batch: Batch) -> Tensor:
         """See `ModelRunner.run`. Raises RankLost."""
         step = Step(
-            self._number, batch.token_ids.tolist(), batch.sampled_rows.tolist(), batch.spans
+            self._number,
+            batch.token_ids.tolist(),
+            batch.sampled_rows.tolist(),
+            batch.spans,
+            self._adapter_rows(),
         )
         with self._team.together(step):
             return self._own.run(batch)
+
+    def _adapter_rows(self) -> list[tuple[int, int, int]]:
+        """What is selected, once the others have the adapters."""
+        if self._adapters is None:
+            return []
+        folders = self._adapters.folders
+        for name in [name for name in folders if name not in self._told]:
+            adapter = [self._number, name, str(folders[name].resolve())]
+            self._team.tell(Text(json.dumps({"adapter": adapter})))
+            self._told.append(name)
+        selected = self._adapters.selected
+        return [(self._told.index(rows.adapter), rows.start, rows.stop) for rows in selected]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         if copies:

@@ -16,6 +16,10 @@ from qtool import LLM, LoRARequest, SamplingParams
 from qtool.convert.run import convert_model
 from qtool.errors import FormatError, QtoolError, UnknownName, UnsupportedModel, UsageError
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.layers import DEFAULT_RULES
+from qtool.runtime.loading import find_model
+from qtool.runtime.models.split import Stretch
+from qtool.runtime.offload import load_parts
 from qtool.runtime.outputs import RequestOutput
 
 LAYERS = 8
@@ -146,6 +150,43 @@ def test_logprobs_are_those_of_merged_weights(llm: LLM, folders: Path) -> None:
         assert other is not None
         for token, entry in one.items():
             assert entry.logprob == pytest.approx(other[token].logprob, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_ranks_have_their_part_of_every_adapter(llm: LLM, folders: Path) -> None:
+    """Two processes; one adapter is there at the start, the other comes with its request."""
+    shared = LLM(
+        "builtin:books-7m",
+        dtype="float32",
+        tensor_parallel_size=2,
+        lora_modules={"all": str(folders / "all")},
+        enable_lora=True,
+    )
+    try:
+        given = [LoRARequest("all", 1), LoRARequest("some", 2, str(folders / "some")), None]
+        known = [LoRARequest("all", 1), LoRARequest("some", 2), None]
+        for turn in range(2):
+            order = [(turn + place) % 3 for place in range(len(PROMPTS))]
+            found = shared.generate(PROMPTS, GREEDY, lora_request=[given[n] for n in order])
+            expected = llm.generate(PROMPTS, GREEDY, lora_request=[known[n] for n in order])
+            assert texts(found) == texts(expected)
+    finally:
+        shared.close()
+
+
+def test_a_model_on_two_devices_takes_adapters(llm: LLM) -> None:
+    """A CPU stands for both."""
+    found = find_model(
+        "builtin:books-7m", dtype="float32", device="cpu", revision=None, budget=None
+    )
+    parts = (
+        Stretch(range(3), torch.device("cpu")),
+        Stretch(range(3, LAYERS), torch.device("cpu", 0)),
+    )
+    two = LLM.from_loaded(load_parts(found, parts, DEFAULT_RULES), llm.config)
+    order = [LoRARequest("all", 1), LoRARequest("some", 2), None, LoRARequest("all", 1)]
+    expected = texts(llm.generate(PROMPTS, GREEDY, lora_request=order))
+    assert texts(two.generate(PROMPTS, GREEDY, lora_request=order)) == expected
 
 
 def test_adapters_share_no_cache(llm: LLM) -> None:

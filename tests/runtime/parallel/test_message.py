@@ -42,17 +42,21 @@ numbers = st.lists(st.integers(0, 2**31 - 1), max_size=20)
     token_ids=numbers,
     sampled=numbers,
     spans=st.lists(st.tuples(st.integers(1, 99), st.integers(1, 99), numbers), max_size=5),
+    adapters=st.lists(st.tuples(*[st.integers(0, 999)] * 3), max_size=5),
 )
 def test_a_step_comes_out_as_it_went_in(
-    token_ids: list[int], sampled: list[int], spans: list[tuple[int, int, list[int]]]
+    token_ids: list[int],
+    sampled: list[int],
+    spans: list[tuple[int, int, list[int]]],
+    adapters: list[tuple[int, int, int]],
 ) -> None:
-    step = Step(3, token_ids, sampled, [Span(*span) for span in spans])
+    step = Step(3, token_ids, sampled, [Span(*span) for span in spans], adapters)
     assert passed(step) == [step, None]
 
 
 def test_every_message_comes_out_as_it_went_in() -> None:
     messages: list[Message] = [
-        Open(1, 100, 32, int8=True, context=2048),
+        Open(1, 100, 32, int8=True, context=2048, max_num_seqs=64, eager=True, lora=False),
         CopyBlocks(1, [(5, 6, 7), (8, 9, 1)]),
         ClearBlocks(1, [4, 2]),
         Pass(2, logits=False, token_ids=[1, 2, 3, 4]),

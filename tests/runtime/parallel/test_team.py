@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from qtool.errors import UsageError
-from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.llm import LLM
 from qtool.runtime.memory import MemoryBudget, NotEnoughMemory
@@ -254,11 +253,6 @@ def test_the_backend_follows_the_device() -> None:
     machine: dict[str, Any] = {"num_devices": 4, "has_nccl": True, "has_gloo": True}
     assert choose_backend("cuda", 4, **machine) == "nccl"
     assert choose_backend("cpu", 4, **machine) == "gloo"
-
-
-def test_adapters_are_refused_beside_ranks() -> None:
-    with pytest.raises(UsageError, match="adapters cannot be shared by 2 ranks"):
-        EngineConfig(MODEL, tensor_parallel_size=2, enable_lora=True)
 
 
 def test_memory_is_counted_for_all_ranks_on_a_cpu_and_for_one_on_a_gpu() -> None:
