@@ -64,12 +64,16 @@ struct Range {
   int64_t begin, end;
 };
 
+Range visible(const QtoolSpans& spans, const QtoolAttention& rule, int64_t group, int64_t span,
+              int64_t row) {
+  const int64_t position = spans.lengths[span] - spans.num_queries[span] + row / group;
+  const int64_t window = rule.window;
+  return {window == 0 ? 0 : std::max<int64_t>(0, position - window + 1), position + 1};
+}
+
 template <class C>
 Range visible(const C& call, int64_t span, int64_t row) {
-  const int64_t position =
-      call.spans.lengths[span] - call.spans.num_queries[span] + row / call.group();
-  const int64_t window = call.rule.window;
-  return {window == 0 ? 0 : std::max<int64_t>(0, position - window + 1), position + 1};
+  return visible(call.spans, call.rule, call.group(), span, row);
 }
 
 // The running softmax of a tile: maximum, sum of weights by lane, weighted sum of values.
@@ -192,6 +196,7 @@ struct Workspace {
   alignas(64) float scores[kTileRows * kChunk];
   alignas(64) float part[kTileRows * (1 + kLanes + kMaxHeadDim)];
   alignas(64) float total[kTileRows * (1 + kLanes + kMaxHeadDim)];
+  Ahead* ahead;
 };
 
 template <class C>
@@ -245,19 +250,20 @@ void soften(float* scores, Range seen, State& state, int64_t row, int64_t width)
   store(sums, sum);
 }
 
-// Asks for the keys and values of the chunk that comes next: blocks lie anywhere, and the hardware
-// does not guess where.
-template <class T, class K>
-QTOOL_INLINE void prefetch_chunk(const Call<T, K>& call, const Tile& tile, const int64_t* blocks,
-                                 int64_t start, int64_t end) {
-  const int64_t stop = std::min(end, start + kChunk), size = call.spans.block_size;
+// Asks for keys and values of tokens start .. start + kChunk - 1 of a span, `end` at most: blocks lie
+// anywhere, and the hardware does not guess where.
+QTOOL_INLINE void ask_for_chunk(const Pool& keys, const Pool& values, int64_t element_bytes,
+                                const QtoolSpans& spans, const Tile& tile, int64_t start,
+                                int64_t end) {
+  const int64_t* const blocks = spans.block_ids + spans.first_blocks[tile.span];
+  const int64_t stop = std::min(end, start + kChunk), size = spans.block_size;
   for (int64_t t = start; t < stop;) {
     const int64_t tokens = std::min(stop - t, size - t % size);
-    const int64_t slot = tile.kv_head * call.cache.slots + blocks[t / size] * size + t % size;
-    for (const Pool* pool : {&call.keys, &call.values}) {
-      const auto* from = static_cast<const char*>(pool->data) +
-                         slot * pool->stride * static_cast<int64_t>(sizeof(K));
-      const int64_t bytes = tokens * pool->stride * static_cast<int64_t>(sizeof(K));
+    for (const Pool* pool : {&keys, &values}) {
+      const int64_t slot = tile.kv_head * pool->slots + blocks[t / size] * size + t % size;
+      const auto* from =
+          static_cast<const char*>(pool->data) + slot * pool->stride * element_bytes;
+      const int64_t bytes = tokens * pool->stride * element_bytes;
       for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
     }
     t += tokens;
@@ -291,7 +297,8 @@ void add_chunk(const Call<T, K>& call, const Tile& tile, int64_t chunk, Workspac
       }
     }
   }
-  prefetch_chunk(call, tile, blocks, start + kChunk, end);
+  ask_for_chunk(call.keys, call.values, sizeof(K), call.spans, tile, start + kChunk, end);
+  work.ahead->ask();
   transpose_keys(key_rows, tokens, key_dim, work.keys);
   std::fill(work.scores, work.scores + tile.rows * kChunk, 0.0f);
   multiply<kRowsAtOnce>(work.query, key_width, work.keys, kChunk, key_dim, work.scores, kChunk,
@@ -402,11 +409,6 @@ bool AttentionPlan::make(const QtoolSpans& spans, const QtoolAttention& rule,
                          const QtoolCache& cache, int threads) {
   const int64_t group = rule.heads / cache.kv_heads;
   const int64_t width = ceil_div(cache.value_dim, kLanes) * kLanes;
-  const auto range_of = [&](int64_t span, int64_t row) {
-    const int64_t position = spans.lengths[span] - spans.num_queries[span] + row / group;
-    return Range{rule.window == 0 ? 0 : std::max<int64_t>(0, position - rule.window + 1),
-                 position + 1};
-  };
   int64_t most_pieces = 0;
   work = 0;
   num_tiles = 0;
@@ -433,7 +435,8 @@ bool AttentionPlan::make(const QtoolSpans& spans, const QtoolAttention& rule,
           pieces[num_pieces++] = {tile, tile_number, 0, 0};
           continue;
         }
-        const Range seen = {range_of(span, first).begin, range_of(span, first + tile.rows - 1).end};
+        const Range seen = {visible(spans, rule, group, span, first).begin,
+                            visible(spans, rule, group, span, first + tile.rows - 1).end};
         for (int64_t part = seen.begin / kPart; part < ceil_div(seen.end, kPart); ++part) {
           pieces[num_pieces++] = {tile, tile_number, part, floats};
           floats += State::size(tile.rows, width);
@@ -446,14 +449,18 @@ bool AttentionPlan::make(const QtoolSpans& spans, const QtoolAttention& rule,
 
 namespace {
 
+// Later tiles of a prompt see more tokens: long ones are handed out first, unless they are in parts.
+const AttentionPlan::Piece& piece_of(const AttentionPlan& plan, int64_t i) {
+  return plan.pieces[plan.split ? i : plan.num_pieces - 1 - i];
+}
+
 template <class C>
 void attend_team(Team& team, const C& call, const AttentionPlan& plan) {
   Workspace work;
+  work.ahead = &team.ahead();
   if (!plan.split) {
-    // Later tiles of a prompt see more tokens: long ones are handed out first.
-    team.each(plan.num_pieces, 1, [&](int64_t i) {
-      attend_whole(call, plan.pieces[plan.num_pieces - 1 - i].tile, work);
-    });
+    team.each(plan.num_pieces, 1,
+              [&](int64_t i) { attend_whole(call, piece_of(plan, i).tile, work); });
     return;
   }
   team.each(plan.num_pieces, 1, [&](int64_t i) {
@@ -474,6 +481,21 @@ void attend_team(Team& team, const C& call, const AttentionPlan& plan) {
 }
 
 }  // namespace
+
+void ask_for_cache(const Team& team, const QtoolCache& cache, const QtoolSpans& spans,
+                   const QtoolAttention& rule, int64_t element_bytes, const AttentionPlan& plan) {
+  const Pool keys = key_pool(cache), values = value_pool(cache);
+  const int64_t group = rule.heads / cache.kv_heads;
+  const int64_t stop = team.share_begin(plan.num_pieces, team.index() + 1);
+  for (int64_t i = team.share_begin(plan.num_pieces, team.index()); i < stop; ++i) {
+    const AttentionPlan::Piece& piece = piece_of(plan, i);
+    const Tile& tile = piece.tile;
+    const int64_t begin = visible(spans, rule, group, tile.span, tile.first).begin;
+    const int64_t end = visible(spans, rule, group, tile.span, tile.first + tile.rows - 1).end;
+    ask_for_chunk(keys, values, element_bytes, spans, tile,
+                  std::max(begin / kChunk * kChunk, piece.part * kPart), end);
+  }
+}
 
 template <class T>
 void attend(Team& team, const T* query, const QtoolCache& cache, const QtoolSpans& spans,

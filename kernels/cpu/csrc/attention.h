@@ -25,6 +25,10 @@ struct AttentionPlan {
             int threads);
 };
 
+// Asks for the first keys and values that this member will attend to.
+void ask_for_cache(const Team& team, const QtoolCache& cache, const QtoolSpans& spans,
+                   const QtoolAttention& rule, int64_t element_bytes, const AttentionPlan& plan);
+
 // y [tokens][heads][value_dim]; ends with a barrier.
 template <class T>
 void attend(Team& team, const T* query, const QtoolCache& cache, const QtoolSpans& spans,

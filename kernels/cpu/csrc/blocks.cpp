@@ -99,6 +99,41 @@ class Product {
   int64_t form_of_[kParts] = {};
 };
 
+// Keeps the weights of the next two of a decoder's linears in the queue of what is asked for ahead.
+// With many rows products wait for their arithmetic, not for weights: nothing is.
+class Upcoming {
+ public:
+  Upcoming(Team& team, const QtoolDecoder& d, int64_t rows)
+      : team_(team), d_(d), any_(kAheadBytes > 0 && rows <= kFewRows) {
+    add(0);
+    add(1);
+  }
+  bool any() const { return any_; }
+
+  // Linears `index` of the decoder, four a block, are about to be read.
+  void begin(int64_t index) {
+    team_.ahead().skip(ends_[index % 2]);
+    add(index + 2);
+  }
+
+ private:
+  static constexpr int64_t kFewRows = 16;
+
+  void add(int64_t index) {
+    if (!any_ || index >= 4 * d_.num_blocks) return;
+    const QtoolBlock& block = d_.blocks[index / 4];
+    const QtoolLinears* const all[] = {&block.qkv, &block.o, &block.gate_up, &block.down};
+    const QtoolLinears& linears = *all[index % 4];
+    for (int64_t part = 0; part < linears.count; ++part) expect(team_, *linears.parts[part]);
+    ends_[index % 2] = team_.ahead().end();
+  }
+
+  Team& team_;
+  const QtoolDecoder& d_;
+  const bool any_;
+  int64_t ends_[2] = {};
+};
+
 template <class T>
 void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const float* sin,
                 const int64_t* slots, const QtoolSpans& spans, int64_t rows, const Pieces& p,
@@ -111,7 +146,13 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
   T* const gate_up = static_cast<T*>(p.gate_up);
   T* const gated = static_cast<T*>(p.gated);
   const int64_t hidden = d.hidden, ffn = d.ffn;
-  const auto each_row = [&](auto f) { team.each(rows, team.share(rows, 4), f); };
+  const auto each_row = [&](auto f) {
+    team.each(rows, team.share(rows, 4), [&](int64_t row) {
+      team.ahead().ask();
+      f(row);
+    });
+  };
+  Upcoming upcoming(team, d, rows);
   // x += scale * post_norm(more), if there is more; then the next linears' input, if there are any.
   struct Left {
     bool any;
@@ -127,6 +168,7 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
       if (next != nullptr && norm != nullptr) {
         T* const to = normed + row * hidden;
         norm_row<T>(from, added, left.scale, norm, to, hidden, d.eps);
+        team.ahead().ask();
         next->round(to, row);
         return;
       }
@@ -145,6 +187,10 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
 
     const Product<T> to_qkv(block.qkv, rows, p);
     pass_on(left, block.attn_norm, &to_qkv);
+    const int64_t cached_bytes = block.cache.key_scales == nullptr ? sizeof(T) : 1;
+    if (upcoming.any())
+      ask_for_cache(team, block.cache, spans, block.rule, cached_bytes, *plans[i]);
+    upcoming.begin(4 * i);
     to_qkv.write(team, qkv);
     each_row([&](int64_t row) {
       rope_and_write_row(qkv + row * block.qkv.out, block.qk_norm, d.eps, block_cos + row * d.half,
@@ -156,10 +202,12 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
     const Product<T> to_o(block.o, rows, p);
     const int64_t mixed = block.rule.heads * block.cache.value_dim;
     each_row([&](int64_t row) { to_o.round(attended + row * mixed, row); });
+    upcoming.begin(4 * i + 1);
     to_o.write(team, more);
 
     const Product<T> to_gate_up(block.gate_up, rows, p);
     pass_on({true, block.residual_scale, block.post_attn_norm}, block.mlp_norm, &to_gate_up);
+    upcoming.begin(4 * i + 2);
     to_gate_up.write(team, gate_up);
 
     const Product<T> to_down(block.down, rows, p);
@@ -167,10 +215,12 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
     team.each(rows * pieces, team.share(rows * pieces, 4), [&](int64_t piece) {
       const int64_t row = piece / pieces, first = piece % pieces * kGated;
       const int64_t count = std::min(kGated, ffn - first);
+      team.ahead().ask();
       const T* const gates = gate_up + row * 2 * ffn + first;
       gate_row(gates, gates + ffn, gated + row * ffn + first, count, d.activation);
       to_down.round(gated + row * ffn, row, first, count);
     });
+    upcoming.begin(4 * i + 3);
     to_down.write(team, more);
     left = {true, block.residual_scale, block.post_mlp_norm};
   }

@@ -160,6 +160,7 @@ QTOOL_INLINE Ints multiply_small(Ints a, Ints b) { return _mm256_mullo_epi32(a, 
 // moved to the activation.
 constexpr int kCodeBias8 = 128;
 // 16 registers: 4 rows x 2 vectors, or 1 row x 4.
+constexpr int64_t kAheadBytes = 0;
 constexpr int kMaxRows = 4;
 QTOOL_INLINE constexpr int vectors_at_once(int rows) { return rows == 1 ? 4 : 2; }
 

@@ -144,6 +144,12 @@ QTOOL_INLINE constexpr int vectors_at_once(int) { return 2; }
 //                   (19.6 is what reading gives), 8-bit weights from 12.9 to 16.1; no loss up to 8
 //   Zen 4           8 KB ahead: from 18 to 25 GB/s (4096 x 4096) and 22 to 30 (9728 x 896) with
 //                   one token or two; with more, or 8-bit weights, it only costs
+#if defined(QTOOL_INTEL_SERVER)
+constexpr int64_t kAheadBytes = 512 << 10;
+#else
+constexpr int64_t kAheadBytes = 0;
+#endif
+
 template <int kBits, int kRows>
 QTOOL_INLINE void ask_ahead(const uint8_t* codes) {
 #if defined(QTOOL_INTEL_SERVER)

@@ -165,6 +165,18 @@ void round_rows(Team& team, const T* x, const Activations& to) {
   team.each(to.rows, team.share(to.rows, 4), [&](int64_t row) { round_row(x + row * to.in, row, to); });
 }
 
+void expect(Team& team, const QtoolLinear& linear) {
+  const int64_t panels = ceil_div(linear.out, kPanel);
+  const int64_t first = team.share_begin(panels, team.index());
+  const int64_t codes = linear.in / kStrip * strip_bytes(linear);
+  const int64_t scales = linear.in / linear.group * kPanel * scale_bytes(linear.scale_type);
+  int64_t held = team.share_begin(panels, team.index() + 1) - first;
+  held = std::min(held, kAheadBytes / (codes + scales));
+  team.ahead().add(linear.codes + first * codes, held * codes);
+  if (linear.scale_kind == kPlainScales)
+    team.ahead().add(static_cast<const char*>(linear.scales) + first * scales, held * scales);
+}
+
 template <class T>
 void multiply(Team& team, const QtoolLinear& linear, const Activations& from, const T* bias, T* y,
               int64_t stride) {

@@ -47,6 +47,9 @@ void round_row(const T* x, int64_t row, const Activations& to) {
 template <class T>
 void round_rows(Team& team, const T* x, const Activations& to);
 
+// What this member of the team reads first when it multiplies, as soon as there is time to ask.
+void expect(Team& team, const QtoolLinear& linear);
+
 // y [rows][linear.out], rows `stride` apart; ends with a barrier.
 template <class T>
 void multiply(Team& team, const QtoolLinear& linear, const Activations& from, const T* bias, T* y,

@@ -16,6 +16,10 @@ QTOOL_INLINE Floats load_scales(const void* scales, int32_t type, int64_t at) {
   }
 }
 
+inline int64_t scale_bytes(int32_t type) {
+  return type == kFloat32 ? 4 : type == kFloat16 ? 2 : 1;
+}
+
 constexpr int kMaxGroups = 16;
 
 inline int groups_a_super(int32_t kind) {

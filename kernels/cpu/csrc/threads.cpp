@@ -18,6 +18,7 @@ namespace {
 // About 30 us of looking before sleeping. Longer than a decoder's operations are apart, shorter
 // than what falling asleep and waking costs twice.
 constexpr int kLooks = 2000;
+constexpr int64_t kLinesALook = 4;
 
 void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr,
@@ -31,10 +32,11 @@ void wake_all(std::atomic<uint32_t>& word) {
 
 // Returns the word's value once it is not `value` any more.
 uint32_t wait_for_change(std::atomic<uint32_t>& word, uint32_t value,
-                         std::atomic<int32_t>& sleepers) {
+                         std::atomic<int32_t>& sleepers, Ahead* ahead = nullptr) {
   for (int i = 0; i < kLooks; ++i) {
     const uint32_t now = word.load(std::memory_order_acquire);
     if (now != value) return now;
+    if (ahead != nullptr) ahead->ask(kLinesALook);
     _mm_pause();
   }
   // Sequentially consistent against `announce`: either it sees the sleeper, or we see its value.
@@ -67,6 +69,7 @@ struct Pool {
   Meeting* meeting = nullptr;
   alignas(64) std::atomic<uint32_t> unfinished{0};
   std::atomic<int32_t> waiting{0};
+  Meeting::Taken taken[Meeting::kLoops * kSizeMask];
 
   // False where the system gives no more threads; the pool has those that it got.
   bool grow(int wanted) {
@@ -95,6 +98,9 @@ struct Pool {
 
   void run(int size, TeamWork given, void* with) {
     Meeting here;
+    here.taken = taken;
+    for (int i = 0; i < Meeting::kLoops * size; ++i)
+      taken[i].pieces.store(0, std::memory_order_relaxed);
     work = given;
     context = with;
     meeting = &here;
@@ -134,7 +140,7 @@ void Team::barrier() {
     meeting_.arrived.store(0, std::memory_order_relaxed);
     announce(meeting_.generation, generation + 1, meeting_.sleepers);
   } else {
-    wait_for_change(meeting_.generation, generation, meeting_.sleepers);
+    wait_for_change(meeting_.generation, generation, meeting_.sleepers, &ahead_);
   }
 }
 
