@@ -186,6 +186,9 @@ def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            # A view of a checkpoint may store apart what its folder shares.
+            if checkpoint.config.get("tie_word_embeddings") is False:
+                config.tie_word_embeddings = False
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(
                     config,

@@ -4,6 +4,7 @@
     bits: 4
     symmetric: true
     group_size: auto        # the largest of 128, 64, 32 that divides; a number; or row
+    rotations: []           # R1, R2: spread outliers over channels first
     keep: []                # fnmatch patterns of modules that stay in 16 bit
     effort: default         # fast | default | best: how far gptq goes
     method:
@@ -172,6 +173,8 @@ FLOAT_WEIGHTS: dict[str, FloatScheme] = {
 CODEBOOK = "codebook"
 CODEBOOK_BITS = (2, 3, 4)
 ACTIVATIONS = ("none", "int8")
+# QuaRot's that fold into weights: of the residual stream, and of each head's values.
+ROTATIONS = ("R1", "R2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,8 @@ class Recipe:
     """weights      "int", "codebook", or a key of FLOAT_WEIGHTS, for which bits, symmetric and
                  group_size say nothing
     activations  "int8": runtimes round them by token, which takes 8-bit weights a row each
+    rotations    of ROTATIONS: the weights are turned before anything else is done to them, and the
+                 model's function stays
     """
 
     name: str
@@ -191,12 +196,17 @@ class Recipe:
     weights: str = "int"
     activations: str = "none"
     calibration: Calibration = field(default_factory=Calibration)
+    rotations: tuple[str, ...] = ()
+    rotation_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.weights not in ("int", CODEBOOK, *FLOAT_WEIGHTS):
             raise UnknownName("weights", self.weights, ["int", CODEBOOK, *FLOAT_WEIGHTS])
         if self.activations not in ACTIVATIONS:
             raise UnknownName("activations", self.activations, ACTIVATIONS)
+        for name in self.rotations:
+            if name not in ROTATIONS:
+                raise UnknownName("rotation", name, ROTATIONS)
         if self.weights == CODEBOOK:
             self._require_tables()
         elif self.weights != "int" and not isinstance(self.method, Rtn):
@@ -270,6 +280,7 @@ class Recipe:
         bits: int | None = None,
         group_size: GroupSize | None = None,
         keep: tuple[str, ...] = (),
+        rotations: tuple[str, ...] | None = None,
         **calibration: Any,
     ) -> Recipe:
         """The recipe with what the command line says; None leaves the recipe's own value."""
@@ -284,6 +295,7 @@ class Recipe:
             recipe,
             group_size=self.group_size if group_size is None else group_size,
             keep=(*self.keep, *keep),
+            rotations=self.rotations if rotations is None else rotations,
             calibration=replace(self.calibration, **given),
         )
 
@@ -299,6 +311,8 @@ class Recipe:
             "symmetric": self.symmetric,
             "group_size": self.group_size,
             "keep": list(self.keep),
+            "rotations": list(self.rotations),
+            "rotation_seed": self.rotation_seed,
             "method": {"name": method_name(self.method), **method},
             "calibration": calibration,
         }
@@ -340,12 +354,10 @@ def parse_recipe(text: str, path: Path) -> Recipe:
     group_size = section.value("group_size", "auto")
     if group_size not in ("auto", "row") and type(group_size) is not int:
         raise section.error("group_size", "is not auto, row or a whole number")
-    keep = section.value("keep", [])
-    if not isinstance(keep, list) or not all(isinstance(item, str) for item in keep):
-        raise section.error("keep", "is not a list of patterns")
+    keep = section.names("keep", "patterns")
     section.refuse_unknown(
         *("description", "bits", "symmetric", "group_size", "keep", "effort", "method"),
-        *("weights", "activations", "calibration"),
+        *("weights", "activations", "calibration", "rotations", "rotation_seed"),
     )
     recipe = Recipe(
         name=path.stem,
@@ -353,7 +365,9 @@ def parse_recipe(text: str, path: Path) -> Recipe:
         bits=section.take("bits", int, 4),
         symmetric=section.take("symmetric", bool, True),
         group_size=group_size,
-        keep=tuple(keep),
+        keep=keep,
+        rotations=section.names("rotations", "names"),
+        rotation_seed=section.take("rotation_seed", int, 0),
         weights=section.take("weights", str, "int"),
         activations=section.take("activations", str, "none"),
         method=method.build(kind, "name"),
@@ -399,6 +413,13 @@ class _Section:
         if type(value) is not kind:
             raise self.error(key, "is missing" if value is None else f"is not a {kind.__name__}")
         return value
+
+    def names(self, key: str, of: str) -> tuple[str, ...]:
+        """A list of texts, empty where there is none."""
+        found = self._values.get(key, [])
+        if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+            raise self.error(key, f"is not a list of {of}")
+        return tuple(found)
 
     def child(self, key: str, required: bool = True) -> Any:
         node = self._nodes.get(key)

@@ -30,6 +30,14 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     return int(float(match[1]) * units[match[2]])
 
 
+def _rotations(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return tuple(name.strip().upper() for name in value.split(",") if name.strip())
+
+
 @click.command(short_help="Quantize a model to int4 or int8.")
 @click.argument("model")
 @click.option(
@@ -79,6 +87,13 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     help="Leave matching layers in 16 bit, as '*.down_proj'. May be repeated.",
 )
 @click.option(
+    "--rotations",
+    callback=_rotations,
+    metavar="R1,R2",
+    help="Turn the residual stream (R1), each head's values (R2) or both first: outliers are "
+    "spread over channels, the function stays [the recipe's, or none].",
+)
+@click.option(
     "--calibration",
     metavar="DATA",
     help="A .txt, .jsonl or .parquet file, or a Hub dataset id [a text that ships with qtool].",
@@ -109,6 +124,7 @@ def quantize(
     out: Path | None,
     group_size: int | str | None,
     keep: tuple[str, ...],
+    rotations: tuple[str, ...] | None,
     calibration: str | None,
     num_samples: int | None,
     sequence_length: int | None,
@@ -134,6 +150,7 @@ def quantize(
       qtool quantize ./my-model --recipe awq --format awq --out ./my-model-awq
       qtool quantize builtin:books-7m --calibration mine.jsonl --num-samples 256
       qtool quantize ./my-model --bits 3 --effort best
+      qtool quantize ./my-model --recipe w8a8 --rotations R1,R2
       qtool quantize ./my-model --target-bits 4.25 --dry-run
       qtool quantize ./my-model --keep '*.down_proj' --dry-run
       qtool quantize ./my-model --push-to-hub me/my-model-int4 --private
@@ -165,6 +182,7 @@ def quantize(
         bits=bits,
         group_size=group_size,  # type: ignore[arg-type]
         keep=keep,
+        rotations=rotations,
         dataset=calibration,
         num_samples=num_samples,
         sequence_length=sequence_length,

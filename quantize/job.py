@@ -14,6 +14,7 @@ from qtool.errors import UnknownName, UnsupportedModel, UsageError
 from qtool.quantize.allocate import Target, mixed_plan
 from qtool.quantize.layouts import layout_for
 from qtool.quantize.plan import Plan, make_plan
+from qtool.quantize.rotated import UNTIED, rotated, unties
 from qtool.recipe import Recipe, load_recipe
 from qtool.source import Source, resolve
 
@@ -72,8 +73,13 @@ def prepare(
             f"{source.name} is a GGUF file, which is already quantized or converted",
             "quantize the Hugging Face model that it was made from",
         )
-    skeleton = Skeleton.build(open_checkpoint(source), trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(source)
     warnings: list[str] = []
+    if recipe.rotations:
+        checkpoint = rotated(checkpoint, recipe.rotations, recipe.rotation_seed)
+        if unties(checkpoint):
+            warnings.append(UNTIED)
+    skeleton = Skeleton.build(checkpoint, trust_remote_code=trust_remote_code)
     if recipe.needs_calibration:
         recipe = _within_context(recipe, skeleton, warnings)
     layout = layout_for(recipe, format)

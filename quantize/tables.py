@@ -28,8 +28,8 @@ from torch import Tensor
 from qtool.grid import fit_absmax
 from qtool.scheme import QuantScheme
 
-# Where a row may be cut. 16 entries for 4,096 inputs, after Lloyd's iterations: 0.7 % above what 512
-# places find, 128 places 0.2 %; the time grows with the square.
+# Where a row may be cut. 16 entries for 4,096 inputs, after Lloyd's iterations: 0.7 % above what
+# 512 places find, 128 places 0.2 %; the time grows with the square.
 _PLACES = 64
 _LLOYD_ROUNDS = 40
 # Of costs held at a time: 1 MB, which stays in the cache.
