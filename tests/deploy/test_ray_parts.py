@@ -20,6 +20,7 @@ from qtool import __version__
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.deploy.deployment import given_to_serve, meaning
 from qtool.runtime.deploy.ray.board import SILENT_SECONDS, Board
+from qtool.runtime.deploy.ray.keys import check_keys, digest_of_key
 from qtool.runtime.deploy.ray.run import check_resources
 from qtool.runtime.deploy.ray.wire import Refusal, as_text
 from qtool.runtime.engine.async_engine import EngineStopped
@@ -157,6 +158,26 @@ def test_a_cluster_that_is_too_small_names_both_numbers() -> None:
         check_resources({"GPU": 1}, there, None)
     with pytest.raises(UsageError, match=r"9\.5 GB"):
         check_resources({"memory": 9.5e9}, there, None)
+
+
+def test_a_key_that_only_this_machine_has_guards_nothing() -> None:
+    check_keys(None, {})
+    check_keys("a", {"10.0.0.1": "a", "10.0.0.2": "a"})
+    with pytest.raises(UsageError, match=r"answer without a key: 10\.0\.0\.2") as error:
+        check_keys("a", {"10.0.0.1": "a", "10.0.0.2": None})
+    assert "unset it here" in (error.value.hint or "")
+    with pytest.raises(UsageError, match=r"another key on the cluster than here: 10\.0\.0\.1"):
+        check_keys("a", {"10.0.0.1": "b"})
+
+
+def test_a_key_is_told_by_its_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setenv("QTOOL_API_KEY", "abc")
+    found = digest_of_key()
+    # SHA-256 of "abc", as FIPS 180-2 has it.
+    assert found == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    monkeypatch.delenv("QTOOL_API_KEY")
+    assert digest_of_key() is None
 
 
 def test_every_token_is_one_character() -> None:

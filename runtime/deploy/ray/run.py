@@ -22,6 +22,7 @@ from qtool.progress import bar
 from qtool.runtime.deploy.deployment import Deployment
 from qtool.runtime.deploy.ports import check_free, check_reachable
 from qtool.runtime.deploy.ray.config import ENGINE, SERVER
+from qtool.runtime.deploy.ray.keys import check_keys, digest_of_key, digests_there
 
 GCS_PORT = 6379
 OBJECT_STORE_BYTES = 100_000_000  # the least that Ray takes is 75 MB; tokens are small
@@ -53,6 +54,10 @@ def run_on_ray(deployment: Deployment, config: Mapping[str, Any], address: str |
 
         from qtool.runtime.deploy.ray.app import application as built
 
+        # A file of keys is read where a replica runs.
+        if address is not None and "api_key_file" not in deployment.flags:
+            here = digest_of_key()
+            check_keys(here, {} if here is None else digests_there())
         app = built(application["args"], options)  # refuses what cannot work, before any weight
         try:
             serve.start(proxy_location=config["proxy_location"], http_options=dict(http))
