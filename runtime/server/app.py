@@ -30,6 +30,7 @@ from qtool.runtime.server.asgi import ClientGone
 from qtool.runtime.server.chat_protocol import ChatBody
 from qtool.runtime.server.config import LOCAL_ORIGINS
 from qtool.runtime.server.dialects import in_dialect
+from qtool.runtime.server.docs_page import add_docs_page
 from qtool.runtime.server.embeddings import EmbeddingBody
 from qtool.runtime.server.errors import ApiError, from_qtool_error, internal, unavailable
 from qtool.runtime.server.exchange import json_response
@@ -83,6 +84,8 @@ def create_app(service: Service) -> FastAPI:
         version=__version__,
         description="An OpenAI-compatible server.",
         root_path=service.config.root_path,
+        docs_url=None,
+        redoc_url=None,
     )
     for routes in ROUTES:
         app.include_router(routes(service))
@@ -90,6 +93,7 @@ def create_app(service: Service) -> FastAPI:
     _add_error_handlers(app, service)
     _add_middleware(app, service)
     _describe_bodies(app)
+    add_docs_page(app)
     return app
 
 
