@@ -90,7 +90,8 @@ def _parameters(route: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterato
 
 def _body(route: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[str]:
     contents = route.get("requestBody", {}).get("content", {})
-    schema = next((content.get("schema", {}) for content in contents.values()), {})
+    empty: Mapping[str, Any] = {}
+    schema = next((content.get("schema", empty) for content in contents.values()), empty)
     found = _referred(schema, schemas)
     required = found.get("required", ())
     for name, field in found.get("properties", {}).items():
