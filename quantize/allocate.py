@@ -29,6 +29,7 @@ from qtool.errors import UsageError
 from qtool.quantize import rtn
 from qtool.quantize.plan import Plan
 from qtool.scheme import QuantScheme
+from qtool.units import size_text
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 # Runtimes run these as one matrix.
@@ -105,31 +106,51 @@ def _slope(first: Option, second: Option) -> float:
     return (second.loss - first.loss) / (second.size - first.size)
 
 
+def require_reachable(plan: Plan, target: Target) -> None:
+    """By arithmetic alone, before anything is measured: UsageError where the narrowest widths are
+    too large.
+    """
+    now, least = 0.0, 0.0
+    for linear, scheme in _integers(plan).items():
+        now += _stored_bits(linear, scheme)
+        narrow = (_resized(scheme, width) for width in WIDTHS)
+        least += min(_stored_bits(linear, each) for each in narrow)
+    if least <= target.budget(plan):
+        return
+    narrowest = f"{WIDTHS[0]} bits for every layer"
+    if target.bytes is not None:
+        smallest = int(plan.output_bytes + (least - now) / 8)
+        raise UsageError(
+            f"--target-size of {size_text(target.bytes)}: the whole artifact takes "
+            f"{size_text(smallest)} in {narrowest}",
+            f"raise it to {smallest} or more",
+        )
+    weights = sum(linear.out_features * linear.in_features for linear in plan.quantized)
+    raise UsageError(
+        f"--target-bits {target.bits:g} is smaller than {narrowest}, "
+        f"{least / weights:.3f} a weight with scales",
+        f"raise it to {least / weights:.3f} or more",
+    )
+
+
 def mixed_plan(skeleton: Skeleton, plan: Plan, target: Target, tokens: Tensor) -> Plan:
     """The plan with widths chosen for a target. UsageError where no widths reach it.
 
     tokens  [sequences, length] int64
     """
+    require_reachable(plan, target)
     squares = input_squares(skeleton, tokens)
     sets = _tied(_integers(plan))
     options = [_options(skeleton, members, squares) for members in sets]
     chosen = choose(options, target.budget(plan))
-    if chosen is None:
-        smallest = sum(min(option.size for option in found) for found in options)
-        weights = sum(linear.out_features * linear.in_features for linear in plan.quantized)
-        raise UsageError(
-            f"the target is smaller than {WIDTHS[0]} bits for every layer, "
-            f"{smallest / weights:.3f} a weight with scales",
-            "raise --target-bits or --target-size",
-        )
+    assert chosen is not None, "the narrowest widths are within the budget"
     widths = {
         linear: option.width
         for members, option in zip(sets, chosen, strict=True)
         for linear in members
     }
     quantized = {
-        linear: QuantScheme(widths[linear], scheme.group_size, scheme.symmetric)
-        for linear, scheme in _integers(plan).items()
+        linear: _resized(scheme, widths[linear]) for linear, scheme in _integers(plan).items()
     }
     before = sum(_stored_bits(linear, scheme) for linear, scheme in _integers(plan).items())
     after = sum(_stored_bits(linear, scheme) for linear, scheme in quantized.items())
@@ -149,6 +170,10 @@ def _integers(plan: Plan) -> dict[Linear, QuantScheme]:
         for linear, scheme in plan.quantized.items()
         if isinstance(scheme, QuantScheme)
     }
+
+
+def _resized(scheme: QuantScheme, width: int) -> QuantScheme:
+    return QuantScheme(width, scheme.group_size, scheme.symmetric)
 
 
 def _stored_bits(linear: Linear, scheme: QuantScheme) -> float:
@@ -185,7 +210,7 @@ def _options(
             importance = seen.sums / seen.count
         power = float((weight.square() @ importance).double().sum())
         for width in WIDTHS:
-            tried = QuantScheme(width, scheme.group_size, scheme.symmetric)
+            tried = _resized(scheme, width)
             difference = weight - rtn.solve(weight, tried).dequantized
             lost = float((difference.square() @ importance).double().sum())
             losses[width] += lost / power if power > 0 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise, product
 from pathlib import Path
@@ -10,7 +11,14 @@ import pytest
 import torch
 
 from qtool.errors import UsageError
-from qtool.quantize.allocate import WIDTHS, Option, Target, average_bits, choose
+from qtool.quantize.allocate import (
+    WIDTHS,
+    Option,
+    Target,
+    average_bits,
+    choose,
+    require_reachable,
+)
 from qtool.quantize.job import prepare
 from qtool.quantize.pipeline import quantize_model
 from qtool.recipe import load_recipe
@@ -77,11 +85,27 @@ def test_a_target_is_met_by_widths_that_fused_layers_share(
     assert len({layer.scheme for layer in manifest.layers}) > 1
 
 
-def test_targets_that_cannot_be_met_are_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_targets_that_cannot_be_met_are_refused_before_anything_is_measured(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = str(tiny_checkpoint("llama"))
     recipe = load_recipe("rtn-int4").with_options(num_samples=2, sequence_length=32)
-    with pytest.raises(UsageError, match="smaller than 2 bits"):
+    plan = prepare(source, recipe).plan
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr("qtool.quantize.allocate.input_squares", never)
+    with pytest.raises(UsageError, match=r"--target-size of 1 kB: .* in 2 bits for") as caught:
         prepare(source, recipe, target=Target(bytes=1000))
+    named = re.search(r"raise it to (\d+) or more", caught.value.hint or "")
+    assert named is not None
+    smallest = int(named[1])
+    require_reachable(plan, Target(bytes=smallest + 1))
+    with pytest.raises(UsageError):
+        require_reachable(plan, Target(bytes=smallest - 1))
+    with pytest.raises(UsageError, match=r"--target-bits 1\.5 is smaller than 2 bits"):
+        prepare(source, recipe, target=Target(bits=1.5))
     with pytest.raises(UsageError, match="one width"):
         prepare(source, recipe, format="gptq", target=Target(bits=4.5))
     with pytest.raises(UsageError, match="not both"):
