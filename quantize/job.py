@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.calibration.dataset import CalibrationTokens, load_calibration, load_tokenizer
-from qtool.calibration.decoded import open_checkpoint
+from qtool.calibration.decoded import DecodedExperts, open_checkpoint
 from qtool.calibration.skeleton import Skeleton
 from qtool.convert.formats import Format
 from qtool.errors import UnknownName, UnsupportedModel, UsageError
@@ -75,6 +75,8 @@ def prepare(
         )
     checkpoint = open_checkpoint(source)
     warnings: list[str] = []
+    if isinstance(checkpoint, DecodedExperts):
+        warnings.append(checkpoint.growth)
     if recipe.rotations:
         checkpoint = rotated(checkpoint, recipe.rotations, recipe.rotation_seed)
         if unties(checkpoint):
