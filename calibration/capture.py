@@ -41,7 +41,7 @@ HELD_OUT_EVERY = 4
 
 
 class BlockCapture:
-    """One loaded block, run over all chunks as often as its solver asks.
+    """One loaded block, run over all chunks on its device as often as its solver asks.
 
     folder  where kept attention goes when memory is short
     """
@@ -56,8 +56,10 @@ class BlockCapture:
     ) -> None:
         self.skeleton = skeleton
         self.index = index
+        self.device = runner.device(index)
         self._runner = runner
         self._activations = activations
+        activations.travel(self.device)
         self._folder = folder
         # Attention outputs by their order in the block, a slot a chunk.
         self._attention: dict[int, Activations] = {}
@@ -100,7 +102,7 @@ class BlockCapture:
 
     def output(self, chunk: int, sequences: slice, weights: Mapping[str, Tensor]) -> Tensor:
         """The block's output for a part of a chunk, with gradients where the weights have them."""
-        with self._runner.products():
+        with self._runner.products(self.index):
             output = self._runner.run(
                 self.index,
                 chunk,
@@ -168,7 +170,7 @@ class BlockCapture:
 
         def watched(args: tuple[Any, ...], kwargs: Mapping[str, Any], mark: Mark) -> Tensor | None:
             watch = Watch(self.skeleton, self.index, sites, mark)
-            with WatchNorms(block, norms(block), mark), self._runner.products(), watch:
+            with WatchNorms(block, norms(block), mark), self._runner.products(self.index), watch:
                 output = block(*args, **kwargs)
             if isinstance(output, tuple) and not tensors_of(output[1:]):
                 output = output[0]
@@ -215,7 +217,10 @@ class BlockCapture:
 
         pending  linears whose weights will still change; attention that depends on none is kept
         """
-        sums = {group.first: MomentSums.zeros(in_features(group.first)) for group in stage.groups}
+        sums = {
+            group.first: MomentSums.zeros(in_features(group.first), self.device)
+            for group in stage.groups
+        }
         if self._steps is not None:
             self._collect_in_steps(self._steps, sums)
         else:
@@ -261,7 +266,7 @@ class BlockCapture:
         else:
             chunks = steps.look(inputs.values())
         for _, values in chunks:
-            with self._runner.products():
+            with self._runner.products(self.index):
                 for site, number in inputs.items():
                     sums[site].add(values[number])
 
@@ -277,7 +282,7 @@ class BlockCapture:
         stream."""
         if self._steps is not None:
             return self._compared_in_steps(self._steps, group, compared, originals, in_features)
-        sums = MomentSums.zeros(in_features)
+        sums = MomentSums.zeros(in_features, self.device)
         drift: DriftSums | None = None
         norm = None
         if not compared.added:
@@ -303,7 +308,7 @@ class BlockCapture:
         def compare(difference: Tensor) -> None:
             nonlocal drift
             if drift is None:
-                drift = DriftSums.zeros(difference.shape[-1], in_features)
+                drift = DriftSums.zeros(difference.shape[-1], in_features, self.device)
             assert seen is not None
             held_out = self.is_held_out(chunk)
             drift.add(difference, seen, held_out=held_out)
@@ -337,15 +342,15 @@ class BlockCapture:
         else:
             other = recording.marks[group.first]
             norm = self.skeleton.blocks[self.index].get_submodule(point.norm)
-        sums = MomentSums.zeros(in_features)
+        sums = MomentSums.zeros(in_features, self.device)
         drift: DriftSums | None = None
         for chunk, values in steps.go_to(recording.place(number), {number, other}):
             original = originals.at(point, chunk)
-            with torch.no_grad(), self._runner.products():
+            with torch.no_grad(), self._runner.products(self.index):
                 expected = original if norm is None else norm(original)
                 difference = expected - values[other].view_as(expected)
                 if drift is None:
-                    drift = DriftSums.zeros(difference.shape[-1], in_features)
+                    drift = DriftSums.zeros(difference.shape[-1], in_features, self.device)
                 held_out = self.is_held_out(chunk)
                 drift.add(difference, values[number], held_out=held_out)
                 if not held_out:
@@ -369,7 +374,7 @@ class BlockCapture:
     ) -> Tensor | None:
         keep = self._keeper(chunk, store=True)
         watch = Watch(self.skeleton, self.index, watched, on_input, pending, keep)
-        with self._runner.products(), watch:
+        with self._runner.products(self.index), watch:
             return self._runner.run(self.index, chunk, self._activations.get(chunk))
 
     def advance(self) -> None:
@@ -381,15 +386,19 @@ class BlockCapture:
         for chunk in range(self._runner.num_chunks):
             keep = self._keeper(chunk, store=False)
             watch = Watch(self.skeleton, self.index, set(), ignore, set(), keep)
-            with self._runner.products(), watch:
+            with self._runner.products(self.index), watch:
                 output = self._runner.run(self.index, chunk, self._activations.get(chunk))
             assert output is not None
             self._activations.put(chunk, output)
 
-    def close(self) -> None:
+    def forget_attention(self) -> None:
+        """Weights that were final have changed after all: what attention made of them is stale."""
         for kept in self._attention.values():
             kept.close()
         self._attention.clear()
+
+    def close(self) -> None:
+        self.forget_attention()
         if self._steps is not None:
             self._steps.close()
             self._steps = None
@@ -404,7 +413,7 @@ class BlockCapture:
             if store:
                 if slots is None:
                     name = f"attention-{order}.bin"
-                    slots = Activations(self._runner.num_chunks, self._folder / name)
+                    slots = self._runner.activations(self._folder / name, self.index)
                     self._attention[order] = slots
                 slots.put(chunk, output)
             return output

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtool.calibration.activations import Activations
 from qtool.calibration.capture import BlockCapture
 from qtool.calibration.groups import stages
 from qtool.calibration.linears import Linear, Site, block_linears
+from qtool.calibration.placement import CPU
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton
 from qtool.errors import QtoolError
@@ -46,7 +46,7 @@ def input_squares(skeleton: Skeleton, tokens: Tensor) -> dict[str, InputSquares]
     last = len(skeleton.blocks) - 1
     with tempfile.TemporaryDirectory(prefix="qtool-imatrix-") as name:
         folder = Path(name)
-        activations = Activations(runner.num_chunks, folder / "activations.bin")
+        activations = runner.activations(folder / "activations.bin")
         with bar("Measuring inputs", len(skeleton.blocks)) as progress:
             for index in range(len(skeleton.blocks)):
                 skeleton.load_block(index)
@@ -76,6 +76,6 @@ def _block_squares(
                     "the checkpoint holds NaN or infinite weights, or overflows on this text",
                 )
             group = next(group for group in stage.groups if group.first == first)
-            sums = moments.gram.diagonal().to(torch.float32).clone()
+            sums = moments.gram.diagonal().to(CPU, torch.float32, copy=True)
             squares |= dict.fromkeys(group.sites, InputSquares(sums, moments.count))
     return {linear.name: squares[linear.site] for linear in linears if linear.site in squares}

@@ -90,7 +90,7 @@ class Originals:
         self._skeleton = skeleton
         self._runner = runner
         self._folder = folder
-        self._hidden = Activations(runner.num_chunks, folder / "original.bin")
+        self._hidden = runner.activations(folder / "original.bin")
         self._kept: dict[Point, Activations] = {}
 
     def record(
@@ -98,10 +98,11 @@ class Originals:
     ) -> None:
         """Run the loaded block, its weights being the checkpoint's, and keep what passes the
         points. A recording of the block is marked with them."""
+        self._hidden.travel(self._runner.device(index))
         for number, point in enumerate(dict.fromkeys(points)):
             if point != OUTPUT:
                 file = self._folder / f"original-{number}.bin"
-                self._kept[point] = Activations(self._runner.num_chunks, file)
+                self._kept[point] = self._runner.activations(file, index)
         if recorded is not None:
             self._replay(recorded)
             return
@@ -112,7 +113,7 @@ class Originals:
                 self._kept[point].put(chunk, values)
 
             with WatchNorms(block, [point.norm for point in self._kept], keep):
-                with self._runner.products():
+                with self._runner.products(index):
                     output = self._runner.run(index, chunk, self._hidden.get(chunk))
             assert output is not None
             self._hidden.put(chunk, output)

@@ -28,6 +28,7 @@ from qtool.calibration.activations import Activations
 from qtool.calibration.capture import HELD_OUT_EVERY, BlockCapture
 from qtool.calibration.groups import Compared, InputGroup
 from qtool.calibration.linears import Site
+from qtool.calibration.placement import CPU
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton
 from qtool.calibration.statistics import Drift, Moments
@@ -62,13 +63,19 @@ class DataRanks:
 
     def add_up(self, tensor: Tensor) -> None:
         """The sum over the ranks, in place."""
-        with _others():
-            dist.all_reduce(tensor, group=self._group)
+        self._reduce(tensor, dist.ReduceOp.SUM)
 
     def largest(self, tensor: Tensor) -> None:
         """The largest of the ranks' numbers, in place."""
+        self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> None:
+        """Ranks meet in the machines' memory, wherever each has its tensor."""
+        here = tensor.to(CPU)
         with _others():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(here, operation, group=self._group)
+        if here is not tensor:
+            tensor.copy_(here)
 
     def count(self, number: int) -> int:
         """The sum of the ranks' numbers."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qtool.calibration.activations import Activations
+from qtool.calibration.placement import CPU, moved
 from qtool.calibration.skeleton import Skeleton, reuse_freed_memory
 from qtool.errors import QtoolError, UnsupportedModel
 
@@ -73,27 +76,41 @@ class _Stub(nn.Module):
         return self.__dict__["_visit"](self.__dict__["_index"], args, kwargs)
 
 
-def has_fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself: 2.4 times float32's speed on a Zen 5 core
-    (190 against 75 GFLOP/s at 4096 x 768 x 256), and slower than float32 where it does not.
+class RoundedProducts:
+    """Products of float32 matrices round what they take, to bfloat16 on a CPU and TensorFloat
+    (three bits more) on a CUDA device, and add in float32.
     """
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self._matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        self._rounding = "bf16"
+        if device.type == "cuda":
+            self._matmul, self._rounding = torch.backends.cuda.matmul, "tf32"
+
+    def __enter__(self) -> None:
+        self._precision = self._matmul.fp32_precision
+        self._matmul.fp32_precision = self._rounding
+
+    def __exit__(self, *error: object) -> None:
+        self._matmul.fp32_precision = self._precision
 
 
 class Bfloat16Products(TorchFunctionMode):
     """Linears and attention compute in bfloat16; what they take and give stays float32. Other
-    products of float32 matrices round what they take as well, and add in float32.
+    products are `RoundedProducts`.
     """
 
+    def __init__(self, device: torch.device = CPU) -> None:
+        super().__init__()
+        self._others = RoundedProducts(device)
+
     def __enter__(self) -> Any:
-        self._matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        self._precision = self._matmul.fp32_precision
-        self._matmul.fp32_precision = "bf16"
+        self._others.__enter__()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: object) -> None:
-        self._matmul.fp32_precision = self._precision
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._others.__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -149,9 +166,24 @@ class BlockRunner:
     def tokens(self, chunk: int) -> Tensor:
         return self._chunks[chunk]
 
-    def products(self) -> AbstractContextManager[object]:
-        """How products are computed inside; runs outside of it are float32 throughout."""
-        return Bfloat16Products() if self._bfloat16 else nullcontext()
+    def device(self, index: int) -> torch.device:
+        """Where a block is run."""
+        return self._skeleton.placement.block(index)
+
+    def activations(self, file: Path, index: int = 0) -> Activations:
+        """A slot a chunk for what a block is run on; see there for the file."""
+        place = self._skeleton.placement
+        return Activations(
+            self.num_chunks, file, device=place.block(index), device_bytes=place.kept_bytes
+        )
+
+    def products(self, index: int) -> AbstractContextManager[object]:
+        """How a block's products are computed inside; runs outside of it are float32 throughout."""
+        return Bfloat16Products(self.device(index)) if self._bfloat16 else nullcontext()
+
+    def recorded_products(self, index: int) -> AbstractContextManager[object]:
+        """The same around operations that were recorded inside `products`, types with them."""
+        return RoundedProducts(self.device(index)) if self._bfloat16 else nullcontext()
 
     def run(
         self,
@@ -164,7 +196,8 @@ class BlockRunner:
     ) -> Tensor | None:
         """A block's output for one chunk; None where a watcher had seen enough.
 
-        hidden     [sequences, length, hidden] of the chunk; None to start from the embeddings
+        hidden     [sequences, length, hidden] of the chunk, on the block's device; None to start
+                   from the embeddings
         sequences  a part of the chunk, None for all of it
         weights    in place of the block's parameters, by name in the block; gradients flow to them
         """
@@ -175,7 +208,7 @@ class BlockRunner:
         self._wanted, self._hidden, self._weights = index, hidden, weights
         try:
             with torch.set_grad_enabled(weights is not None):
-                self._skeleton.model(input_ids=tokens, use_cache=False)
+                self._skeleton.model(input_ids=self._outside(tokens), use_cache=False)
         except _BlockDone as done:
             return done.hidden
         except SeenEnough:
@@ -208,11 +241,16 @@ class BlockRunner:
 
     def finish(self, chunk: int, hidden: Tensor) -> Tensor:
         """Logits [sequences, length, vocabulary] from the last block's output."""
-        self._wanted, self._hidden, self._weights = len(self._skeleton.blocks), hidden, None
+        self._wanted, self._weights = len(self._skeleton.blocks), None
+        self._hidden = self._outside(hidden)
+        tokens = self._outside(self._chunks[chunk])
         with torch.no_grad():
-            output = self._skeleton.model(input_ids=self._chunks[chunk], use_cache=False)
+            output = self._skeleton.model(input_ids=tokens, use_cache=False)
         logits: Tensor = output.logits
         return logits.to(torch.float32)
+
+    def _outside(self, values: Tensor) -> Tensor:
+        return values.to(self._skeleton.placement.outside)
 
     def _visit(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         last = len(self._skeleton.blocks) - 1
@@ -222,6 +260,8 @@ class BlockRunner:
                 passed = self._hidden
             extras = self._extras.get(index)
             return passed if extras is None else (passed, *extras)
+        if self.device(index) != self._skeleton.placement.outside:
+            args, kwargs = moved((args, kwargs), self.device(index))
         if self._hidden is not None:
             if args:
                 args = (self._hidden, *args[1:])
@@ -235,6 +275,6 @@ class BlockRunner:
         else:
             output = torch.func.functional_call(block, dict(self._weights), args, kwargs)
         if isinstance(output, tuple):
-            self._extras[index] = output[1:]
+            self._extras[index] = moved(output[1:], self._skeleton.placement.outside)
             output = output[0]
         raise _BlockDone(output)

@@ -15,12 +15,13 @@ import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qtool.calibration.placement import Placement
 from qtool.calibration.stored import StoredModel
 from qtool.checkpoint import Checkpoint
 from qtool.errors import QtoolError, UnsupportedModel, UsageError
@@ -45,6 +46,8 @@ class Skeleton:
     prefix: str
     # Parameters outside the blocks, by every name they have; tied ones have several.
     outside: dict[str, nn.Parameter]
+    # Where weights go when they are loaded.
+    placement: Placement = field(default_factory=Placement)
 
     @classmethod
     def build(cls, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Skeleton:
@@ -77,15 +80,18 @@ class Skeleton:
             yield f"{self.block_name(index)}.{name}", parameter
 
     def load_block(self, index: int) -> nn.Module:
-        """The block with its weights, float32."""
+        """The block with its weights, float32, on its device."""
         block = self.blocks[index]
+        device = self.placement.block(index)
+        for name, buffer in list(block.named_buffers()):
+            assign(block, name, buffer.to(device))
         prefix = f"{self.block_name(index)}."
         names = [
             prefix + name
             for name, tensor in (*block.named_parameters(), *block.named_buffers())
             if isinstance(tensor, nn.Parameter) or prefix + name in self.stored
         ]
-        for name, tensor in self.stored.load(names, COMPUTE_DTYPE):
+        for name, tensor in self.stored.load(names, COMPUTE_DTYPE, device):
             assign(block, name.removeprefix(prefix), tensor)
         return block
 
@@ -96,25 +102,25 @@ class Skeleton:
             assign(block, name, torch.empty_like(parameter, device="meta"))
         return_freed_memory()
 
-    def load_outside(self) -> None:
-        """Embeddings, final norm, head: all that is not a block."""
-        names = [name for name in self.outside if name in self.stored]
+    def load_outside(self, *, with_head: bool = True) -> None:
+        """Embeddings, final norm, head: all that is not a block, on the device for it. Without the
+        head logits cannot be computed; one that is tied to the embeddings is there all the same."""
+        device = self.placement.outside
+        for name, buffer in list(self.model.named_buffers()):
+            if not name.startswith(f"{self.prefix}."):
+                assign(self.model, name, buffer.to(device))
+        left = set() if with_head else self.head_alone()
+        names = [name for name in self.outside if name in self.stored and name not in left]
         buffers = [
             name
             for name, _ in self.model.named_buffers()
             if name in self.stored and not name.startswith(f"{self.prefix}.")
         ]
-        embeddings = {
-            f"{name}.weight"
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Embedding)
-        }
         for name in (*names, *buffers):
-            large = name in embeddings and self._float_bytes(name) > LARGE_EMBEDDING_BYTES
-            dtype = self.checkpoint_dtype(name) if large else COMPUTE_DTYPE
-            for _, tensor in self.stored.load([name], dtype):
+            dtype = self.outside_dtype(name) if name in self.outside else COMPUTE_DTYPE
+            for _, tensor in self.stored.load([name], dtype, device):
                 self._assign_outside(name, tensor)
-            if large:
+            if dtype != COMPUTE_DTYPE:
                 module = self.model.get_submodule(name.removesuffix(".weight"))
                 module.register_forward_hook(_cast_output)
 
@@ -124,12 +130,25 @@ class Skeleton:
         head = self.model.get_output_embeddings()
         return head is not None and head.weight.dtype == COMPUTE_DTYPE
 
+    def head_alone(self) -> set[str]:
+        """Parameters of the head that no other module shares."""
+        head = self.model.get_output_embeddings()
+        path = next((name for name, module in self.model.named_modules() if module is head), None)
+        own = {name for name in self.outside if path and name.startswith(f"{path}.")}
+        shared = {id(item) for name, item in self.outside.items() if name not in own}
+        return {name for name in own if id(self.outside[name]) not in shared}
+
+    def outside_dtype(self, name: str) -> torch.dtype:
+        """What a parameter that is no block's is loaded as."""
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        large = self.outside[name].numel() * COMPUTE_DTYPE.itemsize > LARGE_EMBEDDING_BYTES
+        if large and isinstance(module, nn.Embedding) and name.endswith(".weight"):
+            return self.checkpoint_dtype(name)
+        return COMPUTE_DTYPE
+
     def checkpoint_dtype(self, parameter: str) -> torch.dtype:
         pieces = self.stored.pieces(parameter)
         return self.checkpoint.tensors[pieces[0].tensor].dtype if pieces else COMPUTE_DTYPE
-
-    def _float_bytes(self, name: str) -> int:
-        return self.outside[name].numel() * COMPUTE_DTYPE.itemsize
 
     def _assign_outside(self, name: str, tensor: Tensor) -> None:
         """Assign under every name the parameter has, so that tied weights stay tied."""

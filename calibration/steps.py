@@ -93,7 +93,7 @@ class RecordedBlock:
         def values(chunk: int, given: Mapping[int, Tensor]) -> dict[int, Tensor]:
             recording = self.of_chunk(chunk)
             shape = tuple(self.runner.tokens(chunk).shape)
-            with torch.no_grad(), self.runner.products():
+            with torch.no_grad(), self.runner.products(self.index):
                 if shape not in constants:
                     constants[shape] = recording.constants(self.tensors(), given, asked)
                 return recording.run(constants[shape], given, asked)
@@ -205,7 +205,7 @@ class Steps:
 
     def _new(self, number: int) -> Activations:
         file = self._folder / f"step-{number}.bin"
-        return Activations(self.recorded.runner.num_chunks, file)
+        return self.recorded.runner.activations(file, self.recorded.index)
 
     def _sources_of(self, place: int) -> dict[str, tuple[Tensor, int]]:
         recording = self.recorded.any

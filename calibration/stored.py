@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qtool.calibration.placement import CPU
 from qtool.checkpoint import Checkpoint
 from qtool.errors import FormatError, UnsupportedModel
 
@@ -128,8 +129,10 @@ class StoredModel:
             start = stop
         return tuple(pieces) if start == shape[-2] else None
 
-    def load(self, parameters: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Parameters by name, floating ones in `dtype`; each entry is converted once."""
+    def load(
+        self, parameters: Iterable[str], dtype: torch.dtype, device: torch.device = CPU
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by name on a device, floating ones in `dtype`; each entry is converted once."""
         wanted = set(parameters)
         done: set[str] = set()
         for name in sorted(wanted):
@@ -137,17 +140,19 @@ class StoredModel:
             if entry is None or entry.target in done:
                 continue
             done.add(entry.target)
-            for target, tensor in self._realize(entry, dtype).items():
+            for target, tensor in self._realize(entry, dtype, device).items():
                 if target in wanted:
                     self._check_shape(target, tensor.shape)
                     yield target, tensor
 
-    def _realize(self, entry: Entry, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    def _realize(
+        self, entry: Entry, dtype: torch.dtype, device: torch.device
+    ) -> Mapping[str, Tensor]:
         if entry.converter is None:
-            return {entry.target: self._read(entry.origins[0].tensor, dtype)}
+            return {entry.target: self._read(entry.origins[0].tensor, dtype, device)}
         converter = deepcopy(entry.converter)
         for origin in entry.origins:
-            tensor = self._read(origin.tensor, dtype)
+            tensor = self._read(origin.tensor, dtype, device)
             converter.add_tensor(entry.target, origin.tensor, origin.pattern, _ready(tensor))
         made = converter.convert(
             entry.target, model=self._model, config=getattr(self._model, "config", None)
@@ -156,10 +161,13 @@ class StoredModel:
             name: value[0] if isinstance(value, list) else value for name, value in made.items()
         }
 
-    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A copy, never a view of the mapped file: weights are overwritten as they are solved."""
         tensor = self._checkpoint.tensor(name)
-        return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        # Moved before it is widened: half the bytes.
+        there = tensor.to(device)
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        return there.to(wanted, copy=there is tensor)
 
     def _check_shape(self, name: str, shape: Sequence[int]) -> None:
         if tuple(shape) != tuple(self._shapes[name]):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.calibration.placement import CPU
 from qtool.calibration.statistics import Drift, Moments
 
 # A square of this side and more is worth computing by halves (2048 vectors of 768, with bfloat16
@@ -43,9 +44,8 @@ class Squares:
     flat: Tensor
 
     @classmethod
-    def zeros(cls, width: int) -> Squares:
-        size = sum(_side(rows) * _side(columns) for rows, columns in _squares(width))
-        return cls(width, torch.zeros(size, dtype=torch.float64))
+    def zeros(cls, width: int, device: torch.device = CPU) -> Squares:
+        return cls(width, torch.zeros(squares_size(width), dtype=torch.float64, device=device))
 
     def add(self, vectors: Tensor) -> None:
         """vectors [tokens, width] float32"""
@@ -54,7 +54,7 @@ class Squares:
 
     def gram(self) -> Tensor:
         """[width, width] float32"""
-        found = torch.empty(self.width, self.width)
+        found = torch.empty(self.width, self.width, device=self.flat.device)
         for rows, columns, total in self._parts():
             found[rows, columns] = total
             if rows != columns:
@@ -69,6 +69,11 @@ class Squares:
             end = start + shape[0] * shape[1]
             yield rows, columns, self.flat[start:end].view(shape)
             start = end
+
+
+def squares_size(width: int) -> int:
+    """Numbers that the sum of vectors of a width is kept in."""
+    return sum(_side(rows) * _side(columns) for rows, columns in _squares(width))
 
 
 def _squares(width: int, first: int = 0) -> Iterator[tuple[slice, slice]]:
@@ -119,12 +124,12 @@ class MomentSums:
     peak: Tensor
 
     @classmethod
-    def zeros(cls, in_features: int) -> MomentSums:
+    def zeros(cls, in_features: int, device: torch.device = CPU) -> MomentSums:
         return cls(
-            Squares.zeros(in_features),
-            torch.zeros(in_features, dtype=torch.float64),
+            Squares.zeros(in_features, device),
+            torch.zeros(in_features, dtype=torch.float64, device=device),
             0,
-            torch.zeros(in_features),
+            torch.zeros(in_features, device=device),
         )
 
     def add(self, inputs: Tensor) -> None:
@@ -163,11 +168,11 @@ class DriftSums:
     held: MomentSums
 
     @classmethod
-    def zeros(cls, rows: int, in_features: int) -> DriftSums:
+    def zeros(cls, rows: int, in_features: int, device: torch.device = CPU) -> DriftSums:
         return cls(
-            torch.zeros(rows, in_features, dtype=torch.float64),
-            torch.zeros(rows, in_features, dtype=torch.float64),
-            MomentSums.zeros(in_features),
+            torch.zeros(rows, in_features, dtype=torch.float64, device=device),
+            torch.zeros(rows, in_features, dtype=torch.float64, device=device),
+            MomentSums.zeros(in_features, device),
         )
 
     def add(self, difference: Tensor, inputs: Tensor, *, held_out: bool) -> None:

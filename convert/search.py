@@ -153,7 +153,7 @@ class BestSearch:
             self._quantize_embedding()
             self._runner = BlockRunner(self._skeleton, self.tokens.tokens)
             file = Path(self._folder.name) / "activations.bin"
-            self._activations = Activations(self._runner.num_chunks, file)
+            self._activations = self._runner.activations(file)
         return self._runner, self._activations
 
     def _quantize_embedding(self) -> None:

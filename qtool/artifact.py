@@ -33,6 +33,7 @@ class LayerReport:
 
     steps       what was done beyond the method's name, in order, and kept
     peak_bytes  the most memory that the process had held until then
+    device_peak_bytes  the same of the device that the layer was quantized on, where it is no CPU
     fallbacks   where the numbers did not allow what was asked, and what was done in its place
     notes       other decisions that were not the plain path
     """
@@ -46,6 +47,7 @@ class LayerReport:
     seconds: float | None = None
     steps: tuple[str, ...] = ()
     peak_bytes: int | None = None
+    device_peak_bytes: int | None = None
     fallbacks: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -10,8 +10,9 @@ QTOOL_NATIVE       0: do not compile or use C++ code: kernels for CPUs, quantize
 QTOOL_ACTIVATIONS  int8: quantized linears on CPUs round their inputs to 8 bits and use VNNI or
                    AVX2; bf16: they do not
 GOMP_SPINCOUNT     read by torch's OpenMP; made small where neither it nor OMP_WAIT_POLICY is set
-RANK, WORLD_SIZE   which of how many processes this is, and where they meet: set by torchrun, and
-MASTER_ADDR, MASTER_PORT  read by torch.distributed as well
+RANK, WORLD_SIZE   which of how many processes this is, on the machine and in all, and where they
+LOCAL_RANK         meet: set by torchrun, and read by torch.distributed as well
+MASTER_ADDR, MASTER_PORT
 XDG_DATA_HOME      folder whose qtool/ keeps the names of models made with `qtool create`
                    (~/.local/share)
 XDG_STATE_HOME     folder whose qtool/ keeps what was typed at `qtool chat` (~/.local/state)
@@ -103,10 +104,12 @@ def settings(environment: Mapping[str, str] | None = None) -> Settings:
 
 
 class Launched(NamedTuple):
-    """This process as torchrun has started it; meeting: where it meets the others."""
+    """This process as torchrun has started it; local_rank: its number on this machine, meeting:
+    where it meets the others."""
 
     rank: int
     size: int
+    local_rank: int
     meeting: str
 
 
@@ -123,7 +126,12 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched | None:
         )
     if int(size) == 1:
         return None
-    return Launched(int(rank), int(size), f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}")
+    local_rank = env.get("LOCAL_RANK", rank)
+    if not local_rank.isdigit():
+        raise UsageError(f"LOCAL_RANK is {local_rank!r}, not a number", "it is set by torchrun")
+    return Launched(
+        int(rank), int(size), int(local_rank), f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    )
 
 
 def _activations(value: str | None) -> Activations | None:

@@ -26,6 +26,7 @@ from qtool.calibration.capture import BlockCapture
 from qtool.calibration.groups import Compared, InputGroup, Stage, stages
 from qtool.calibration.linears import Linear, Site, Unpacked, block_linears
 from qtool.calibration.originals import Originals
+from qtool.calibration.placement import CPU, device_peak_bytes
 from qtool.calibration.skeleton import Skeleton
 from qtool.calibration.statistics import Moments
 from qtool.errors import QtoolError
@@ -46,6 +47,7 @@ from qtool.quantize.rounding import round_float
 from qtool.quantize.smoothing import smooth
 from qtool.quantize.solution import (
     Solution,
+    on,
     relative_error,
 )
 from qtool.quantize.tuning import Start, tune
@@ -91,7 +93,8 @@ def _solve_rtn(
 ) -> None:
     for linear, scheme in planned.items():
         started = time.monotonic()
-        stored = skeleton.checkpoint.tensor(linear.tensor).to(torch.float32)
+        device = skeleton.placement.block(linear.block)
+        stored = skeleton.checkpoint.tensor(linear.tensor).to(device).to(torch.float32)
         weight = stored.t().contiguous() if linear.transposed else stored
         require_finite(weight, linear)
         if isinstance(scheme, FloatScheme):
@@ -100,7 +103,7 @@ def _solve_rtn(
         else:
             solved = rtn.solve(weight, scheme, scale_search=options.scale_search)
             plain = solved if not options.scale_search else rtn.solve(weight, scheme)
-        result.weights[linear] = solved
+        result.weights[linear] = on(solved, CPU)
         result.reports[linear] = LayerReport(
             module=linear.name,
             scheme=str(scheme),
@@ -110,6 +113,7 @@ def _solve_rtn(
             seconds=round(time.monotonic() - started, 3),
             steps=("scale search",) if options.scale_search else (),
             peak_bytes=peak_bytes(),
+            device_peak_bytes=device_peak_bytes(device),
         )
 
 
@@ -180,7 +184,8 @@ def _tune(
     """Gradient steps on the solved block."""
     started = time.monotonic()
     starts = {
-        linear: Start(solved, aims.weights[linear]) for linear, solved in result.weights.items()
+        linear: Start(on(solved, capture.device), aims.weights[linear])
+        for linear, solved in result.weights.items()
     }
     if not starts:
         return
@@ -190,15 +195,17 @@ def _tune(
     for linear, solved in tuned.solutions.items():
         report = result.reports[linear]
         steps = report.steps if tuned.after == tuned.before else (*report.steps, step)
-        result.weights[linear] = solved
+        result.weights[linear] = on(solved, CPU)
         result.reports[linear] = replace(
             report,
             steps=steps,
             seconds=round((report.seconds or 0.0) + seconds, 3),
             peak_bytes=peak_bytes(),
+            device_peak_bytes=device_peak_bytes(capture.device),
         )
     dequantized = ((linear, solved.dequantized) for linear, solved in tuned.solutions.items())
     put_weights(capture.skeleton, index, dequantized)
+    capture.forget_attention()
 
 
 def _solve_awq(

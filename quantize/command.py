@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -36,6 +37,14 @@ def _rotations(
     if value is None:
         return None
     return tuple(name.strip().upper() for name in value.split(",") if name.strip())
+
+
+def _max_memory(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> Mapping[str, int] | None:
+    from qtool.quantize.devices import parse_max_memory
+
+    return None if value is None else parse_max_memory(value)
 
 
 @click.command(short_help="Quantize a model to int4 or int8.")
@@ -98,6 +107,22 @@ def _rotations(
     metavar="DATA",
     help="A .txt, .jsonl or .parquet file, or a Hub dataset id [a text that ships with qtool].",
 )
+@click.option(
+    "--device",
+    metavar="NAME",
+    help="auto, cpu, cuda or cuda:N [auto: a CUDA device where there is one].",
+)
+@click.option(
+    "--device-map",
+    type=click.Choice(["auto"]),
+    help="auto: spread the blocks over all CUDA devices, as accelerate would.",
+)
+@click.option(
+    "--max-memory",
+    callback=_max_memory,
+    metavar="0=SIZE,...",
+    help="What may be used of each device, as 0=10GiB,1=10GiB,cpu=30GiB [what is free].",
+)
 @click.option("--num-samples", type=click.IntRange(1), help="Calibration sequences.")
 @click.option("--sequence-length", type=click.IntRange(1), help="Tokens in each.")
 @click.option("--seed", type=int, help="Chooses the sequences.")
@@ -126,6 +151,9 @@ def quantize(
     keep: tuple[str, ...],
     rotations: tuple[str, ...] | None,
     calibration: str | None,
+    device: str | None,
+    device_map: str | None,
+    max_memory: Mapping[str, int] | None,
     num_samples: int | None,
     sequence_length: int | None,
     seed: int | None,
@@ -154,6 +182,8 @@ def quantize(
       qtool quantize ./my-model --target-bits 4.25 --dry-run
       qtool quantize ./my-model --keep '*.down_proj' --dry-run
       qtool quantize ./my-model --push-to-hub me/my-model-int4 --private
+      qtool quantize ./my-model --device cuda:1 --max-memory 1=6GB --dry-run
+      qtool quantize ./my-model --device-map auto --max-memory 0=10GiB,1=20GiB
       torchrun --nproc-per-node 2 -m qtool quantize ./my-model --num-samples 1024
     """
     import json
@@ -163,6 +193,7 @@ def quantize(
     from qtool.hub import open_repository
     from qtool.progress import console
     from qtool.quantize.allocate import Target
+    from qtool.quantize.devices import DeviceRequest
     from qtool.quantize.job import prepare
     from qtool.quantize.pipeline import follow, run
     from qtool.quantize.report import (
@@ -209,6 +240,12 @@ def quantize(
         trust_remote_code=trust_remote_code,
         target=target,
         strict=strict,
+        devices=DeviceRequest(
+            device or "auto",
+            device_map is not None,
+            max_memory or {},
+            launch.local_rank if launch is not None else None,
+        ),
     )
     if dry_run and others:
         return

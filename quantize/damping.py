@@ -31,23 +31,27 @@ def factored(moment: Tensor, damping: float, use: Callable[[Tensor], Tensor]) ->
     """`use` of the lower Cholesky factor of a damped moment; None where no damping within reach
     makes that finite.
 
-    moment  [in, in] float32
+    moment  [in, in] float32; its diagonal is raised meanwhile, and put back
     use     from a lower factor, float32 or float64, to a tensor of its type
     """
     if not bool(torch.isfinite(moment).all()):
         return None
-    damped = moment.clone()
-    for attempt in range(_ATTEMPTS):
-        share = damping * 10**attempt
-        damped.diagonal().copy_(raised(moment.diagonal(), share))
-        for dtype in (torch.float32, torch.float64):
-            lower, info = torch.linalg.cholesky_ex(damped.to(dtype))
-            if int(info) != 0:
-                continue
-            result = use(lower).to(torch.float32)
-            if bool(torch.isfinite(result).all()):
-                return Factored(result, share, dtype == torch.float64)
-    return None
+    # In place: another matrix of this size is a tenth of what a large layer takes of a device.
+    diagonal = moment.diagonal().clone()
+    try:
+        for attempt in range(_ATTEMPTS):
+            share = damping * 10**attempt
+            moment.diagonal().copy_(raised(diagonal, share))
+            for dtype in (torch.float32, torch.float64):
+                lower, info = torch.linalg.cholesky_ex(moment.to(dtype))
+                if int(info) != 0:
+                    continue
+                result = use(lower).to(torch.float32)
+                if bool(torch.isfinite(result).all()):
+                    return Factored(result, share, dtype == torch.float64)
+        return None
+    finally:
+        moment.diagonal().copy_(diagonal)
 
 
 def raised(diagonal: Tensor, share: float) -> Tensor:

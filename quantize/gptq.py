@@ -124,8 +124,8 @@ def factorize(hessian: Tensor, order: Tensor, damping: float) -> Factor | None:
     """
 
     def inverse(lower: Tensor) -> Tensor:
-        identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-        found: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        found = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+        torch.linalg.solve_triangular(lower, found, upper=False, out=found)
         return found
 
     found = factored(hessian[order.unsqueeze(1), order], damping, inverse)
@@ -156,8 +156,8 @@ def _sweep(
         lower=lower,
         pivots=lower.diagonal().tolist(),
         highest=scheme.num_codes - 1,
-        errors=torch.empty(in_features, weight.shape[0]),
-        codes=torch.empty(in_features, weight.shape[0], dtype=torch.uint8),
+        errors=weight.new_empty(in_features, weight.shape[0]),
+        codes=weight.new_empty(in_features, weight.shape[0], dtype=torch.uint8),
     )
     _solve_columns(state, 0, in_features)
     codes = torch.empty_like(state.codes)

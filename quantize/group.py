@@ -16,6 +16,7 @@ from qtool.artifact import LayerReport
 from qtool.calibration.capture import BlockCapture
 from qtool.calibration.groups import Stage
 from qtool.calibration.linears import Linear, Site
+from qtool.calibration.placement import CPU, device_peak_bytes
 from qtool.calibration.skeleton import Skeleton
 from qtool.calibration.statistics import Drift, Moments, total
 from qtool.errors import QtoolError
@@ -24,6 +25,7 @@ from qtool.quantize.correction import correct
 from qtool.quantize.layouts import Scheme
 from qtool.quantize.solution import (
     Solution,
+    on,
     power,
     relative_error,
     row_errors,
@@ -43,7 +45,7 @@ _SWEEP = Gptq(refine_rounds=2)
 
 @dataclass(slots=True)
 class BlockResult:
-    """weights  packed linears
+    """weights  packed linears, in the machine's memory
     changed  tensors of the checkpoint that are no longer as they were, by name
     reports  one for each linear, in the plan's order once `sorted_reports` is asked
     """
@@ -179,7 +181,7 @@ def solve_group(
             solved = awq.solve(torch.cat(weights), hessian, scheme, options)
         parts = split_rows(solved, [weight.shape[0] for weight in weights])
         for linear, weight, part in zip(members, weights, parts, strict=True):
-            result.weights[linear] = part
+            result.weights[linear] = on(part, CPU)
             # Plain rounding knows nothing of the scales: it is measured on the weight as it was.
             original = weight if scales is None else weight / scales
             plain = row_errors(original, _rounded(original, scheme).dequantized, unscaled)
@@ -197,6 +199,7 @@ def solve_group(
                 seconds=round((time.monotonic() - started) / len(members), 3),
                 steps=(*aims.steps.get(linear, ()), *_steps(options, scheme)),
                 peak_bytes=peak_bytes(),
+                device_peak_bytes=device_peak_bytes(capture.device),
                 fallbacks=(*aims.fallbacks.get(linear, ()), *part.fallbacks),
                 notes=problem.notes,
             )
@@ -245,7 +248,7 @@ def solve_unseen(
             solved = codebook.solve(weight, None, scheme, None, (NO_TOKENS,))
         else:
             solved = rtn.solve(weight, scheme, scale_search=True, fallbacks=(NO_TOKENS,))
-        result.weights[linear] = solved
+        result.weights[linear] = on(solved, CPU)
         result.reports[linear] = LayerReport(
             module=linear.name,
             scheme=str(scheme),

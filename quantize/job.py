@@ -12,6 +12,7 @@ from qtool.calibration.skeleton import Skeleton
 from qtool.convert.formats import Format
 from qtool.errors import UnknownName, UnsupportedModel, UsageError
 from qtool.quantize.allocate import Target, mixed_plan
+from qtool.quantize.devices import ON_CPU, DeviceRequest, Placed, accelerators, choose, place
 from qtool.quantize.layouts import layout_for
 from qtool.quantize.plan import Plan, make_plan
 from qtool.quantize.rotated import UNTIED, rotated, unties
@@ -27,6 +28,7 @@ class Job:
     """A request, understood: the model's structure, and what will be done to it.
 
     strict  whether a fallback of the numerics is an error
+    placed  what of it lies on which device
     """
 
     source: Source
@@ -37,6 +39,7 @@ class Job:
     trust_remote_code: bool
     warnings: tuple[str, ...]
     strict: bool = False
+    placed: Placed = ON_CPU
 
     @property
     def num_blocks(self) -> int:
@@ -59,14 +62,20 @@ def prepare(
     trust_remote_code: bool = False,
     target: Target | None = None,
     strict: bool = False,
+    devices: DeviceRequest | None = None,
 ) -> Job:
-    """Resolve every name and make the plan; nothing is written."""
+    """Resolve every name and make the plan; nothing is written.
+
+    devices  where to work [a CUDA device where there is one]
+    """
     if format not in WRITABLE_FORMATS:
         hint = "Marlin is made by `qtool convert --to marlin`" if format == "marlin" else None
         error = UnknownName("format", format, WRITABLE_FORMATS)
         error.hint = hint or error.hint
         raise error
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    devices = devices or DeviceRequest()
+    rooms = choose(devices, accelerators())
     source = resolve(model, revision) if isinstance(model, str) else model
     if source.is_gguf:
         raise UnsupportedModel(
@@ -86,6 +95,8 @@ def prepare(
         recipe = _within_context(recipe, skeleton, warnings)
     layout = layout_for(recipe, format)
     plan = make_plan(skeleton, recipe, layout)
+    placed = place(skeleton, plan, recipe, devices, rooms)
+    skeleton.placement = placed.placement
     if target is not None:
         plan = _mixed(source, recipe, skeleton, plan, layout, target, trust_remote_code)
     return Job(
@@ -95,8 +106,9 @@ def prepare(
         skeleton=skeleton,
         plan=plan,
         trust_remote_code=trust_remote_code,
-        warnings=(*warnings, *plan.warnings),
+        warnings=(*warnings, *plan.warnings, *placed.warnings),
         strict=strict,
+        placed=placed,
     )
 
 

@@ -196,5 +196,5 @@ def _block(data: Mapping[str, Any]) -> FinishedBlock:
 
 def digest(weight: Tensor) -> str:
     """sha256 of a dequantized weight, float32 [out, in]."""
-    values = weight.detach().to(torch.float32).contiguous()
+    values = weight.detach().to("cpu", torch.float32).contiguous()
     return hashlib.sha256(values.numpy().view("u1").data).hexdigest()

@@ -34,6 +34,7 @@ from qtool.progress import bar
 from qtool.quantize.allocate import Target
 from qtool.quantize.artifact_files import assemble, model_dtype
 from qtool.quantize.block import solve_block
+from qtool.quantize.devices import DeviceRequest, kinds
 from qtool.quantize.group import BlockResult
 from qtool.quantize.job import Job, prepare
 from qtool.quantize.journal import FollowedJournal, Journal, Progress, digest
@@ -79,6 +80,7 @@ def quantize_model(
     trust_remote_code: bool = False,
     target: Target | None = None,
     strict: bool = False,
+    devices: DeviceRequest | None = None,
     listener: Listener | None = None,
 ) -> Manifest:
     """Quantize a model into a folder that Hugging Face loaders read; returns its manifest."""
@@ -90,6 +92,7 @@ def quantize_model(
         trust_remote_code=trust_remote_code,
         target=target,
         strict=strict,
+        devices=devices,
     )
     return run(
         job, Path(out) if out is not None else job.default_out, force=force, listener=listener
@@ -207,6 +210,7 @@ def _fingerprint(
         "chunk_tokens": CHUNK_TOKENS,
         "ranks": 1 if ranks is None else ranks.size,
         "bfloat16": in_bfloat16(job),
+        "devices": kinds(job.skeleton),
         "versions": tool_versions(),
     }
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from qtool.artifact import LayerReport, Manifest
 from qtool.progress import console
 from qtool.quantize.allocate import average_bits
+from qtool.quantize.devices import Placed
 from qtool.quantize.job import Job
 from qtool.quantize.summary import (
     KIND_COLUMNS,
@@ -82,6 +83,8 @@ def print_plan(job: Job) -> None:
         f"  size: {size_text(plan.source_bytes)} -> {size_text(plan.output_bytes)}; "
         f"{size_text(plan.working_bytes)} of disk while it runs"
     )
+    for line in _devices(job.placed):
+        say(f"  {line}")
     for warning in job.warnings:
         say(f"  warning: {warning}")
 
@@ -99,6 +102,9 @@ def print_result(job: Job, manifest: Manifest, out: Path, seconds: float) -> Non
         say(f"note: {count} layers: {note}")
     for warning in manifest.warnings:
         say(f"warning: {warning}")
+    held = [item.device_peak_bytes for item in manifest.layers if item.device_peak_bytes]
+    if held:
+        say(f"at most {size_text(max(held))} of a device's memory")
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     say(f"{out}: {size_text(size)}, {job.source.name} was {size_text(job.plan.source_bytes)}")
     say("lost: share of each layer's output power, on the calibration data where there is any")
@@ -114,8 +120,25 @@ def plan_to_dict(job: Job) -> dict[str, Any]:
         "format": job.layout.name,
         "recipe": job.recipe.to_dict(),
         **job.plan.to_dict(),
+        "devices": job.placed.to_dict(),
         "warnings": list(job.warnings),
     }
+
+
+def _devices(placed: Placed) -> Iterable[str]:
+    """Nothing where all is done on the CPU."""
+    if placed.block is None:
+        return
+    place, block = placed.placement, placed.block
+    counts = Counter(str(device) for device in place.blocks)
+    yield "device: " + ", ".join(f"{device} ({count} blocks)" for device, count in counts.items())
+    yield (
+        f"  the largest block takes {size_text(block.total)}: weights {size_text(block.weights)}, "
+        f"and in turn sums {size_text(block.sums)} and a chunk {size_text(block.forward)}, "
+        f"statistics {size_text(block.statistics)}, solver {size_text(block.solving)}"
+    )
+    yield f"  embeddings, {size_text(placed.outside_bytes)}, on {place.outside}"
+    yield f"  hidden states there up to {size_text(place.kept_bytes)} a stream"
 
 
 def _errors(reports: Sequence[LayerReport]) -> str:

@@ -99,7 +99,7 @@ def _best_e2m1(
     weight: Tensor, groups: Tensor, candidates: list[Tensor], scheme: FloatScheme
 ) -> CodebookWeight:
     """candidates  scales [out, groups]"""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=weight.device)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for scales in candidates:
         scaled = groups / scales.unsqueeze(-1)
@@ -121,7 +121,7 @@ def _best_e2m1(
 
 def nearest_e2m1(values: Tensor) -> Tensor:
     """Codes uint8, ties to the even code as hardware rounds."""
-    steps = torch.tensor(E2M1)
+    steps = torch.tensor(E2M1, device=values.device)
     bounds = (steps[1:] + steps[:-1]) / 2
     magnitude = values.abs()
     low = torch.bucketize(magnitude, bounds)  # ties go down
@@ -137,7 +137,7 @@ def _nf4(weight: Tensor, scheme: FloatScheme) -> CodebookWeight:
     count = -(-flat.numel() // block)
     padded = torch.nn.functional.pad(flat, (0, count * block - flat.numel())).view(count, block)
     scales = padded.abs().amax(-1)
-    table = torch.tensor(NF4)
+    table = torch.tensor(NF4, device=weight.device)
     scaled = padded / scales.clamp(min=_SMALLEST_SCALE).unsqueeze(-1)
     codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
     codes = codes.flatten()[: flat.numel()].view(weight.shape)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qtool.arch import ARCHITECTURES
 from qtool.calibration.groups import InputGroup
 from qtool.calibration.linears import Linear, Site
+from qtool.calibration.placement import CPU
 from qtool.calibration.skeleton import Skeleton, assign
 from qtool.calibration.statistics import Moments
 from qtool.quantize.awq import search_channel_scales
@@ -179,7 +180,9 @@ def _pair(
         if source is None or target is None or targets != [target.name]:
             continue
         channels = _source_channels(skeleton, source.out_features, target.in_features)
-        return None if channels is None else _Pair(group, None, source, channels)
+        if channels is None:
+            return None
+        return _Pair(group, None, source, channels.to(skeleton.placement.block(index)))
     return None
 
 
@@ -297,7 +300,7 @@ class _Folder:
 
     def _note_change(self, tensor: str, values: Tensor) -> None:
         dtype = self._skeleton.checkpoint.tensors[tensor].dtype
-        self._found.changed[tensor] = values.detach().to(dtype, copy=True).contiguous()
+        self._found.changed[tensor] = values.detach().to(CPU, dtype, copy=True).contiguous()
 
     def _parameter(self, name: str) -> Tensor:
         return dict(self._skeleton.block_parameters(self._index))[name]
@@ -311,7 +314,7 @@ def _gain_offset(norm: nn.Module) -> float | None:
     gain = norm._parameters["weight"]
     assert gain is not None
     kept = gain.detach().clone()
-    probe = torch.linspace(-1.0, 2.0, kept.shape[0]).unsqueeze(0)
+    probe = torch.linspace(-1.0, 2.0, kept.shape[0], device=kept.device).unsqueeze(0)
     bias = norm._parameters.get("bias")
     with torch.no_grad():
         gain.zero_()

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qtool.calibration.activations import Activations
 from qtool.calibration.capture import BlockCapture
 from qtool.calibration.dataset import CalibrationTokens
 from qtool.calibration.linears import Linear
 from qtool.calibration.originals import Originals
 from qtool.calibration.ranks import DataRanks, SharedCapture
-from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner, has_fast_bfloat16
+from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner
 from qtool.calibration.skeleton import Skeleton, assign
 from qtool.quantize.group import put_weights
 from qtool.quantize.job import Job
@@ -36,7 +35,7 @@ def in_bfloat16(job: Job) -> bool:
         else scheme.table_bits is not None
         for scheme in job.plan.quantized.values()
     )
-    return coarse and has_fast_bfloat16()
+    return coarse and job.skeleton.placement.bfloat16
 
 
 class CalibrationStream:
@@ -52,14 +51,14 @@ class CalibrationStream:
         self._job = job
         self._journal = journal
         self._ranks = ranks
-        job.skeleton.load_outside()
+        job.skeleton.load_outside(with_head=False)
         chunk_tokens = min(CHUNK_TOKENS, tokens.tokens.numel() // _FEWEST_CHUNKS)
         own = tokens.tokens
         if ranks is not None:
             own = ranks.own_chunks(own, max(1, chunk_tokens // own.shape[1]))
         self._runner = BlockRunner(job.skeleton, own, chunk_tokens, bfloat16=in_bfloat16(job))
         file = journal.folder / "activations.bin"
-        self._activations = Activations(self._runner.num_chunks, file)
+        self._activations = self._runner.activations(file)
         method = job.recipe.method
         follows = isinstance(method, Gptq) and method.follows_original
         self.originals = Originals(job.skeleton, self._runner, journal.folder) if follows else None

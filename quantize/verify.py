@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qtool.calibration.linears import Linear
+from qtool.calibration.placement import Placement
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton, assign
 from qtool.checkpoint import Checkpoint
@@ -69,13 +70,15 @@ def verify(
     sample: Tensor | None,
     trust_remote_code: bool,
 ) -> Verification:
-    """Raises VerificationFailed that names what differs.
+    """Raises VerificationFailed that names what differs. All is done on the CPU, wherever the work
+    was, and the skeleton stays there.
 
     digests  linear -> sha256 of the weight the solver meant
     changed  tensors of the source that the artifact holds with new values
     sample   [sequences, length] int64 for the logits; None for arbitrary tokens
     """
     written = Checkpoint.open(artifact.path)
+    skeleton.placement = Placement()
     reload, reason = _reload_decision(skeleton, plan, layout)
     runner = None
     if reload:

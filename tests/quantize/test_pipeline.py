@@ -403,12 +403,19 @@ def leave_unfinished(source: str, recipe: Recipe, out: Path) -> None:
     from qtool.quantize.job import prepare
     from qtool.quantize.pipeline import Silent, run
 
+    notes: list[str] = []
+
     class Stopping(Silent):
         def block_done(self, index: int, reports: Any, seconds: float) -> None:
             raise Stop
 
+        def note(self, text: str) -> None:
+            notes.append(text)
+
     with pytest.raises(Stop):
         run(prepare(source, recipe), out, listener=Stopping())
+    assert notes[-1].startswith("stopped after 1 of")
+    assert notes[-1].endswith("the same command goes on from there")
 
 
 def run_with_notes(source: str, recipe: Recipe, out: Path, notes: list[str]) -> None:

@@ -85,7 +85,7 @@ def test_recipes_that_cannot_be_shared_are_refused(
 
 def test_what_torchrun_says_is_read() -> None:
     said = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
-    assert launched(said) == Launched(1, 4, "host:29500")
+    assert launched(said) == Launched(1, 4, 1, "host:29500")
     assert launched({}) is None
     assert launched({**said, "RANK": "0", "WORLD_SIZE": "1"}) is None
     with pytest.raises(UsageError, match="RANK is '4' and WORLD_SIZE '4'"):
