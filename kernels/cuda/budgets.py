@@ -311,8 +311,15 @@ FUSED = (
     _plain(
         "sampling:draw_tokens",
         dict(logits="*fp32", temperatures="*fp32", top_ks="*i32", top_ps="*fp32", min_ps="*fp32",
-             numbers="*fp32", tokens="*i64", finite="*i32"),
+             typical_ps="*fp32", numbers="*fp32", tokens="*i64", finite="*i32"),
         dict(row_stride="i32", VOCAB=151936, BLOCK=4096),
+        warps=16, registers=128,
+    ),
+    _plain(
+        "sampling_rules:apply_rules",
+        dict(logits="*fp32", mask_rows="*i32", masks="*i32", slots="*i32", counts="*i32",
+             counted="*i64", repetitions="*fp32", frequencies="*fp32", presences="*fp32"),
+        dict(row_stride="i32", VOCAB=151936, WORDS=4748, BLOCK=4096),
         warps=8, registers=128,
     ),
     _plain(

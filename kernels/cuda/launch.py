@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import subprocess
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # The first of NVIDIA's architectures with bfloat16 products and asynchronous copies.
 LEAST_CAPABILITY = (8, 0)
@@ -88,6 +90,23 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers, in lists as deep as the tensor has dimensions. A GPU fetches them when it is there:
+    whoever calls does not wait for what it still computes.
+    """
+    made = torch.tensor(values, dtype=dtype)
+    return made if device.type == "cpu" else on_its_way(made, device)
+
+
+def on_its_way(values: Tensor, device: torch.device) -> Tensor:
+    """values on the CPU, which a GPU fetches when it is there; the tensor may be let go of at
+    once, and must not be changed.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.kernels.cuda.launch import Launch, num_multiprocessors
+from qtool.kernels.cuda.launch import Launch, num_multiprocessors, to_device
 from qtool.kernels.reference import Span
 
 MAX_HEAD_DIM = 256
@@ -118,10 +118,10 @@ def plan(
         width = max(width, -(-span.length // block_size))
     pages = [[*span.block_ids[:width], *[0] * (width - len(span.block_ids))] for span in spans]
     return StepTables(
-        pages=torch.tensor(pages, dtype=torch.int32, device=device),
-        first_rows=torch.tensor(first_rows, dtype=torch.int32, device=device),
-        lengths=torch.tensor([s.length for s in spans], dtype=torch.int32, device=device),
-        slots=torch.tensor(slots, dtype=torch.int64, device=device),
+        pages=to_device(pages, torch.int32, device),
+        first_rows=to_device(first_rows, torch.int32, device),
+        lengths=to_device([s.length for s in spans], torch.int32, device),
+        slots=to_device(slots, torch.int64, device),
         tiles={shape: _tile(spans, shape, device) for shape in dict.fromkeys(shapes)},
     )
 
@@ -142,7 +142,7 @@ def _tile(spans: Sequence[Span], shape: AttentionShape, device: torch.device) ->
     for rows, tiles in groups.items():
         if not tiles:
             continue
-        both = torch.tensor(tiles, dtype=torch.int32).t().contiguous().to(device)
+        both = to_device(list(zip(*tiles, strict=True)), torch.int32, device)
         parts = choose_parts(len(tiles), shape, longest[rows], num_sms)
         found.append(Tiles(both[0], both[1], rows, parts, tokens[rows]))
     return tuple(found)

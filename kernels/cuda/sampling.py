@@ -1,6 +1,6 @@
 """Drawing tokens on a GPU, by the rules of `runtime.engine.sampler`: one launch for all rows.
 
-    temperature -> top_k, min_p -> top_p -> one uniform number -> token
+    temperature -> top_k, min_p -> top_p -> typical_p -> one uniform number -> token
 
 Everything that a request says is read from the device, so that the launch can be recorded once and
 replayed for other requests.
@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from qtool.kernels.cuda.launch import to_device
 
 # Tokens that are looked at at once.
 BLOCK = 4096
@@ -27,6 +29,7 @@ class Draw(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     number: float = 0.0
 
 
@@ -37,6 +40,7 @@ class Draws(NamedTuple):
     top_ks        int32; 0: all
     top_ps        float32; 1: all
     min_ps        float32; 0: all
+    typical_ps    float32; 1: all
     numbers       float32 in [0, 1)
     """
 
@@ -44,6 +48,7 @@ class Draws(NamedTuple):
     top_ks: Tensor
     top_ps: Tensor
     min_ps: Tensor
+    typical_ps: Tensor
     numbers: Tensor
 
     @classmethod
@@ -54,17 +59,17 @@ class Draws(NamedTuple):
             top_ks=torch.zeros(rows, dtype=torch.int32, device=device),
             top_ps=torch.ones(rows, device=device),
             min_ps=torch.zeros(rows, device=device),
+            typical_ps=torch.ones(rows, device=device),
             numbers=torch.zeros(rows, device=device),
         )
 
 
 def on_device(draws: Sequence[Draw], device: torch.device) -> Draws:
-    temperatures, top_ks, top_ps, min_ps, numbers = zip(*draws, strict=True)
-    floats = torch.tensor([temperatures, top_ps, min_ps, list(map(shorten, numbers))])
-    temperature, top_p, min_p, number = floats.to(device).unbind()
-    return Draws(
-        temperature, torch.tensor(top_ks, dtype=torch.int32, device=device), top_p, min_p, number
-    )
+    temperatures, top_ks, *rest, numbers = zip(*draws, strict=True)
+    floats = [temperatures, *rest, list(map(shorten, numbers))]
+    temperature, top_p, min_p, typical_p, number = to_device(floats, torch.float32, device).unbind()
+    top_k = to_device(top_ks, torch.int32, device)
+    return Draws(temperature, top_k, top_p, min_p, typical_p, number)
 
 
 def shorten(number: float) -> float:
@@ -91,6 +96,6 @@ def draw_tokens(logits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         logits.stride(0),
         VOCAB=vocab,
         BLOCK=min(BLOCK, max(16, 1 << (vocab - 1).bit_length())),
-        num_warps=8,
+        num_warps=16,
     )
     return tokens, finite

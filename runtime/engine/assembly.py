@@ -77,6 +77,7 @@ def make_runner(
             block_size=config.block_size,
             kv_cache_dtype=config.kv_cache_dtype,
             max_model_len=pool.max_model_len,
+            max_num_seqs=config.max_num_seqs,
             enforce_eager=config.enforce_eager,
         )
     from qtool.runtime.parallel.runner import TeamRunner

@@ -74,6 +74,7 @@ class EngineStats:
     step_seconds_total: float = 0.0
     step_tokens_total: int = 0
     steps_by_size: tuple[int, ...] = ()
+    steps_launched_ahead_total: int = 0
     spec_decode_num_drafts: int = 0
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0

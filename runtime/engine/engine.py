@@ -1,6 +1,8 @@
 """The engine: requests in, one step at a time, token ids out.
 
-    add, abort -> Scheduler.schedule -> make_batch -> ModelRunner.run -> sample -> outputs
+    add, abort -> Scheduler.schedule -> Steps.begin -> ModelRunner -> Step.read -> outputs
+
+Where tokens are drawn on a device, a step runs while the one before it is read (`engine.steps`).
 
 It is synchronous and single-threaded; `runtime.engine.async_engine.AsyncEngine` gives it a thread
 and `runtime.llm.LLM` calls it in a loop. A request that fails (the model computes no numbers for
@@ -13,7 +15,6 @@ import random
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Series
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,11 +24,9 @@ from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.adapters import Adapters
 from qtool.runtime.engine.assembly import describe, make_runner, plan, widest_window
-from qtool.runtime.engine.batch import make_batch
 from qtool.runtime.engine.blocks import BlockManager
 from qtool.runtime.engine.client import EngineLost, EngineStats, ModelInfo
-from qtool.runtime.engine.device_draw import device_draws, read_drawn
-from qtool.runtime.engine.draw import Drawn, draw
+from qtool.runtime.engine.draw import Drawn
 from qtool.runtime.engine.embedding import Pooling, embed
 from qtool.runtime.engine.grammar import GrammarCompiler
 from qtool.runtime.engine.logprobs import TokenLogprobs
@@ -43,6 +42,7 @@ from qtool.runtime.engine.sequence import (
 )
 from qtool.runtime.engine.speculation import SpeculationCounts
 from qtool.runtime.engine.speculators import load_draft, make_speculation
+from qtool.runtime.engine.steps import Step, Steps
 from qtool.runtime.engine.work import WorkMeter
 from qtool.runtime.loading import LoadedModel
 
@@ -88,8 +88,11 @@ class Engine:
             by_priority=config.scheduling_policy == "priority",
             pace=Pace(config.target_step_seconds(loaded.device.type)),
         )
+        self._steps = Steps(self._runner, self.blocks, self._adapters, loaded.device)
+        # What has been launched and not read.
+        self._unread_step: Step | None = None
         self._clock = clock
-        self._device = loaded.device
+        self._last_read = 0.0
         self._eos_token_ids = loaded.eos_token_ids
         self._seeds = random.Random(config.seed)
         self._sequences: dict[str, Sequence] = {}
@@ -105,14 +108,14 @@ class Engine:
             weight_bytes=loaded.nbytes,
             cache_bytes_per_token=self.info.kv_cache_bytes / (num_blocks * config.block_size),
         )
-        # Starts its thread with the first grammar.
-        self._mask_worker = ThreadPoolExecutor(1, "qtool-grammar")
+        self._leaves_running = config.async_scheduling and self._speculation is None
+        self._num_launched_ahead = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._unread_step is not None
 
     def stats(self) -> EngineStats:
         guessed = SpeculationCounts() if self._speculation is None else self._speculation.counts
@@ -131,6 +134,7 @@ class Engine:
             step_seconds_total=self._work.counts.seconds,
             step_tokens_total=self._work.counts.tokens,
             steps_by_size=tuple(self._work.counts.steps_by_size),
+            steps_launched_ahead_total=self._num_launched_ahead,
             spec_decode_num_drafts=guessed.num_drafts,
             spec_decode_num_draft_tokens=guessed.num_draft_tokens,
             spec_decode_num_accepted_tokens=guessed.num_accepted_tokens,
@@ -222,27 +226,69 @@ class Engine:
         return ended[::-1]
 
     def step(self) -> list[TokenOutput]:
-        """Compute what the scheduler chose; one output for each sequence that got a token."""
+        """Compute what the scheduler chose; one output for each sequence that got a token, which
+        may be a token of the step before.
+        """
         if self._speculation is not None:
             self._speculation.propose(self._scheduler.decoding)
         started = self._clock()
         outputs = [self._expire(sequence) for sequence in self._scheduler.expired(started)]
+        before, self._unread_step = self._unread_step, None
         scheduled = self._scheduler.schedule(started)
-        if not scheduled:
-            return outputs
-        # In this order: what is copied may go where there was something to clear.
-        self._runner.clear(self.blocks.take_dirty())
-        self._runner.copy(self.blocks.take_copies())
+        if scheduled:
+            # In this order: what is copied may go where there was something to clear. And before
+            # anything is read, as a sequence that fails makes more to clear.
+            self._runner.clear(self.blocks.take_dirty())
+            self._runner.copy(self.blocks.take_copies())
+        if before is not None and not (scheduled and self._steps.can_follow(scheduled)):
+            outputs.extend(self._read(before))
+            scheduled, before = self._still_here(scheduled), None
+        step: Step | None = None
         try:
-            results = self._compute(scheduled)
+            if scheduled:
+                step = self._steps.begin(scheduled, started, before)
+                self._scheduler.launched(scheduled)
         except EngineLost:
             raise
         except Exception:
             logger.exception("a step of %d sequences failed; trying each alone", len(scheduled))
-            results = [self._compute_alone(work) for work in scheduled]
-        self._observe(scheduled, self._clock() - started)
-        for work, result in zip(scheduled, results, strict=True):
-            outputs.extend(self._advance(work, result))
+        if before is not None:
+            self._num_launched_ahead += step is not None
+            outputs.extend(self._read(before))
+        if step is None and (scheduled := self._still_here(scheduled)):
+            step = Step(scheduled, started, [self._compute_alone(work) for work in scheduled])
+            self._scheduler.launched(scheduled)
+        if step is not None and step.is_running and self._leaves_running:
+            self._unread_step = step
+        elif step is not None:
+            outputs.extend(self._read(step))
+        return outputs
+
+    def _is_here(self, work: Scheduled) -> bool:
+        return self._sequences.get(work.sequence.id) is work.sequence
+
+    def _still_here(self, scheduled: Series[Scheduled]) -> list[Scheduled]:
+        """Without sequences that have ended since they were scheduled."""
+        return [work for work in scheduled if self._is_here(work)]
+
+    def _read(self, step: Step) -> list[TokenOutput]:
+        """Take up what a step has drawn."""
+        results: Series[Drawn | Exception]
+        try:
+            results = step.read()
+        except EngineLost:
+            raise
+        except Exception as error:
+            logger.exception("what a step of %d sequences drew is lost", len(step.scheduled))
+            results = [error] * len(step.scheduled)
+        now = self._clock()
+        # A step that was launched ahead has begun when the one before it was over.
+        self._observe(step.scheduled, now - max(step.started, self._last_read))
+        self._last_read = now
+        outputs: list[TokenOutput] = []
+        for work, result in zip(step.scheduled, results, strict=True):
+            if self._is_here(work):
+                outputs.extend(self._advance(work, result))
         return outputs
 
     def _observe(self, scheduled: Series[Scheduled], seconds: float) -> None:
@@ -256,26 +302,9 @@ class Engine:
             seconds, num_prompt_tokens=num_prompt_tokens, num_decoding=num_decoding
         )
 
-    def _compute(self, scheduled: Series[Scheduled]) -> list[Drawn | Exception]:
-        """For each sequence what it drew, or its own failure."""
-        for work in scheduled:
-            grammar = work.sequence.grammar
-            if grammar is not None and work.samples:
-                drafts = work.sequence.draft_token_ids[: work.num_draft_tokens]
-                grammar.prepare(self._mask_worker, work.sequence.token_ids, drafts)
-        if self._adapters is not None:
-            self._adapters.select([(work.sequence.adapter, work.num_tokens) for work in scheduled])
-        batch = make_batch(scheduled, self.blocks.table, self._device)
-        gpu = getattr(self._runner, "gpu", None)
-        draws = None if gpu is None else device_draws(scheduled)
-        if gpu is not None and draws is not None:
-            return read_drawn(scheduled, *gpu.draw(batch, draws))
-        logits = self._runner.run(batch)
-        return draw(logits, batch, scheduled)
-
     def _compute_alone(self, work: Scheduled) -> Drawn | Exception:
         try:
-            return self._compute([work])[0]
+            return self._steps.begin([work], 0.0).read()[0]
         except EngineLost:
             raise
         except Exception as error:
@@ -284,19 +313,22 @@ class Engine:
 
     def _advance(self, work: Scheduled, result: Drawn | Exception) -> list[TokenOutput]:
         sequence = work.sequence
+        sequence.num_unread_tokens -= work.samples
         if isinstance(result, Exception):
             return self._end([sequence, *sequence.siblings], "error", _text_of(result))
-        num_computed = sequence.num_computed_tokens + work.num_tokens - work.num_draft_tokens
+        # Of one that was preempted while the step ran, the cache holds nothing.
+        num_computed = work.num_kept_tokens if work.keeps_blocks else None
         sampled = result.sampled
         if sampled is None:
-            self._scheduler.computed(sequence, num_computed)
+            if num_computed is not None:
+                self._scheduler.computed(sequence, num_computed)
             return []
         if sequence.num_generated_tokens == 0:
             self._prompt_tokens += sequence.num_prompt_tokens
         if self._speculation is not None:
             self._speculation.judge(work, len(sampled.token_ids) - 1)
         sequence.draft_token_ids.clear()
-        if sequence.siblings:
+        if sequence.siblings and num_computed is not None:
             # First of all, as they share the blocks that this one gives back if it ends here.
             self._scheduler.computed(sequence, num_computed)
         others = [

@@ -16,7 +16,7 @@ from qtool.kernels.cuda import fused, paged_attention, sampling
 from qtool.kernels.cuda.fused import CacheLayer
 from qtool.kernels.cuda.sampling import Draw
 from qtool.runtime.engine.batch import Batch
-from qtool.runtime.engine.graphs import DecodeGraphs, record_cuda
+from qtool.runtime.engine.graphs import CudaRecorder, DecodeGraphs
 from qtool.runtime.engine.kv_pool import KVPool
 from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.model import Attend, Model, sinks_of
@@ -33,9 +33,17 @@ class GpuSteps:
     """A model bound to a pool; made by `of`."""
 
     def __init__(
-        self, model: Model, pool: KVPool, *, max_model_len: int | None, enforce_eager: bool
+        self,
+        model: Model,
+        pool: KVPool,
+        *,
+        max_model_len: int | None,
+        max_num_seqs: int,
+        enforce_eager: bool,
     ) -> None:
-        """max_model_len: of the longest sequence, for recorded steps; None: none are recorded."""
+        """max_model_len: of the longest sequence, for recorded steps; None: none are recorded.
+        max_num_seqs: in one of them, at the most
+        """
         self._model = model
         self._pool = pool
         self._sinks = [sinks_of(spec, model.device) for spec in model.attention]
@@ -48,20 +56,34 @@ class GpuSteps:
                 self.graphs = DecodeGraphs(
                     self._fused.logits,
                     self._shapes,
+                    vocab_size=model.num_logits,
                     block_size=pool.block_size,
                     max_model_len=max_model_len,
+                    max_num_seqs=max_num_seqs,
                     device=model.device,
-                    record=record_cuda,
+                    record=CudaRecorder(),
                 )
 
     @classmethod
     def of(
-        cls, model: Model, pool: KVPool, *, max_model_len: int | None, enforce_eager: bool
+        cls,
+        model: Model,
+        pool: KVPool,
+        *,
+        max_model_len: int | None,
+        max_num_seqs: int,
+        enforce_eager: bool,
     ) -> GpuSteps | None:
         """None where the kernels do not serve this model."""
         if attention_obstacle(model.attention, model.dtype, model.device) is not None:
             return None
-        return cls(model, pool, max_model_len=max_model_len, enforce_eager=enforce_eager)
+        return cls(
+            model,
+            pool,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            enforce_eager=enforce_eager,
+        )
 
     @torch.inference_mode()
     def logits(self, batch: Batch, x: Tensor | None = None) -> Tensor:

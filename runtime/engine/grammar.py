@@ -157,6 +157,11 @@ class Grammar:
         return self._matcher.validate_tokens(list(draft_token_ids))
 
     def restrict(self, logits: Tensor, token_ids: Series[int], accepted: Series[int]) -> None:
+        words = np.frombuffer(self.bits(token_ids, accepted), dtype=np.uint8)
+        allowed = np.unpackbits(words, count=self._vocab_size, bitorder="little").view(bool)
+        logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
+
+    def bits(self, token_ids: Series[int], accepted: Series[int] = ()) -> bytes:
         if self._preparing is not None:
             self._preparing.result()
             self._preparing = None
@@ -164,9 +169,7 @@ class Grammar:
         if mask is None:
             self._consume(token_ids, accepted)
             mask = self._mask()
-        words = np.frombuffer(mask, dtype=np.uint8)
-        allowed = np.unpackbits(words, count=self._vocab_size, bitorder="little").view(bool)
-        logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
+        return mask
 
     def _consume(self, token_ids: Series[int], accepted: Series[int]) -> None:
         """Take the answer's tokens that were not taken before; the text never gets shorter."""

@@ -14,12 +14,16 @@ from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qtool.errors import UsageError
 from qtool.runtime.engine.penalties import Penalties
 from qtool.runtime.engine.sampling_params import SamplingParams
+
+Bits = NDArray[np.uint8]
 
 
 class TokenMask(Protocol):
@@ -29,6 +33,10 @@ class TokenMask(Protocol):
         """Put -inf on the tokens of logits [vocab] that may not follow prompt and answer,
         token_ids, and the accepted tokens after them.
         """
+        ...
+
+    def bits(self, token_ids: Series[int], accepted: Series[int] = ()) -> bytes:
+        """The same as a bit for each token, the lowest of a byte first; set: may follow."""
         ...
 
 
@@ -52,6 +60,20 @@ class LogitRules:
     biases: Tensor | None = None
     penalties: Penalties | None = None
     _num_counted: int = field(default=0, init=False)
+    # What no text changes, as `mask` has it.
+    _fixed: Bits | None = field(default=None, init=False)
+
+    @property
+    def reads_last_token(self) -> bool:
+        """Whether what may follow depends on which token came last, and not on their number."""
+        return self.grammar is not None or bool(self.banned_runs)
+
+    @property
+    def masks(self) -> bool:
+        """Whether `mask` can rule anything out."""
+        return self.reads_last_token or any(
+            ids is not None for ids in (self.allowed, self.banned, self.ending)
+        )
 
     @classmethod
     def for_request(
@@ -109,6 +131,29 @@ class LogitRules:
             self._catch_up(self.penalties, token_ids, accepted)
             self.penalties.apply(logits)
 
+    def mask(self, token_ids: Series[int], num_tokens: int, vocab_size: int) -> Bits:
+        """Which tokens may follow a text of num_tokens: [vocab in whole words] uint8, a bit for
+        each, the lowest first. What `apply` rules out, for where logits are not on the host.
+
+        token_ids  the text; not the last of it, where nothing here reads it
+        """
+        if self._fixed is None:
+            self._fixed = _bits(self.allowed, vocab_size) & ~_bits(self.banned, vocab_size, none=0)
+        found = self._fixed.copy()
+        if self.grammar is not None:
+            bits = np.frombuffer(self.grammar.bits(token_ids), dtype=np.uint8)
+            found[: len(bits)] &= bits[: len(found)]
+            found[len(bits) :] = 0
+        for run in self.banned_runs:
+            if _ends_with(token_ids, (), run[:-1]):
+                found[run[-1] // 8] &= ~np.uint8(1 << run[-1] % 8)
+        if self.ending is not None and num_tokens - self.num_prompt_tokens < self.min_tokens:
+            going_on = found & ~_bits(self.ending, vocab_size, none=0)
+            # The grammar may be at its end, and nothing else may follow.
+            if self.grammar is None or going_on.any():
+                found = going_on
+        return found
+
     def _catch_up(
         self, penalties: Penalties, token_ids: Series[int], accepted: Series[int]
     ) -> None:
@@ -117,6 +162,16 @@ class LogitRules:
             offset = position - len(token_ids)
             penalties.count(token_ids[position] if offset < 0 else accepted[offset])
             self._num_counted += 1
+
+
+def _bits(ids: Tensor | None, vocab_size: int, none: int = 1) -> Bits:
+    """ids [any] as set bits, in whole words of 32; of None all bits of the vocabulary are `none`"""
+    flags = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
+    if ids is None:
+        flags[:vocab_size] = none
+    else:
+        flags[ids.numpy()] = 1
+    return np.packbits(flags, bitorder="little")
 
 
 def _index(ids: Collection[int]) -> Tensor | None:

@@ -27,9 +27,10 @@ from qtool.kernels.cpu.native import (
     plan_spans,
 )
 from qtool.kernels.cuda.launch import has_float8
-from qtool.runtime.config import KvCacheDtype
+from qtool.runtime.config import EngineConfig, KvCacheDtype
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.blocks import Copy
+from qtool.runtime.engine.device_draw import DeviceDraw
 from qtool.runtime.engine.gpu_steps import GpuSteps
 from qtool.runtime.engine.kv_pool import KVPool
 from qtool.runtime.models.decoder import Decoder
@@ -38,7 +39,13 @@ from qtool.runtime.models.native import NativeDecoder, find_slots, why_not
 
 
 class Runner(Protocol):
-    """What the engine asks of whatever runs its batches."""
+    """What the engine asks of whatever runs its batches.
+
+    device_draw  runs batches and draws from them, where that is done on the device
+    """
+
+    @property
+    def device_draw(self) -> DeviceDraw | None: ...
 
     def run(self, batch: Batch) -> Tensor:
         """Logits of the sampled rows, [sampled, vocab] float32; the cache holds all rows after."""
@@ -62,9 +69,12 @@ class ModelRunner:
         block_size: int,
         kv_cache_dtype: KvCacheDtype = "auto",
         max_model_len: int | None = None,
+        max_num_seqs: int = EngineConfig.max_num_seqs,
         enforce_eager: bool = False,
     ) -> None:
-        """max_model_len: of the longest sequence; None, or enforce_eager: no step is recorded."""
+        """max_model_len: of the longest sequence; None, or enforce_eager: no step is recorded.
+        max_num_seqs: in a recorded step, at the most
+        """
         self._model = model
         self.pool = KVPool(
             model.attention,
@@ -75,8 +85,15 @@ class ModelRunner:
             device=model.device,
         )
         self.gpu = GpuSteps.of(
-            model, self.pool, max_model_len=max_model_len, enforce_eager=enforce_eager
+            model,
+            self.pool,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            enforce_eager=enforce_eager,
         )
+        self.device_draw: DeviceDraw | None = None
+        if self.gpu is not None:
+            self.device_draw = DeviceDraw(self.gpu, model.vocab_size, model.device)
         if kv_cache_dtype == "fp8" and (self.gpu is None or not has_float8(model.device)):
             raise UsageError(
                 f"a KV cache in fp8 is not offered for this model on {model.device.type}",

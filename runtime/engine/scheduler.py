@@ -12,6 +12,10 @@ is room, as far as the cache has lost them (recomputing costs less than moving a
 and needs no second pool). A pool holds at least one sequence of full length, which the engine
 ensures, so the one whose turn is first always advances and nothing can lock up.
 
+A step may be scheduled while another runs whose tokens nobody has read. All that is known of them
+here is how many there are, one at the most for each sequence: it goes on as if it had the token,
+unless that is its last.
+
 What vLLM does not do: the prompt tokens beside which others decode are bounded by how long the step
 will take (`pace`); whose prompt the cache holds may go first, within bounds, and whose prompt is
 being computed by another waits for it (`waiting`); and by priority, who waits also takes the place
@@ -20,7 +24,7 @@ of who runs with a worse one.
 The reference is vLLM's `v1/core/sched/scheduler.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from qtool.runtime.engine.blocks import BlockManager, Match
@@ -37,20 +41,44 @@ class Scheduled(NamedTuple):
     """A sequence and how many tokens this step computes for it.
 
     token_ids, then drafts:  [ computed | num_tokens ............. ]
-                             [          | to do .. | num_draft_tokens ]
+                             [   start  | to do .. | num_draft_tokens ]
 
     num_tokens        rows of the step: uncomputed tokens from the left, and then drafts
     num_draft_tokens  how many of the rows are `Sequence.draft_token_ids`
+    start             position of the first row
+    samples           whether the step reaches the last token, so that a new one is drawn after it
+    num_preemptions   the sequence's so far: with more of them, its blocks are no longer those that
+                      the step writes
     """
 
     sequence: Sequence
     num_tokens: int
-    num_draft_tokens: int = 0
+    num_draft_tokens: int
+    start: int
+    samples: bool
+    num_preemptions: int
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int, num_draft_tokens: int = 0) -> "Scheduled":
+        """As the sequence is now; it goes on while the step runs."""
+        return cls(
+            sequence,
+            num_tokens,
+            num_draft_tokens,
+            start=sequence.num_computed_tokens,
+            samples=num_tokens - num_draft_tokens == sequence.num_uncomputed_tokens,
+            num_preemptions=sequence.num_preemptions,
+        )
 
     @property
-    def samples(self) -> bool:
-        """Whether the step reaches the last token, so that a new one is drawn after it."""
-        return self.num_tokens - self.num_draft_tokens == self.sequence.num_uncomputed_tokens
+    def num_kept_tokens(self) -> int:
+        """Tokens that the cache holds after the step, drafts not counted."""
+        return self.start + self.num_tokens - self.num_draft_tokens
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether the sequence still has the blocks that the step writes."""
+        return self.sequence.num_preemptions == self.num_preemptions
 
     @property
     def is_decoding(self) -> bool:
@@ -70,9 +98,8 @@ class Scheduled(NamedTuple):
         sequence = self.sequence
         if sequence.request.sampling.prompt_logprobs is None:
             return 0
-        start = sequence.num_computed_tokens
-        stop = min(start + self.num_tokens, sequence.num_prompt_tokens - 1)
-        return max(stop - start, 0)
+        stop = min(self.start + self.num_tokens, sequence.num_prompt_tokens - 1)
+        return max(stop - self.start, 0)
 
 
 class Scheduler:
@@ -145,9 +172,17 @@ class Scheduler:
         else:
             self._waiting.add(child)
 
+    def launched(self, scheduled: Iterable[Scheduled]) -> None:
+        """A step runs, and the next one may be scheduled: what it computes is as good as computed
+        for the sequences themselves, and for nobody else.
+        """
+        for work in scheduled:
+            work.sequence.num_computed_tokens = work.num_kept_tokens
+            work.sequence.num_unread_tokens += work.samples
+
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
         """A step is over: the cache holds the sequence's first num_tokens tokens."""
-        sequence.num_computed_tokens = num_tokens
+        sequence.num_computed_tokens = max(sequence.num_computed_tokens, num_tokens)
         self._blocks.computed(sequence.id, num_tokens)
         if self._blocks.window is not None:
             self._blocks.release(sequence.id)
@@ -169,7 +204,8 @@ class Scheduler:
         return self._waiting.expired(now)
 
     def schedule(self, now: float = 0.0) -> list[Scheduled]:
-        """The next step's work; empty only if there is nothing to do.
+        """The next step's work; empty only if there is nothing to do, or nothing before the step
+        that runs has been read.
 
         now  in the seconds of the sequences' arrivals
         """
@@ -179,6 +215,8 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         prefilling = []
         for sequence in list(self._running):
+            if sequence.ends_unread:
+                continue
             if sequence.num_uncomputed_tokens > 1:
                 prefilling.append(sequence)
             elif step.budget > 0 and sequence in self._running:
@@ -218,7 +256,7 @@ class Scheduler:
             step.drop(last)
             if last is sequence:
                 return False
-        step.add(Scheduled(sequence, num_tokens, num_drafts))
+        step.add(Scheduled.of(sequence, num_tokens, num_drafts))
         return True
 
     def _admit(self, step: "_Step", chunk: int) -> None:
@@ -254,7 +292,7 @@ class Scheduler:
                     return
                 sequence = first
             num_tokens = min(sequence.num_uncomputed_tokens, chunk, step.room_for(sequence))
-            step.add(Scheduled(sequence, num_tokens))
+            step.add(Scheduled.of(sequence, num_tokens))
             chunk -= num_tokens
 
     def _start(self, sequence: Sequence, chunk: int) -> bool:

@@ -109,13 +109,15 @@ class TokenOutput:
 class Sequence:
     """A request inside the engine: its tokens, and how many of them the KV cache holds.
 
-    token_ids:    [ prompt | generated ]
-                  [ computed  | to do  ]       num_computed_tokens counts from the left
+    token_ids:    [ prompt | generated ] unread
+                  [ computed  | to do         ]      num_computed_tokens counts from the left
 
     A running sequence whose only uncomputed token is the last is decoding; one with more is being
     prefilled, in as many chunks as the token budget takes. Preemption sets num_computed_tokens
     back to 0 and keeps token_ids, so the text goes on where it stopped.
 
+    num_unread_tokens  drawn by a step that runs, and not read yet: they follow token_ids, and where
+                     they are needed the device takes them from where they were drawn
     draft_token_ids  guesses at what follows token_ids, for the next step to verify; set before
                      the step is scheduled, and gone after it
     index            which of the request's answers this is
@@ -136,6 +138,7 @@ class Sequence:
     max_total_tokens: int
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_unread_tokens: int = 0
     draft_token_ids: list[int] = field(default_factory=list)
     index: int = 0
     arrival: float = 0.0
@@ -181,7 +184,17 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the text, those that are not read yet included."""
+        return len(self.token_ids) + self.num_unread_tokens
+
+    @property
+    def ends_unread(self) -> bool:
+        """Whether the answer ends with the token that is not read yet, whatever it is."""
+        return self.num_unread_tokens > 0 and self.num_tokens >= self.max_total_tokens
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take the sampled token; says whether it was the last."""

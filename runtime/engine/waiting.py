@@ -123,8 +123,12 @@ class Waiting:
             self._num_overtaken[other] = self._num_overtaken.get(other, 0) + 1
 
     def _ready(self) -> Iterator[Sequence]:
-        """In order, without those who wait for somebody else's blocks."""
+        """In order, without those who wait for somebody else's blocks, or for a token of their own
+        to be read (preempted while a step ran).
+        """
         for _, sequence in self._queue:
+            if sequence.num_unread_tokens:
+                continue
             node = self._pending.get(sequence)
             if node is not None and node.is_pending:
                 continue

@@ -93,11 +93,11 @@ class WorkMeter:
         self._cache_bytes_per_token = cache_bytes_per_token
 
     def observe(self, scheduled: Series[Scheduled], seconds: float) -> None:
-        """A step that has been computed, its sequences not yet advanced."""
+        """A step that has been computed."""
         counts, sizes = self.counts, self._sizes
         rows = head_rows = 0
         for work in scheduled:
-            start = work.sequence.num_computed_tokens
+            start = work.start
             stop = start + work.num_tokens
             rows += work.num_tokens
             head_rows += work.num_prompt_rows + work.num_draw_rows

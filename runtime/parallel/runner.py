@@ -11,6 +11,7 @@ from qtool.runtime.config import KvCacheDtype
 from qtool.runtime.engine.adapters import Adapters
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.blocks import Copy
+from qtool.runtime.engine.device_draw import DeviceDraw
 from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.models.model import Model
 from qtool.runtime.parallel.message import ClearBlocks, CopyBlocks, Open, Step, Text
@@ -41,6 +42,7 @@ class TeamRunner:
         self._told: list[str] = []
         self._team = team
         self._number = team.new_runner()
+        self.device_draw: DeviceDraw | None = None
         team.tell(
             Open(
                 self._number,
@@ -59,6 +61,7 @@ class TeamRunner:
             block_size=block_size,
             kv_cache_dtype=kv_cache_dtype,
             max_model_len=context,
+            max_num_seqs=max_num_seqs,
             enforce_eager=enforce_eager,
         )
 

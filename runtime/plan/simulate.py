@@ -157,27 +157,24 @@ class Engine:
         self._blocks.take_copies()
         num_decoding = num_drawn = num_prompt_tokens = 0
         read = pairs = 0.0
-        for sequence, num_tokens, _ in scheduled:
-            computed = sequence.num_computed_tokens
-            samples = computed + num_tokens == len(sequence.token_ids)
-            num_drawn += samples
-            if samples and num_tokens == 1:
+        for work in scheduled:
+            num_drawn += work.samples
+            if work.is_decoding:
                 num_decoding += 1
-                read += computed + 1
+                read += work.start + 1
             else:
-                num_prompt_tokens += num_tokens
-                pairs += num_tokens * (computed + (num_tokens + 1) / 2)
+                num_prompt_tokens += work.num_tokens
+                pairs += work.num_tokens * (work.start + (work.num_tokens + 1) / 2)
         shape = StepShape(num_decoding + num_prompt_tokens, num_drawn, read, pairs)
         seconds = self.costs.seconds(shape)
         self._count(1, seconds)
         self._scheduler.pace.observe(
             seconds, num_prompt_tokens=num_prompt_tokens, num_decoding=num_decoding
         )
-        for sequence, num_tokens, _ in scheduled:
-            computed = sequence.num_computed_tokens + num_tokens
-            self._scheduler.computed(sequence, computed)
-            if computed == len(sequence.token_ids):
-                self._draw(sequence, 1)
+        for work in scheduled:
+            self._scheduler.computed(work.sequence, work.num_kept_tokens)
+            if work.samples:
+                self._draw(work.sequence, 1)
 
     def _leap(self, until: float) -> bool:
         """Take the decoding steps that lie before the next change at once; False if there are

@@ -23,10 +23,10 @@ def test_each_sequence_finds_its_rows_among_the_logits() -> None:
     scored = sequence("scored", [40, 41, 42], 0, prompt_logprobs=0)
     batch = make_batch(
         [
-            Scheduled(decoding, 1),
-            Scheduled(chunk, 2),
-            Scheduled(drafted, 3, num_draft_tokens=2),
-            Scheduled(scored, 3),
+            Scheduled.of(decoding, 1),
+            Scheduled.of(chunk, 2),
+            Scheduled.of(drafted, 3, num_draft_tokens=2),
+            Scheduled.of(scored, 3),
         ],
         {"decoding": [5], "chunk": [6], "drafted": [7], "scored": [8]}.__getitem__,
         torch.device("cpu"),

@@ -21,7 +21,7 @@ from qtool.runtime import layers
 from qtool.runtime.config import KvCacheDtype
 from qtool.runtime.engine import gpu_steps
 from qtool.runtime.engine.batch import Batch
-from qtool.runtime.engine.graphs import Inputs, Outputs, Replay
+from qtool.runtime.engine.graphs import Inputs, Replay, sizes_for
 from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.models import triton_decoder
@@ -47,15 +47,9 @@ def _choose(
     return Choice(dense, "")
 
 
-def record(compute: Callable[[], Outputs]) -> tuple[Outputs, Replay]:
-    """What a recording does: the same outputs, filled again."""
-    outputs = compute()
-
-    def replay() -> None:
-        for kept, new in zip(outputs, compute(), strict=True):
-            kept.copy_(new)
-
-    return outputs, replay
+def record(compute: Callable[[], None]) -> Replay:
+    """What a recording does: the same again."""
+    return compute
 
 
 @pytest.fixture
@@ -64,7 +58,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(layers, "choose", _choose)
     monkeypatch.setattr(triton_decoder, "obstacle", lambda device: None)
-    monkeypatch.setattr(gpu_steps, "record_cuda", record)
+    monkeypatch.setattr(gpu_steps, "CudaRecorder", lambda: record)
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
@@ -95,6 +89,7 @@ def runner(loaded: LoadedModel, kind: KvCacheDtype = "auto", *, eager: bool = Tr
         block_size=BLOCK_SIZE,
         kv_cache_dtype=kind,
         max_model_len=128,
+        max_num_seqs=4,
         enforce_eager=eager,
     )
 
@@ -250,4 +245,12 @@ def test_pages_are_written_when_they_change() -> None:
     # The row beside it has no tokens, and draws the likeliest of what it computes.
     assert inputs.longs[:, 1].tolist() == [0, 0, -1]
     assert inputs.ints[:, 1].tolist() == [0, 0]
-    assert inputs.floats.t().tolist() == [[0.5, 1.0, 0.0, 0.25], [0.0, 1.0, 0.0, 0.0]]
+    assert inputs.floats.t().tolist() == [[0.5, 1.0, 0.0, 1.0, 0.25], [0.0, 1.0, 0.0, 1.0, 0.0]]
+
+
+def test_sizes_end_with_the_first_that_holds_every_batch() -> None:
+    assert sizes_for(1) == (1,)
+    assert sizes_for(3) == sizes_for(4) == (1, 2, 4)
+    assert sizes_for(9) == (1, 2, 4, 8, 16)
+    assert sizes_for(64)[-1] == 64
+    assert sizes_for(1000)[-1] == 256

@@ -172,7 +172,7 @@ def test_drafts_are_computed_with_the_tokens_before_them() -> None:
     one = sequence("a", 3)
     one.num_computed_tokens = 2
     one.draft_token_ids = [7, 8]
-    work = Scheduled(one, num_tokens=3, num_draft_tokens=2)
+    work = Scheduled.of(one, num_tokens=3, num_draft_tokens=2)
     assert (work.samples, work.num_draw_rows, work.num_prompt_rows) == (True, 3, 0)
 
 
@@ -182,7 +182,7 @@ def test_prompt_rows_are_those_that_foretell_the_prompt() -> None:
     chunks = []
     for computed, num_tokens in ((0, 2), (2, 2), (0, 4)):
         one.num_computed_tokens = computed
-        work = Scheduled(one, num_tokens)
+        work = Scheduled.of(one, num_tokens)
         chunks.append((work.num_prompt_rows, work.num_draw_rows))
     assert chunks == [(2, 0), (1, 1), (3, 1)]
 

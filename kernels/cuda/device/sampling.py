@@ -1,6 +1,7 @@
 """A token from each row of logits, with no sort: bounds are searched for, four ways at a time.
 
-What top_k and top_p keep is everything above some bound. The bound is a float, and floats of one
+What top_k and top_p keep is everything above some bound, and what typical_p keeps everything within
+some distance. The bound is a float, and floats of one
 sign are ordered as their bits are: so it is searched for as a whole number, three questions a pass
 over the row, two bits each. All sums are taken in one order; the same numbers draw the same token,
 whatever else is in the batch.
@@ -12,6 +13,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Bits of 1.0, which no probability relative to the likeliest is above.
 ONE = tl.constexpr(0x3F800000)
+INFINITY = tl.constexpr(0x7F800000)
 
 
 @triton.jit
@@ -29,12 +31,20 @@ def _scaled(logits_ptr, first, inverse_temperature, VOCAB: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def _mass(x, best, least, bound):
+    """Relative to the likeliest's, of scaled logits that top_k, min_p and top_p leave; else 0."""
+    mass = tl.where(x >= least, tl.exp2((x - best) * LOG2_E), 0.0)
+    return tl.where(mass >= bound, mass, 0.0)
+
+
+@triton.jit
 def draw_tokens(
     logits_ptr,
     temperatures_ptr,
     top_ks_ptr,
     top_ps_ptr,
     min_ps_ptr,
+    typical_ps_ptr,
     numbers_ptr,
     tokens_ptr,
     finite_ptr,
@@ -44,7 +54,8 @@ def draw_tokens(
 ):
     """tokens [rows] int64 of logits [rows, VOCAB] float32, and whether the row's are numbers.
 
-    temperatures [rows], 0: the likeliest; top_ks [rows] int32, 0: all; top_ps, min_ps [rows]
+    temperatures [rows], 0: the likeliest; top_ks [rows] int32, 0: all; top_ps, min_ps,
+    typical_ps [rows]
     numbers      [rows] float32 in [0, 1): where the token lies in the cumulated probabilities
     """
     row = tl.program_id(0)
@@ -134,8 +145,45 @@ def draw_tokens(
         total = 0.0
         for first in range(0, VOCAB, BLOCK):
             token, x = _scaled(logits_ptr, first, inverse, VOCAB, BLOCK)
-            mass = tl.where(x >= least, tl.exp2((x - best) * LOG2_E), 0.0)
-            total += tl.sum(tl.where(mass >= bound, mass, 0.0))
+            total += tl.sum(_mass(x, best, least, bound))
+
+    # A token's surprise is (best - x) and a constant, which is left out of what is expected, too.
+    expected = 0.0
+    farthest = float("inf")
+    typical_p = tl.load(typical_ps_ptr + row)
+    if typical_p < 1:
+        for first in range(0, VOCAB, BLOCK):
+            token, x = _scaled(logits_ptr, first, inverse, VOCAB, BLOCK)
+            mass = _mass(x, best, least, bound)
+            expected += tl.sum(mass * tl.where(mass > 0, best - x, 0.0))
+        expected = expected / total
+        wanted = typical_p * total
+        # Those at distances <= low do not hold enough; those <= high do, or are all.
+        low = tl.full((), -1, tl.int32)
+        high = tl.full((), INFINITY, tl.int32)
+        while high - low > 1:
+            step = tl.maximum((high - low) // 4, 1)
+            one, two, three = low + step, low + 2 * step, low + 3 * step
+            to_one, to_two, to_three = 0.0, 0.0, 0.0
+            for first in range(0, VOCAB, BLOCK):
+                token, x = _scaled(logits_ptr, first, inverse, VOCAB, BLOCK)
+                mass = _mass(x, best, least, bound)
+                order = tl.abs(best - x - expected).to(tl.int32, bitcast=True)
+                to_one += tl.sum(tl.where(order <= one, mass, 0.0))
+                to_two += tl.sum(tl.where(order <= two, mass, 0.0))
+                to_three += tl.sum(tl.where(order <= three, mass, 0.0))
+            is_one = to_one >= wanted
+            is_two = (to_two >= wanted) | (two >= high)
+            is_three = (to_three >= wanted) | (three >= high)
+            new_low = tl.where(is_one, low, tl.where(is_two, one, tl.where(is_three, two, three)))
+            new_high = tl.where(is_one, one, tl.where(is_two, two, tl.where(is_three, three, high)))
+            low, high = new_low, tl.minimum(high, new_high)
+        farthest = high.to(tl.float32, bitcast=True)
+        total = 0.0
+        for first in range(0, VOCAB, BLOCK):
+            token, x = _scaled(logits_ptr, first, inverse, VOCAB, BLOCK)
+            near = tl.abs(best - x - expected) <= farthest
+            total += tl.sum(tl.where(near, _mass(x, best, least, bound), 0.0))
 
     # The first token up to which more than this share is cumulated.
     target = tl.load(numbers_ptr + row) * total
@@ -144,8 +192,8 @@ def draw_tokens(
     last = likeliest
     for first in range(0, VOCAB, BLOCK):
         token, x = _scaled(logits_ptr, first, inverse, VOCAB, BLOCK)
-        mass = tl.where(x >= least, tl.exp2((x - best) * LOG2_E), 0.0)
-        mass = tl.where(mass >= bound, mass, 0.0)
+        near = tl.abs(best - x - expected) <= farthest
+        mass = tl.where(near, _mass(x, best, least, bound), 0.0)
         here = tl.sum(mass)
         if (drawn < 0) & (before + here > target):
             passed = before + tl.cumsum(mass, 0) > target

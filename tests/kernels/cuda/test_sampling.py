@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtool.kernels import reference_sampling
 from qtool.kernels.cuda import sampling
 from qtool.kernels.cuda.sampling import Draws
 from qtool.runtime.engine.sampler import candidates, pick
@@ -25,10 +26,15 @@ def drawn(logits: Tensor, params: SamplingParams, numbers: list[float]) -> list[
         top_ks=torch.full((rows,), params.top_k, dtype=torch.int32, device=device),
         top_ps=torch.full((rows,), params.top_p, device=device),
         min_ps=torch.full((rows,), params.min_p, device=device),
+        typical_ps=torch.full((rows,), params.typical_p, device=device),
         numbers=torch.tensor([sampling.shorten(number) for number in numbers], device=device),
     )
     tokens, finite = sampling.draw_tokens(logits.expand(rows, -1), draws)
     assert finite.tolist() == [1] * rows
+    # The reference draws as the kernel does.
+    plain = Draws(*(part.cpu() for part in draws))
+    referred, _ = reference_sampling.draw_tokens(logits.cpu().expand(rows, -1), plain)
+    assert referred.tolist() == tokens.tolist()
     return tokens.tolist()
 
 
@@ -48,6 +54,8 @@ RULES = [
     {"temperature": 1.0, "top_p": 0.95, "top_k": 20},
     {"temperature": 1.0, "min_p": 0.1},
     {"temperature": 1.5, "min_p": 0.02, "top_k": 40, "top_p": 0.9},
+    {"temperature": 1.0, "typical_p": 0.3},
+    {"temperature": 1.3, "top_k": 30, "typical_p": 0.7},
 ]
 
 
@@ -71,6 +79,11 @@ def test_drawing_worked_by_hand(device: torch.device) -> None:
     assert drawn(logits, two, [0.0, 0.66, 0.67]) == [1, 1, 3]
     half = SamplingParams(temperature=1.0, top_p=0.5)
     assert drawn(logits, half, [0.0, 0.99]) == [1, 1]
+    # Surprises of 3, 1, 3 and 2 bits, 1.75 expected: the last token is nearest, then the second.
+    near = SamplingParams(temperature=1.0, typical_p=0.2)
+    assert drawn(logits, near, [0.0, 0.99]) == [3, 3]
+    nearer = SamplingParams(temperature=1.0, typical_p=0.75)
+    assert drawn(logits, nearer, [0.0, 0.66, 0.67]) == [1, 1, 3]
 
 
 def test_without_temperature_the_first_of_the_likeliest_is_taken(device: torch.device) -> None:
