@@ -6,9 +6,10 @@ each other. `csrc/blocks.cpp` says what a block computes.
 """
 
 import ctypes
-from collections.abc import Sequence
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,9 @@ class _Block(ctypes.Structure):
     )
 
 
+_SUM = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int64)
+
+
 class _Decoder(ctypes.Structure):
     """QtoolDecoder of csrc/interface.h."""
 
@@ -72,6 +76,7 @@ class _Decoder(ctypes.Structure):
         ("eps", c_float),
         ("type", c_int32),
         ("activation", c_int32),
+        ("sum", _SUM),
     )
 
 
@@ -119,7 +124,10 @@ class BlockParts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NativeBlocks:
-    """Made by `bind`; `parts` are kept alive for the records, which point into them."""
+    """Made by `bind`; `parts` are kept alive for the records, which point into them.
+
+    failures  what ended the sum over ranks that the last call waited for
+    """
 
     native: Native
     parts: tuple[BlockParts, ...]
@@ -128,6 +136,7 @@ class NativeBlocks:
     dtype: torch.dtype
     slots: int
     rotations: int
+    failures: list[BaseException]
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, spans: SpanTable
@@ -163,6 +172,8 @@ class NativeBlocks:
             scratch.data_ptr(),
             torch.get_num_threads(),
         )
+        if self.failures:
+            raise self.failures.pop()
         if not done:
             raise MemoryError("no memory for the partial results of attention")
         return x
@@ -175,8 +186,13 @@ def bind(
     eps: float,
     dtype: torch.dtype,
     activation: str = "silu",
+    sum_over_ranks: Callable[[Tensor], object] | None = None,
 ) -> NativeBlocks:
-    """The blocks of a decoder, checked once; their tensors must not be moved afterwards."""
+    """The blocks of a decoder, checked once; their tensors must not be moved afterwards.
+
+    sum_over_ranks  of a rank's part of a decoder: adds up, in place, what o and down give [tokens *
+                    hidden]; what it raises ends the call
+    """
     assert dtype in (torch.float32, torch.bfloat16)
     first = blocks[0]
     native, ffn = first.qkv.parts[0].native, first.down.in_features
@@ -194,8 +210,29 @@ def bind(
         ELEMENT_TYPES[dtype],
         ACTIVATIONS[activation],
     )
+    failures: list[BaseException] = []
+    if sum_over_ranks is not None:
+        decoder.sum = _summer(sum_over_ranks, dtype, failures)
     rotations = 1 + max(block.rotation for block in blocks)
-    return NativeBlocks(native, tuple(blocks), records, decoder, dtype, slots, rotations)
+    return NativeBlocks(native, tuple(blocks), records, decoder, dtype, slots, rotations, failures)
+
+
+def _summer(
+    sum_over_ranks: Callable[[Tensor], object], dtype: torch.dtype, failures: list[BaseException]
+) -> Any:
+    """As the library calls it, which no exception may go through."""
+
+    @_SUM
+    def add_up(values: int, count: int) -> int:
+        try:
+            memory = (c_uint8 * (count * dtype.itemsize)).from_address(values)
+            sum_over_ranks(torch.frombuffer(memory, dtype=dtype))
+        except BaseException as error:
+            failures.append(error)
+            return 0
+        return 1
+
+    return add_up
 
 
 def _check(

@@ -6,6 +6,8 @@ and after a preemption. Every operation works row by row, products of whole numb
 float sums run in one order, and attention adds its blocks in the order of their positions whatever
 the query length. PyTorch's own products and attention choose their order by the shape of a step.
 
+A rank of several waits within the call for what the others add to its products.
+
 What the library does not compute (experts, latent attention, layer norms, linears of other kernels)
 keeps the decoder's own operations; `why_not` names the first thing that stands in the way.
 """
@@ -39,6 +41,7 @@ from qtool.runtime.models.decoder import Block, Decoder
 from qtool.runtime.models.mlp import Mlp
 from qtool.runtime.models.model import sinks_of
 from qtool.runtime.models.parts import GATED, HeadNorm, Norm, RmsNorm, WideRmsNorm
+from qtool.runtime.parallel.layers import own_part
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -66,8 +69,6 @@ def why_not(decoder: Decoder) -> str | None:
     if decoder.dtype not in (torch.float32, torch.bfloat16):
         name = str(decoder.dtype).removeprefix("torch.")
         return f"the library computes in bfloat16 or float32, not {name}"
-    if decoder.ranks is not None:
-        return "ranks add up their products within a block"
     if not decoder.blocks:
         return "there are no blocks"
     native = load()
@@ -110,9 +111,9 @@ def _linears(block: Block) -> dict[str, Linear | Linears]:
     assert isinstance(block.mlp, Mlp)
     return {
         "qkv": block.attention.qkv,
-        "o": block.attention.o,
+        "o": own_part(block.attention.o),
         "gate_up": block.mlp.up,
-        "down": block.mlp.down,
+        "down": own_part(block.mlp.down),
     }
 
 
@@ -147,6 +148,7 @@ class NativeDecoder:
             eps=decoder.config.norm_eps,
             dtype=decoder.dtype,
             activation=activation,
+            sum_over_ranks=None if decoder.ranks is None else decoder.ranks.collective.all_reduce,
         )
         self._norm = _gain(decoder.norm)
         head = decoder.head

@@ -8,12 +8,11 @@
 After a sum all ranks hold the same bits, so that routers and norms, which every rank computes by
 itself, agree.
 
-On GPUs a rank runs the fused steps, and all of a step is recorded, sums included
-(`runtime.models.triton_decoder`). On a CPU it runs layer by layer, and not all blocks in one call
-of the library, which cannot wait for others within a block. That costs 11 ms of CPU time a step of
-24 layers, however wide they are: 1.5 times the one call for a 0.5B model in 4 bits, which needs no
-ranks, and a few percent for one that does (`python benchmarks/ranks.py`, a 2-core Xeon with AMX at
-a load of 30, 2026-11).
+A rank runs what one process runs: on GPUs the fused steps, all of a step being recorded, sums
+included (`runtime.models.triton_decoder`); on a CPU all blocks in one call of the library, which
+calls for two sums a block. That costs 3 to 8 percent of the CPU time of a step of a 0.5B model in 4
+bits, where layer by layer it was 50 to 80 (`python benchmarks/ranks.py --rounds 7`, a 2-core Xeon
+with AMX at a load of 20, 2026-11).
 """
 
 from __future__ import annotations

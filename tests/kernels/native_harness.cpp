@@ -242,7 +242,8 @@ void blocks(int64_t rows, int type, bool extras, int threads) {
     block.rotation = 1;
   }
   const QtoolBlock both[] = {block, block};
-  const QtoolDecoder decoder = {both, 2, hidden, ffn, head_dim / 2, 1e-5f, type, extras ? kGelu : kSilu};
+  const QtoolDecoder decoder = {both, 2, hidden, ffn, head_dim / 2, 1e-5f, type, extras ? kGelu : kSilu,
+                                nullptr};
   Numbers x(rows * hidden, type);
   Numbers cos(2 * rows * head_dim / 2, kFloat32), sin(2 * rows * head_dim / 2, kFloat32);
   std::vector<int64_t> slots, ids;

@@ -167,6 +167,48 @@ def test_all_blocks_in_one_call_give_the_same_bits(
             assert torch.equal(kept, also)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_o_and_down_give_is_added_up_over_ranks(
+    native: Native, threads: int, dtype: torch.dtype
+) -> None:
+    """Another rank that gives the same: doubled, as by twice the residual's scale."""
+    spans, slots, cos, sin = step()
+    table = plan_spans(spans, block_size=BLOCK_SIZE)
+    x = random(15, HIDDEN, seed=6).to(dtype)
+    parts = blocks(native, dtype, with_extras=False)
+    twice = [dataclasses.replace(part, residual_scale=2 * part.residual_scale) for part in parts]
+    expected = bind(twice, hidden=HIDDEN, eps=EPS, dtype=dtype)(x.clone(), cos, sin, slots, table)
+    sizes: list[int] = []
+
+    def add_up(values: Tensor) -> None:
+        sizes.append(values.numel())
+        values.mul_(2)
+
+    bound = bind(parts, hidden=HIDDEN, eps=EPS, dtype=dtype, sum_over_ranks=add_up)
+    assert torch.equal(bound(x.clone(), cos, sin, slots, table), expected)
+    assert sizes == [15 * HIDDEN] * 2 * len(parts)
+
+
+def test_a_sum_that_cannot_be_had_ends_the_call(native: Native, threads: int) -> None:
+    spans, slots, cos, sin = step()
+    table = plan_spans(spans, block_size=BLOCK_SIZE)
+    calls: list[int] = []
+
+    def fail(values: Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ConnectionError("a rank is gone")
+
+    parts = blocks(native, torch.float32, with_extras=True)
+    bound = bind(parts, hidden=HIDDEN, eps=EPS, dtype=torch.float32, sum_over_ranks=fail)
+    with pytest.raises(ConnectionError, match="a rank is gone"):
+        bound(random(15, HIDDEN, seed=6), cos, sin, slots, table)
+    assert len(calls) == 2
+    # And the next one is a call like any other.
+    bound(random(15, HIDDEN, seed=6), cos, sin, slots, table)
+    assert len(calls) == 2 + 2 * len(parts)
+
+
 def test_a_token_has_the_same_bits_at_any_batch_size_and_in_any_chunks(native: Native) -> None:
     """40 tokens of one sequence: at once, in chunks, one by one, and beside 31 other sequences."""
     angles = random(2, 40, HEAD_DIM // 2, seed=5)

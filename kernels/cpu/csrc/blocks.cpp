@@ -137,7 +137,7 @@ class Upcoming {
 template <class T>
 void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const float* sin,
                 const int64_t* slots, const QtoolSpans& spans, int64_t rows, const Pieces& p,
-                const AttentionPlan* const* plans) {
+                const AttentionPlan* const* plans, bool& failed) {
   T* const normed = static_cast<T*>(p.normed);
   T* const qkv = static_cast<T*>(p.qkv);
   T* const query = static_cast<T*>(p.query);
@@ -177,6 +177,14 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
     });
   };
 
+  // What all ranks give, of what this one does; the caller is member 0.
+  const auto summed = [&](T* values) {
+    if (d.sum == nullptr) return true;
+    if (team.index() == 0) failed = d.sum(values, rows * hidden) == 0;
+    team.barrier();
+    return !failed;
+  };
+
   Left left = {false, 1.0f, nullptr};
   for (int64_t i = 0; i < d.num_blocks; ++i) {
     const QtoolBlock& block = d.blocks[i];
@@ -204,6 +212,7 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
     each_row([&](int64_t row) { to_o.round(attended + row * mixed, row); });
     upcoming.begin(4 * i + 1);
     to_o.write(team, more);
+    if (!summed(more)) return;
 
     const Product<T> to_gate_up(block.gate_up, rows, p);
     pass_on({true, block.residual_scale, block.post_attn_norm}, block.mlp_norm, &to_gate_up);
@@ -222,6 +231,7 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
     });
     upcoming.begin(4 * i + 3);
     to_down.write(team, more);
+    if (!summed(more)) return;
     left = {true, block.residual_scale, block.post_mlp_norm};
   }
   if (left.any) pass_on(left, nullptr, nullptr);
@@ -271,13 +281,14 @@ bool qtool_blocks(const QtoolDecoder* decoder, void* x, const float* cos, const 
     }
     plans[i] = &made[plan];
   }
+  bool failed = false;
   with_team(threads, [&](Team& team) {
     if (d.type == kBfloat16)
       run_blocks(team, d, static_cast<Bfloat16*>(x), cos, sin, slots, *spans, rows, pieces,
-                 plans.get());
+                 plans.get(), failed);
     else
       run_blocks(team, d, static_cast<float*>(x), cos, sin, slots, *spans, rows, pieces,
-                 plans.get());
+                 plans.get(), failed);
   });
-  return true;
+  return !failed;
 }

@@ -123,6 +123,9 @@ struct QtoolDecoder {
   float eps;
   int32_t type;
   int32_t activation;
+  // Of a rank's part of a decoder: adds up `count` values of what o and down give over all ranks, in
+  // place, in the thread that called; 0: they cannot be had. Null: all of it is here.
+  int32_t (*sum)(void* values, int64_t count);
 };
 
 #define QTOOL_EXPORT extern "C" __attribute__((visibility("default")))
