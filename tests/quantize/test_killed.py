@@ -1,4 +1,4 @@
-"""A run that is killed at random points, again and again, ends with the bytes of an unbroken one."""
+"""A run killed at random points, again and again, ends with the bytes of an unbroken one."""
 
 import subprocess
 import sys
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ..conftest import child_environment
+from qtool.settings import child_environment
 
-# Forks, so that one import of torch serves every run. The delays are shares of the time a whole run takes here.
+# Forks, so that one import of torch serves every run. Delays are shares of the time that a whole
+# run takes here.
 KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
