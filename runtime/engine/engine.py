@@ -139,6 +139,8 @@ class Engine:
             spec_decode_num_draft_tokens=guessed.num_draft_tokens,
             spec_decode_num_accepted_tokens=guessed.num_accepted_tokens,
             spec_decode_num_accepted_tokens_per_pos=tuple(guessed.by_position),
+            running_lora_adapters=self._scheduler.running_adapters if self._adapters else (),
+            waiting_lora_adapters=self._scheduler.waiting_adapters if self._adapters else (),
         )
 
     def add(self, request: GenerationRequest) -> None:

@@ -143,6 +143,16 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def running_adapters(self) -> tuple[str, ...]:
+        names = (sequence.adapter for sequence in self._running)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    @property
+    def waiting_adapters(self) -> tuple[str, ...]:
+        names = (sequence.adapter for sequence in self._waiting)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    @property
     def decoding(self) -> list[Sequence]:
         """Running sequences of which all but the last token are computed."""
         return [sequence for sequence in self._running if sequence.num_uncomputed_tokens == 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple
@@ -43,7 +44,12 @@ class EngineCollector:
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
-        for family in (*gauges(stats), *settings(self._info)):
+        families = (
+            *gauges(stats),
+            *settings(self._info),
+            *adapters(self._info, stats, time.time()),
+        )
+        for family in families:
             yield self._filled(GaugeMetricFamily, family)
         for family in (*counters(stats), *guesses(stats), *work(stats)):
             yield self._filled(CounterMetricFamily, family)
@@ -113,6 +119,22 @@ def settings(info: ModelInfo) -> tuple[Family, ...]:
     )
 
 
+def adapters(info: ModelInfo, stats: EngineStats, now: float) -> tuple[Family, ...]:
+    """Which adapters are used, as labels; the value is the time, which tells the newest apart.
+
+    max_lora  how many different ones a step can hold: as many as sequences
+    now       seconds since 1970
+    """
+    if not info.lora_enabled:
+        return ()
+    labels = {
+        "max_lora": str(info.max_num_seqs),
+        "waiting_lora_adapters": ",".join(stats.waiting_lora_adapters),
+        "running_lora_adapters": ",".join(stats.running_lora_adapters),
+    }
+    return (Family("vllm:lora_requests_info", "Adapters in use, by name.", ((labels, now),)),)
+
+
 def counters(stats: EngineStats) -> tuple[Family, ...]:
     return (
         one("vllm:num_preemptions", "Times KV blocks ran out.", stats.num_preemptions),
@@ -180,4 +202,10 @@ def work(stats: EngineStats) -> tuple[Family, ...]:
             stats.bytes_written_total,
         ),
         one("qtool:step_seconds", "Seconds that steps took.", stats.step_seconds_total),
+        one(
+            "qtool:steps_launched_ahead",
+            "Steps launched before the tokens of the one before were read; of all steps, those "
+            "that vllm:iteration_tokens_total counts.",
+            stats.steps_launched_ahead_total,
+        ),
     )

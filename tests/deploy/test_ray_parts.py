@@ -217,11 +217,15 @@ def test_errors_are_the_same_on_the_other_side(error: QtoolError) -> None:
 def test_counters_add_up_and_never_go_back() -> None:
     now = 0.0
     board = Board(lambda: now)
-    board.report("a", EngineStats(2, 1, 0.5, generation_tokens_total=10))
+    named = {"running_lora_adapters": ("x", "y")}
+    board.report("a", EngineStats(2, 1, 0.5, generation_tokens_total=10, **named))
     board.report(
         "b",
         EngineStats(
-            1, 0, 0.1, generation_tokens_total=5, spec_decode_num_accepted_tokens_per_pos=(3, 1)
+            *(1, 0, 0.1),
+            generation_tokens_total=5,
+            spec_decode_num_accepted_tokens_per_pos=(3, 1),
+            running_lora_adapters=("y", "z"),
         ),
     )
     both = board.snapshot()
@@ -230,12 +234,14 @@ def test_counters_add_up_and_never_go_back() -> None:
     assert both.stats.kv_cache_usage == pytest.approx(0.3)
     assert both.stats.generation_tokens_total == 15
     assert both.stats.spec_decode_num_accepted_tokens_per_pos == (3, 1)
+    assert both.stats.running_lora_adapters == ("x", "y", "z")
 
     now = SILENT_SECONDS + 1  # a is gone; what it has done stays done
     board.report("b", EngineStats(1, 0, 0.1, generation_tokens_total=6))
     one = board.snapshot()
     assert one.num_engines == 1
     assert one.stats.num_requests_running == 1
+    assert one.stats.running_lora_adapters == ()
     assert one.stats.kv_cache_usage == pytest.approx(0.1)
     assert one.stats.generation_tokens_total == 16
 

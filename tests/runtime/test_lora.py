@@ -16,6 +16,7 @@ from qtool import LLM, LoRARequest, SamplingParams
 from qtool.convert.run import convert_model
 from qtool.errors import FormatError, QtoolError, UnknownName, UnsupportedModel, UsageError
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.sequence import GenerationRequest
 from qtool.runtime.layers import DEFAULT_RULES
 from qtool.runtime.loading import find_model
 from qtool.runtime.models.split import Stretch
@@ -187,6 +188,29 @@ def test_a_model_on_two_devices_takes_adapters(llm: LLM) -> None:
     order = [LoRARequest("all", 1), LoRARequest("some", 2), None, LoRARequest("all", 1)]
     expected = texts(llm.generate(PROMPTS, GREEDY, lora_request=order))
     assert texts(two.generate(PROMPTS, GREEDY, lora_request=order)) == expected
+
+
+def test_the_engine_tells_which_adapters_run_and_wait(folders: Path) -> None:
+    modules = {name: str(folders / name) for name in ("all", "some")}
+    llm = LLM("builtin:books-7m", dtype="float32", lora_modules=modules, max_num_seqs=1)
+    seen = []
+
+    def look() -> None:
+        stats = llm.engine.stats()
+        seen.append((stats.running_lora_adapters, stats.waiting_lora_adapters))
+
+    for number, name in enumerate(("all", "some", None, "some")):
+        lora = None if name is None else LoRARequest(name)
+        sampling = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        llm.engine.add(GenerationRequest(str(number), (1, 2, 3), sampling, lora=lora))
+    look()
+    while llm.engine.has_work:
+        llm.engine.step()
+        look()
+    assert seen[0] == ((), ("all", "some"))
+    assert seen[1] == (("all",), ("some",))
+    assert (("some",), ()) in seen, "the last one runs alone"
+    assert seen[-1] == ((), ())
 
 
 def test_adapters_share_no_cache(llm: LLM) -> None:

@@ -21,6 +21,18 @@ def test_an_adapter_is_listed_as_a_child_of_the_model(server: Any) -> None:
     assert server.get("/v1/models/sailor").json()["id"] == "sailor"
 
 
+def test_the_dashboard_is_told_of_adapters(server: Any) -> None:
+    """That names come and go with sequences is tested on the engine."""
+    (line,) = (
+        line
+        for line in server.get("/metrics").text.splitlines()
+        if line.startswith("vllm:lora_requests_info{")
+    )
+    for label in ('max_lora="', 'running_lora_adapters=""', 'waiting_lora_adapters=""'):
+        assert label in line
+    assert float(line.rpartition(" ")[2]) > 1.7e9
+
+
 def test_its_name_as_the_model_makes_it_write(server: Any, lora_folder: Path) -> None:
     llm = LLM("builtin:books-7m", dtype="float32", lora_modules={"sailor": str(lora_folder)})
     greedy = SamplingParams(temperature=0, max_tokens=12)

@@ -70,6 +70,10 @@ def test_every_name_is_there_before_the_first_request(server: Any) -> None:
             assert name + suffix in found
 
 
+def test_a_server_without_adapters_says_nothing_of_them(server: Any) -> None:
+    assert "vllm:lora_requests_info" not in samples(server)
+
+
 def test_one_request_moves_the_counts_by_what_it_used(server: Any) -> None:
     before = samples(server)
     usage = server.complete("The ship sailed", max_tokens=9, ignore_eos=True)["usage"]

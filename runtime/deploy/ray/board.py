@@ -21,6 +21,7 @@ SILENT_SECONDS = 15.0
 # Of one instant, not counted since the start.
 ADDED_GAUGES = ("num_requests_running", "num_requests_waiting")
 MEAN_GAUGES = ("kv_cache_usage",)
+NAMES = ("running_lora_adapters", "waiting_lora_adapters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,9 @@ def added_up(ever: Iterable[EngineStats], living: list[EngineStats]) -> EngineSt
         name = entry.name
         if name in MEAN_GAUGES:
             values[name] = sum(getattr(s, name) for s in living) / max(len(living), 1)
+            continue
+        if name in NAMES:
+            values[name] = tuple(dict.fromkeys(each for s in living for each in getattr(s, name)))
             continue
         found = [getattr(s, name) for s in (living if name in ADDED_GAUGES else everyone)]
         values[name] = _by_position(found) if isinstance(entry.default, tuple) else sum(found)
