@@ -25,6 +25,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from llama_perplexity import WINDOW, Cost, Peer, Printed, run
 from peers import build_llama_cpp, find_library
 
+PARTS = ("numbers", "speed")
 MODEL = "builtin:books-7m"
 TYPES = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 AS_SERVED = "8 bits, as served"
@@ -287,32 +289,62 @@ def main() -> None:
     parser.add_argument("--speed-windows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--models", type=Path, help="folder for models; kept")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="of the other, --out keeps its own"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     load_before = os.getloadavg()[0]
     peer = find_peer(options)
+    facts = kept(options.out, options.parts)
+
+    def save() -> None:
+        if options.out is not None:
+            versions = {"llama_cpp_python": facts["numbers"]["same_logits"]["llama_cpp_python"]}
+            write_result(options.out, facts, load_before=load_before, versions=versions)
+
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         folder = options.models or scratch / "models"
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = compare_numbers(peer, folder, scratch, options.windows, options.threads[0])
-        show_numbers(numbers)
-        speeds = []
-        for threads in options.threads:
-            speeds.append(
-                compare_speed(peer, folder, scratch, options.speed_windows, threads, options.rounds)
+        if "numbers" in options.parts:
+            facts["numbers"] = compare_numbers(
+                peer, folder, scratch, options.windows, options.threads[0]
             )
-            show_speed(speeds[-1])
+            show_numbers(facts["numbers"])
+            save()
+        if "speed" in options.parts:
+            facts["speed"] = []
+            for threads in options.threads:
+                found = compare_speed(
+                    peer, folder, scratch, options.speed_windows, threads, options.rounds
+                )
+                show_speed(found)
+                facts["speed"].append(found)
+                save()
     # As it serves, qtool rounds otherwise, which need not agree.
-    apart = [row for row in numbers["types"] if row["inputs"] != AS_SERVED and not row["holds"]]
+    rows = facts["numbers"]["types"]
+    apart = [row for row in rows if row["inputs"] != AS_SERVED and not row["holds"]]
     for row in apart:
         print(f"{row['type']}, inputs {row['inputs']}: farther apart than it may be")
-    if options.out is not None:
-        versions = {"llama_cpp_python": numbers["same_logits"]["llama_cpp_python"]}
-        facts = {"numbers": numbers, "speed": speeds}
-        write_result(options.out, facts, load_before=load_before, versions=versions)
     if apart:
         raise SystemExit(1)
+
+
+def kept(out: Path | None, parts: Sequence[str]) -> dict[str, Any]:
+    """What the file has of the parts that are not measured now, with when and how it was."""
+    left = [name for name in PARTS if name not in parts]
+    if not left:
+        return {}
+    if out is None or not out.is_file():
+        raise SystemExit(f"--parts {' '.join(parts)}: --out names no file that has the others")
+    before = json.loads(out.read_text(encoding="utf-8"))
+    how = {name: before[name] for name in ("command", "date", "load_average")}
+    found = {name: before["kept"][name] for name in left if name in before.get("kept", {})}
+    return {
+        "kept": {name: found.get(name, how) for name in left},
+        **{name: before[name] for name in left},
+    }
 
 
 def show_numbers(numbers: dict[str, Any]) -> None:
