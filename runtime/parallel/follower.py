@@ -132,6 +132,7 @@ def _open(wanted: Open, model: Model) -> ModelRunner:
         block_size=wanted.block_size,
         kv_cache_dtype="int8" if wanted.int8 else "auto",
         max_model_len=wanted.context,
+        max_num_seqs=wanted.max_num_seqs,
         enforce_eager=wanted.eager,
     )
 
