@@ -105,6 +105,8 @@ AREAS = {
     "quantize": Area(
         "quantize.py", quick=("--methods", "rtn", "default", "--bits", "4"), venvs=True
     ),
+    "quantize_loads": Area("quantize_loads.py", venvs=True),
+    "methods": Area("methods.py", quick=("--only", "rtn-int4", "nf4")),
     "gguf_quality": Area(
         "gguf_quality.py",
         quick=("--types", "Q4_K_M", "--num-samples", "8"),

@@ -13,7 +13,8 @@ as here. One that cannot be installed is reported as not run.
 Every method is one process with one thread: weights are symmetric in groups of 128, the calibration
 tokens are the same tensor, and seconds, CPU seconds and peak memory are the process's own, imports
 and writing with them. On a machine that others use, CPU seconds are the figure to read, beside the
-load that each run names. `ratio` is the divergence over llm-compressor's.
+load that each run names. `ratio` is the divergence over llm-compressor's; a peer's row says which
+efforts of this tool lose less than it, and which of these in no more CPU time.
 
 With --outliers the model is first rewritten so that a few channels of every norm's output are 32
 times as loud and the columns after them as much smaller: the same function, with activations like a
@@ -176,7 +177,27 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         about = {"model": model, "bits": bits, "method": method, "seeds": len(group)}
         table.append({**about, **mean, **ratios})
-    return table
+    return [{**row, **beaten_by(row, table)} if row["method"] in PEERS else row for row in table]
+
+
+def beaten_by(peer: dict[str, Any], table: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Efforts of this tool with less divergence than a peer's at as many bits, and those of them
+    that took no more CPU time.
+    """
+    if "kld" not in peer:
+        return {}
+    lower = [
+        row
+        for row in table
+        if row["method"] in OURS
+        and all(row[key] == peer[key] for key in ("model", "bits"))
+        and row["kld"] < peer["kld"]
+    ]
+    cheaper = [row for row in lower if row["cpu_seconds"] <= peer["cpu_seconds"]]
+    return {
+        "beaten_by": [row["method"] for row in lower],
+        "in_no_more_cpu_time_by": [row["method"] for row in cheaper],
+    }
 
 
 def averages(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -213,11 +234,13 @@ def measured(
 
 def python_of(method: str, venvs: Path) -> str | None:
     """The interpreter that a method runs in; None where its peer cannot be installed."""
-    if method in OURS:
-        return sys.executable
+    return sys.executable if method in OURS else python_of_package(PEERS[method], venvs)
+
+
+def python_of_package(package: str, venvs: Path) -> str | None:
+    """The interpreter of a package's own environment, which is made where it is missing."""
     import torch
 
-    package = PEERS[method]
     folder = venvs.resolve() / package
     python = folder / "bin" / "python"
     try:
@@ -228,7 +251,7 @@ def python_of(method: str, venvs: Path) -> str | None:
         module = package.replace("-", "_")
         subprocess.run([python, "-c", f"import {module}"], check=True, capture_output=True)
     except (subprocess.CalledProcessError, OSError) as error:
-        print(f"{method}: {error}", file=sys.stderr)
+        print(f"{package}: {error}", file=sys.stderr)
         return None
     return str(python)
 
