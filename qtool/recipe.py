@@ -136,7 +136,7 @@ Effort = Literal["fast", "default", "best"]
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"sequential": False, "correction": False, "refine_rounds": 0},
     "default": {"correction": True, "refine_rounds": 2},
-    "best": {"correction": True, "refine_rounds": 2, "tabu_steps": 512, "tuning_steps": 64},
+    "best": {"correction": True, "refine_rounds": 2, "tabu_steps": 512, "tuning_steps": 32},
 }
 
 
