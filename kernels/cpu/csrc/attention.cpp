@@ -300,6 +300,7 @@ void add_chunk(const Call<T, K>& call, const Tile& tile, int64_t chunk, Workspac
   ask_for_chunk(call.keys, call.values, sizeof(K), call.spans, tile, start + kChunk, end);
   work.ahead->ask();
   transpose_keys(key_rows, tokens, key_dim, work.keys);
+  work.ahead->ask();
   std::fill(work.scores, work.scores + tile.rows * kChunk, 0.0f);
   multiply<kRowsAtOnce>(work.query, key_width, work.keys, kChunk, key_dim, work.scores, kChunk,
                         kChunk, tile.rows);
@@ -307,18 +308,21 @@ void add_chunk(const Call<T, K>& call, const Tile& tile, int64_t chunk, Workspac
     for (int64_t i = 0; i < tile.rows * kChunk; i += kLanes)
       store(work.scores + i, mul(load(work.scores + i), load(key_scales + i % kChunk)));
   if (call.rule.softcap > 0.0f) cap_scores(work.scores, tile.rows * kChunk, call.rule.softcap);
+  work.ahead->ask();
   for (int64_t r = 0; r < tile.rows; ++r) {
     const Range range = visible(call, tile.span, tile.first + r);
     const Range seen = {std::clamp<int64_t>(range.begin - start, 0, kChunk),
                         std::clamp<int64_t>(range.end - start, 0, kChunk)};
     soften(work.scores + r * kChunk, seen, state, r, width);
   }
+  work.ahead->ask();
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t channel = 0; channel < width; channel += kLanes) {
       Floats value = load_channels(value_rows[t], channel, value_dim);
       if constexpr (sizeof(K) == 1) value = mul(value, set1(value_scales[t]));
       store(work.values + t * width + channel, value);
     }
+  work.ahead->ask();
   multiply<kRowsAtOnce>(work.scores, kChunk, work.values, width, tokens, state.mixed, width, width,
                         tile.rows);
 }

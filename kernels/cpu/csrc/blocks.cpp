@@ -16,7 +16,9 @@ namespace {
 
 constexpr int64_t kParts = 3;
 // Channels of a row that one thread gates and rounds at once.
-constexpr int64_t kGated = 1024;  // a multiple of every span
+constexpr int64_t kGated = 1024;
+// Channels between two bursts of asking ahead, a multiple of every span: as long as a burst takes.
+constexpr int64_t kSlice = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -77,7 +79,13 @@ class Product {
     }
   }
 
-  void round(const T* x, int64_t row) const { round(x, row, 0, forms_[0].in); }
+  // A whole row, asking ahead.
+  void round(Team& team, const T* x, int64_t row) const {
+    for (int64_t first = 0; first < forms_[0].in; first += kSlice) {
+      team.ahead().ask();
+      round(x, row, first, std::min(kSlice, forms_[0].in - first));
+    }
+  }
   void round(const T* x, int64_t row, int64_t first, int64_t count) const {
     for (int64_t i = 0; i < num_forms_; ++i) round_part(x, row, first, count, forms_[i]);
   }
@@ -168,12 +176,11 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
       if (next != nullptr && norm != nullptr) {
         T* const to = normed + row * hidden;
         norm_row<T>(from, added, left.scale, norm, to, hidden, d.eps);
-        team.ahead().ask();
-        next->round(to, row);
+        next->round(team, to, row);
         return;
       }
       if (added != nullptr) add_row<T>(from, added, left.scale, hidden);
-      if (next != nullptr) next->round(from, row);
+      if (next != nullptr) next->round(team, from, row);
     });
   };
 
@@ -209,7 +216,7 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
 
     const Product<T> to_o(block.o, rows, p);
     const int64_t mixed = block.rule.heads * block.cache.value_dim;
-    each_row([&](int64_t row) { to_o.round(attended + row * mixed, row); });
+    each_row([&](int64_t row) { to_o.round(team, attended + row * mixed, row); });
     upcoming.begin(4 * i + 1);
     to_o.write(team, more);
     if (!summed(more)) return;
@@ -224,10 +231,13 @@ void run_blocks(Team& team, const QtoolDecoder& d, T* x, const float* cos, const
     team.each(rows * pieces, team.share(rows * pieces, 4), [&](int64_t piece) {
       const int64_t row = piece / pieces, first = piece % pieces * kGated;
       const int64_t count = std::min(kGated, ffn - first);
-      team.ahead().ask();
-      const T* const gates = gate_up + row * 2 * ffn + first;
-      gate_row(gates, gates + ffn, gated + row * ffn + first, count, d.activation);
-      to_down.round(gated + row * ffn, row, first, count);
+      const T* const gates = gate_up + row * 2 * ffn;
+      for (int64_t at = first; at < first + count; at += kSlice) {
+        team.ahead().ask();
+        const int64_t held = std::min(kSlice, first + count - at);
+        gate_row(gates + at, gates + ffn + at, gated + row * ffn + at, held, d.activation);
+        to_down.round(gated + row * ffn, row, at, held);
+      }
     });
     upcoming.begin(4 * i + 3);
     to_down.write(team, more);
