@@ -2,14 +2,13 @@
 
 As llama.cpp counts, a model of L blocks has L + 1 layers, the last of which is the head with its
 norm, and the last N of them are on the GPU (llama-model.cpp: `n_layer + 1 - n_gpu_layers` is the
-first). The others, and the table that tokens are looked up in, are on the CPU. So a step goes from the CPU
-to the GPU once, and what is drawn from is on the GPU.
+first). The others, and the table that tokens are looked up in, are on the CPU. So a step goes from
+the CPU to the GPU once, and what is drawn from is on the GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -17,10 +16,16 @@ from qtool.errors import UnsupportedModel
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.kv_pool import layer_bytes
 from qtool.runtime.layers import PackingRules
-from qtool.runtime.loading import FoundModel, LoadedModel, choose_device, find_model
+from qtool.runtime.loading import (
+    FoundModel,
+    LoadedModel,
+    choose_device,
+    find_model,
+    load_model,
+)
 from qtool.runtime.memory import MemoryBudget, least_bytes
 from qtool.runtime.models.decoder import attention_specs
-from qtool.runtime.models.load import NativePlan
+from qtool.runtime.models.load import FallbackPlan, NativePlan
 from qtool.runtime.models.split import Stretch
 from qtool.runtime.packed_cache import say
 
@@ -36,45 +41,62 @@ def load_offloaded(config: EngineConfig) -> LoadedModel:
     are on the CPU, which is said.
     """
     gpu = choose_device(config.device)
+    if gpu.type == "cpu":
+        say(f"--n-gpu-layers {config.n_gpu_layers}: there is no GPU, all layers are on the CPU")
+        return _load_whole(config, gpu)
     found = find_model(
-        config.model,
-        dtype=config.dtype,
-        device="cpu",
-        revision=config.revision,
-        budget=None,
+        config.model, dtype=config.dtype, device="cpu", revision=config.revision, budget=None
     )
     plan = found.plan
-    if not isinstance(plan, NativePlan):
-        raise UnsupportedModel(
-            f"{found.source.name} cannot be divided between a GPU and the CPU: transformers' code "
-            f"runs it ({plan.reason})",
-            "use --n-gpu-layers all or 0",
-        )
+    if isinstance(plan, FallbackPlan):
+        return _load_undivided(config, found.source.name, plan, gpu)
     num_blocks = plan.config.num_layers
     weights = weight_bytes_by_layer(plan, found.dtype)
-    if gpu.type == "cpu":
-        wanted = 0
-        say(f"--n-gpu-layers {config.n_gpu_layers}: there is no GPU, all layers are on the CPU")
-    elif config.n_gpu_layers == "auto":
+    if isinstance(config.n_gpu_layers, int):
+        wanted = config.n_gpu_layers
+    else:
         free = MemoryBudget.measure(config, gpu).free_share
         cache = cache_bytes_by_layer(plan, config, found.dtype)
         sizes = [each + held for each, held in zip(weights, cache, strict=True)]
         wanted = most_gpu_layers(sizes, free)
         say(f"--n-gpu-layers auto: {wanted} of {num_blocks + 1} layers fit on the GPU")
-    else:
-        assert isinstance(config.n_gpu_layers, int)
-        wanted = config.n_gpu_layers
     parts = divide(num_blocks, wanted, gpu)
+    if len(parts) == 1:
+        return _load_whole(config, parts[0].device)
     for part in parts:
         held = sum(weights[part.blocks.start : part.blocks.stop])
         held += weights[-1] if part is parts[-1] else 0
         MemoryBudget.measure(config, part.device).check_weights(found.source.name, held)
-    rules = PackingRules(config.activations, config.lm_head)
-    if len(parts) == 1:
-        found = replace(found, device=parts[0].device)
-        with torch.inference_mode():
-            return found.loaded(found.load(rules, cache_packed=config.cache_packed))
-    return load_parts(found, parts, rules)
+    if config.cache_packed:
+        say("no packed form is kept: it is of whole models")
+    return load_parts(found, parts, PackingRules(config.activations, config.lm_head))
+
+
+def _load_whole(config: EngineConfig, device: torch.device) -> LoadedModel:
+    return load_model(
+        config.model,
+        dtype=config.dtype,
+        device="cpu" if device.type == "cpu" else "cuda",
+        revision=config.revision,
+        rules=PackingRules(config.activations, config.lm_head),
+        budget=MemoryBudget.measure(config, device),
+        cache_packed=config.cache_packed,
+    )
+
+
+def _load_undivided(
+    config: EngineConfig, name: str, plan: FallbackPlan, gpu: torch.device
+) -> LoadedModel:
+    """Of a model that transformers' code runs, all layers or none can be on a GPU."""
+    num_blocks = getattr(plan.config, "num_hidden_layers", None)
+    asked = config.n_gpu_layers
+    if isinstance(asked, int) and isinstance(num_blocks, int) and asked > num_blocks:
+        return _load_whole(config, gpu)
+    raise UnsupportedModel(
+        f"{name} cannot be divided between a GPU and the CPU: transformers' code runs it "
+        f"({plan.reason})",
+        "use --n-gpu-layers all or 0",
+    )
 
 
 def load_parts(found: FoundModel, parts: Sequence[Stretch], rules: PackingRules) -> LoadedModel:

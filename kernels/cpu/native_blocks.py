@@ -222,7 +222,6 @@ def _summer(
 ) -> Any:
     """As the library calls it, which no exception may go through."""
 
-    @_SUM
     def add_up(values: int, count: int) -> int:
         try:
             memory = (c_uint8 * (count * dtype.itemsize)).from_address(values)
@@ -232,7 +231,7 @@ def _summer(
             return 0
         return 1
 
-    return add_up
+    return _SUM(add_up)
 
 
 def _check(

@@ -28,13 +28,19 @@ from qtool.runtime.engine.split_runner import SplitRunner
 from qtool.runtime.layers import DEFAULT_RULES
 from qtool.runtime.llm import LLM
 from qtool.runtime.loading import LoadedModel, find_model, load_for
-from qtool.runtime.memory import NotEnoughMemory, least_weight_bytes
+from qtool.runtime.memory import CUDA_SHARE, NotEnoughMemory, least_weight_bytes
 from qtool.runtime.models import triton_decoder
 from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.load import NativePlan
 from qtool.runtime.models.native import why_not
 from qtool.runtime.models.split import SplitDecoder, Stretch
-from qtool.runtime.offload import divide, load_parts, most_gpu_layers, weight_bytes_by_layer
+from qtool.runtime.offload import (
+    cache_bytes_by_layer,
+    divide,
+    load_parts,
+    most_gpu_layers,
+    weight_bytes_by_layer,
+)
 from qtool.weights import QuantizedWeight, Weight
 
 MODEL = "builtin:books-7m"
@@ -276,6 +282,28 @@ def test_where_there_is_no_gpu_it_is_said(
     assert "--n-gpu-layers 2: there is no GPU" in capsys.readouterr().err
 
 
+def test_as_many_layers_as_fit_are_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for three blocks, the head and their cache, then for everything."""
+    found = find_model(MODEL, dtype="float32", device="cpu", revision=None, budget=None)
+    assert isinstance(found.plan, NativePlan)
+    config = EngineConfig(MODEL, dtype="float32", max_model_len=64, n_gpu_layers="auto")
+    weights = weight_bytes_by_layer(found.plan, torch.float32)
+    cache = cache_bytes_by_layer(found.plan, config, torch.float32)
+    last = sum(weights[-4:]) + sum(cache[-4:])
+    asked: list[range] = []
+
+    def load(found: Any, parts: Sequence[Stretch], rules: Any) -> LoadedModel:
+        asked.extend(part.blocks for part in parts)
+        return load_parts(found, [replace(part, device=CPU) for part in parts], rules)
+
+    monkeypatch.setattr(offload, "choose_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(offload, "load_parts", load)
+    for free in (int(last / CUDA_SHARE) + 2, int((last + weights[0]) / CUDA_SHARE) - 2):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        load_for(config)
+    assert asked == [range(5), range(5, 8)] * 2
+
+
 def test_memory_is_asked_for_on_each_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of 1 MB has no room for two layers of the bundled model, and one of 4 GB has."""
     asked: list[tuple[int, torch.device]] = []
@@ -297,9 +325,16 @@ def test_memory_is_asked_for_on_each_side(monkeypatch: pytest.MonkeyPatch) -> No
 def test_transformers_code_is_not_divided(
     tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of two blocks and the head, one cannot be on the GPU, and three or more are all."""
+    folder = str(tiny_checkpoint("gpt2"))
     monkeypatch.setattr(offload, "choose_device", lambda device: torch.device("cuda"))
-    with pytest.raises(UnsupportedModel, match="cannot be divided"):
-        load_for(EngineConfig(str(tiny_checkpoint("gpt2")), n_gpu_layers=1))
+    for asked_for in (1, "auto"):
+        with pytest.raises(UnsupportedModel, match="cannot be divided"):
+            load_for(EngineConfig(folder, n_gpu_layers=asked_for))
+    asked: list[torch.device] = []
+    monkeypatch.setattr(offload, "_load_whole", lambda config, device: asked.append(device))
+    load_for(EngineConfig(folder, n_gpu_layers=99))
+    assert asked == [torch.device("cuda")]
 
 
 @pytest.mark.parametrize(
