@@ -48,7 +48,13 @@ def _plan_parts(config: EngineConfig, model: SplitDecoder, trained: int) -> Pool
         on_cpu = part.device.type == "cpu"
         # The share that was asked for is the GPU's.
         own = replace(config, gpu_memory_utilization=None) if on_cpu else config
+        step_bytes = 0
+        if not on_cpu:
+            longest = config.max_model_len or trained
+            eager = replace(config, enforce_eager=True)
+            step_bytes = measure_step_bytes(part.for_context(longest), eager, longest)
         budget = MemoryBudget.measure(own, part.device, weight_bytes=weight_bytes)
+        budget = replace(budget, used_bytes=budget.used_bytes + step_bytes)
         plans.append(plan_pool(own, part, trained, budget))
     return PoolPlan(
         num_blocks=min(plan.num_blocks for plan in plans),

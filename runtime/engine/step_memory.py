@@ -8,11 +8,13 @@ were chosen and PyTorch's libraries, and no arithmetic knows all of them.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from qtool.kernels.reference import Span
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.runner import ModelRunner
+from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.model import Model
 
 
@@ -47,10 +49,18 @@ def measure_step_bytes(model: Model, config: EngineConfig, longest: int) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    runner.run(batch)
+    runner.run(batch, _before(model, num_tokens))
     torch.cuda.synchronize(device)
     taken = torch.cuda.max_memory_allocated(device) - before
     del runner, batch
     # What was taken goes back, or it would count as in use beside what was measured.
     torch.cuda.empty_cache()
     return int(taken)
+
+
+def _before(model: Model, num_tokens: int) -> Tensor | None:
+    """What comes in from the parts before, of a model on several devices."""
+    if not isinstance(model, Decoder) or model.embedding.device == model.device:
+        return None
+    shape = num_tokens, model.embedding.hidden_size
+    return torch.zeros(shape, dtype=model.dtype, device=model.device)
