@@ -184,6 +184,12 @@ ENGINE_OPTIONS = (
     click.option(
         "--enforce-eager", is_flag=True, help="On a GPU: launch every kernel, record no steps."
     ),
+    click.option(
+        "--async-scheduling/--no-async-scheduling",
+        default=default_of("async_scheduling"),
+        show_default=True,
+        help="On a GPU: launch a step before the tokens of the one before it are read.",
+    ),
     click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
 )
 

@@ -92,7 +92,6 @@ KNOWN: Mapping[str, Known] = {
     "--enable-request-id-headers": _always("answers always have an X-Request-Id"),
     "--enable-tokenizer-info-endpoint": _always("/tokenizer_info is always there"),
     "--enable-chunked-prefill": _always("long prompts are always computed in parts"),
-    "--async-scheduling": _always(_AUTO),
     "--disable-log-stats": _always("counters are at /metrics and not in the log"),
     "--disable-frontend-multiprocessing": _always("this server is one process"),
     "--disable-cascade-attn": _always(_AUTO),

@@ -18,9 +18,10 @@ from queue import Empty, SimpleQueue
 
 from qtool.errors import QtoolError, UsageError
 from qtool.runtime.config import EngineConfig
+from qtool.runtime.engine.answers import validate
 from qtool.runtime.engine.client import EngineLost, EngineStats, ModelInfo, QueueFull
 from qtool.runtime.engine.embedding import Pooling
-from qtool.runtime.engine.engine import Engine, validate
+from qtool.runtime.engine.engine import Engine
 from qtool.runtime.engine.grammar import GrammarCompiler
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
 from qtool.runtime.loading import LoadedModel, load_for

@@ -23,9 +23,10 @@ import torch
 from qtool.errors import UsageError
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.adapters import Adapters
+from qtool.runtime.engine.answers import make_answers, validate
 from qtool.runtime.engine.assembly import describe, make_runner, plan, widest_window
 from qtool.runtime.engine.blocks import BlockManager
-from qtool.runtime.engine.client import EngineLost, EngineStats, ModelInfo
+from qtool.runtime.engine.client import EngineLost, EngineStats
 from qtool.runtime.engine.draw import Drawn
 from qtool.runtime.engine.embedding import Pooling, embed
 from qtool.runtime.engine.grammar import GrammarCompiler
@@ -36,7 +37,6 @@ from qtool.runtime.engine.scheduler import PROMPT_ROWS, Scheduled, Scheduler
 from qtool.runtime.engine.sequence import (
     FinishReason,
     GenerationRequest,
-    PromptTooLong,
     Sequence,
     TokenOutput,
 )
@@ -152,7 +152,14 @@ class Engine:
             if request.lora.lora_path is not None:
                 self._adapters.load(request.lora.lora_name, Path(request.lora.lora_path))
             self._adapters.check(request.lora.lora_name)
-        first, *others = answers = self._answers(request)
+        first, *others = answers = make_answers(
+            request,
+            self.info,
+            eos_token_ids=self._eos_token_ids,
+            seeds=self._seeds,
+            grammars=self.grammars,
+            now=self._clock(),
+        )
         self._sequences.update({sequence.id: sequence for sequence in answers})
         self._start(first, others)
 
@@ -161,32 +168,6 @@ class Engine:
         first.siblings = others
         self._prompted_by.update({sibling.id: first for sibling in others})
         self._scheduler.add(first)
-
-    def _answers(self, request: GenerationRequest) -> list[Sequence]:
-        """A sequence for each answer asked for; the first computes the prompt for all."""
-        sampling = request.sampling
-        num_prompt_tokens = len(request.prompt_token_ids)
-        room = self.info.max_model_len - num_prompt_tokens
-        new_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        eos = () if sampling.ignore_eos else self._eos_token_ids
-        wanted = sampling.structured_outputs
-        now = self._clock()
-        return [
-            Sequence(
-                request=request,
-                index=index,
-                # Numbered on from the given seed: answer 1 of seed 7 is what seed 8 writes.
-                seed=self._seeds.getrandbits(64)
-                if sampling.seed is None
-                else sampling.seed + index,
-                stop_token_ids=frozenset((*eos, *sampling.stop_token_ids)),
-                max_total_tokens=num_prompt_tokens + new_tokens,
-                arrival=now,
-                deadline=None if request.timeout is None else now + request.timeout,
-                grammar=self.grammars.grammar(wanted, num_prompt_tokens) if wanted else None,
-            )
-            for index in range(sampling.num_sequences)
-        ]
 
     def embed(self, token_ids: tuple[int, ...], pooling: Pooling) -> list[float]:
         """A vector for a text, now; see `runtime.engine.embedding`."""
@@ -409,22 +390,3 @@ class Engine:
 
 def _text_of(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-def validate(request: GenerationRequest, info: ModelInfo) -> None:
-    """Raise unless the model can run the request: it fits, and every id is in the vocabulary."""
-    prompt = request.prompt_token_ids
-    if len(prompt) >= info.max_model_len:
-        raise PromptTooLong(len(prompt), info.max_model_len)
-    for token_id in (min(prompt), max(prompt)):
-        if not 0 <= token_id < info.vocab_size:
-            raise UsageError(
-                f"token id {token_id} is outside the vocabulary of {info.vocab_size} tokens"
-            )
-    request.sampling.check_vocabulary(info.vocab_size)
-    if request.lora is not None and not info.lora_enabled:
-        raise UsageError(
-            f"the engine was started without adapters, and {request.lora.lora_name} is one",
-            hint="start it with --lora-modules NAME=FOLDER or --enable-lora (enable_lora=True in "
-            "Python)",
-        )

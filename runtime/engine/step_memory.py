@@ -2,7 +2,8 @@
 
 Activations, the products of linears in parts, unpacked weights of large steps and the logits come
 and go within a step; what they take together at the most follows from the model, the kernels that
-were chosen and PyTorch's libraries, and no arithmetic knows all of them.
+were chosen and PyTorch's libraries, and no arithmetic knows all of them. Recorded steps keep
+theirs: the largest is recorded, which takes what all of them share (`runtime.engine.graphs`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from qtool.kernels.reference import Span
 from qtool.runtime.config import EngineConfig
 from qtool.runtime.engine.batch import Batch
 from qtool.runtime.engine.runner import ModelRunner
+from qtool.runtime.engine.token_counts import num_slots
 from qtool.runtime.models.decoder import Decoder
 from qtool.runtime.models.model import Model
 
@@ -33,7 +35,8 @@ def largest_step(num_tokens: int, num_drawn: int, block_size: int, device: torch
 
 
 def measure_step_bytes(model: Model, config: EngineConfig, longest: int) -> int:
-    """Of the largest step that the config allows; longest: tokens that a sequence can have.
+    """Of the largest step that the config allows, with what recorded steps keep and the counts of
+    tokens that penalties need; longest: tokens that a sequence can have.
 
     Kernels are compiled on the way, and libraries take their workspaces.
     """
@@ -44,6 +47,9 @@ def measure_step_bytes(model: Model, config: EngineConfig, longest: int) -> int:
         num_blocks=-(-num_tokens // config.block_size),
         block_size=config.block_size,
         kv_cache_dtype=config.kv_cache_dtype,
+        max_model_len=longest,
+        max_num_seqs=config.max_num_seqs,
+        enforce_eager=config.enforce_eager,
     )
     batch = largest_step(num_tokens, config.max_num_seqs, config.block_size, device)
     torch.cuda.synchronize(device)
@@ -52,10 +58,27 @@ def measure_step_bytes(model: Model, config: EngineConfig, longest: int) -> int:
     runner.run(batch, _before(model, num_tokens))
     torch.cuda.synchronize(device)
     taken = torch.cuda.max_memory_allocated(device) - before
+    kept = 0
+    if runner.gpu is not None and runner.gpu.graphs is not None:
+        # All of a graph's pool, used at the moment or not.
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        runner.gpu.graphs.record_largest()
+        torch.cuda.empty_cache()
+        kept = torch.cuda.memory_reserved(device) - before
     del runner, batch
     # What was taken goes back, or it would count as in use beside what was measured.
     torch.cuda.empty_cache()
-    return int(taken)
+    return int(taken) + kept + counts_bytes(config.max_num_seqs, model.vocab_size)
+
+
+def counts_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """Of `token_counts.TokenCounts` when every sequence of a step is penalized.
+
+    >>> counts_bytes(48, 1000) == 64 * 1000 * 4
+    True
+    """
+    return num_slots(max_num_seqs) * vocab_size * 4
 
 
 def _before(model: Model, num_tokens: int) -> Tensor | None:

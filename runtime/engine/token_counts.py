@@ -32,6 +32,11 @@ class _Held(NamedTuple):
     num_tokens: int
 
 
+def num_slots(num_texts: int) -> int:
+    """A power of two, so that there are seldom more."""
+    return 1 << (num_texts - 1).bit_length()
+
+
 class TokenCounts:
     """As many slots as texts of one step have needed so far."""
 
@@ -82,7 +87,7 @@ class TokenCounts:
         return next(slot for slot in range(len(self.counts)) if slot not in used)
 
     def _make_room(self, num_texts: int) -> None:
-        missing = (1 << (num_texts - 1).bit_length()) - len(self.counts) if num_texts else 0
+        missing = num_slots(num_texts) - len(self.counts)
         if missing > 0:
             more = self.counts.new_zeros(missing, self.counts.shape[1])
             self.counts = torch.cat((self.counts, more))

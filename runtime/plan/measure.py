@@ -88,7 +88,7 @@ def measure(model: str, **engine_args: Any) -> Measurement:
     from qtool.runtime.llm import LLM
 
     # As served, but for what would blur a step's cost.
-    plain = {"enable_prefix_caching": False, "target_itl_ms": 0.0}
+    plain = {"enable_prefix_caching": False, "target_itl_ms": 0.0, "async_scheduling": False}
     with closing(LLM(model, **{**engine_args, **plain})) as llm:
         info = llm.info
         return Measurement(

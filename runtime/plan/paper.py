@@ -27,6 +27,8 @@ from qtool.runtime.models.tensors import EXPERTS, has, required_biases, role_sha
 FLOAT_BYTES = 2
 # Copies of a step's hidden states that exist at once: the residual, a layer's input and output.
 HIDDEN_COPIES = 3
+# Logits that recorded steps draw from, and as many counts of tokens.
+KEPT_COPIES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +152,13 @@ class PaperModel:
 
     def activation_bytes(self, *, max_num_batched_tokens: int, max_num_seqs: int) -> int:
         """What the largest step holds: hidden states, the widest layer's output, three copies of
-        the logits in float32 (as `runtime.memory` reserves them).
+        the logits in float32 (as `runtime.memory` reserves them). And beside it what recorded steps
+        and penalties keep on a GPU: once more the logits, and as many counts of tokens.
         """
         config = self.config
         widest = 2 * max(matrix.rows for matrix in self.matrices if matrix.is_linear)
         per_token = (HIDDEN_COPIES * config.hidden_size + widest) * FLOAT_BYTES
-        logits = LOGITS_COPIES * max_num_seqs * config.vocab_size * 4
+        logits = (LOGITS_COPIES + KEPT_COPIES) * max_num_seqs * config.vocab_size * 4
         return max_num_batched_tokens * per_token + logits
 
 

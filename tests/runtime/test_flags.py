@@ -55,6 +55,7 @@ VLLM = (
         ("M --num-shard 4", {"tensor_parallel_size": 4}),
         ("M --quantization awq --dtype half", {"quantization": "awq", "dtype": "half"}),
         ("M --enable-prefix-caching --enforce-eager", {"enable_prefix_caching": True}),
+        ("M --no-async-scheduling", {"async_scheduling": False}),
         ("M --no-enable-prefix-caching", {"enable_prefix_caching": False}),
         ("M --max_model_len=4096", {"max_model_len": 4096}),
         ("M --max-model-len auto", {"max_model_len": None}),
@@ -94,10 +95,10 @@ def test_lines_of_other_servers_are_understood(line: str, expected: dict[str, An
 
 
 def test_flags_that_change_nothing_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    parsed("M --swap-space 4 --async-scheduling")
+    parsed("M --swap-space 4 --use-v2-block-manager")
     told = capsys.readouterr().err
     assert "--swap-space 4: not needed" in told
-    assert "--async-scheduling: not needed" in told
+    assert "--use-v2-block-manager: not needed" in told
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from ray.serve.exceptions import BackPressureError, RayServeException, RequestCa
 from qtool.errors import UsageError
 from qtool.runtime.deploy.ray.board import REPORT_SECONDS, Snapshot
 from qtool.runtime.deploy.ray.wire import Refusal, Routed, RoutedText, as_text
+from qtool.runtime.engine.answers import validate
 from qtool.runtime.engine.async_engine import EngineStopped
 from qtool.runtime.engine.client import EngineStats, ModelInfo, QueueFull
 from qtool.runtime.engine.embedding import Pooling
-from qtool.runtime.engine.engine import validate
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
 
 logger = logging.getLogger("qtool.deploy.ray")
