@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +39,12 @@ class Accelerator(NamedTuple):
     """A device of this machine that is no CPU.
 
     name  of the kind
-    free_bytes  before anything is put there
+    free_bytes  asks the device, which takes some of its memory for this process
     """
 
     device: torch.device
     name: str
-    free_bytes: int
+    free_bytes: Callable[[], int]
 
 
 def accelerators() -> list[Accelerator]:
@@ -54,10 +55,15 @@ def accelerators() -> list[Accelerator]:
         Accelerator(
             torch.device("cuda", index),
             torch.cuda.get_device_name(index),
-            torch.cuda.mem_get_info(index)[0],
+            partial(_free_bytes, index),
         )
         for index in range(torch.cuda.device_count())
     ]
+
+
+def _free_bytes(index: int) -> int:
+    free: int = torch.cuda.mem_get_info(index)[0]
+    return free
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,26 +143,27 @@ def choose(request: DeviceRequest, found: Sequence[Accelerator]) -> tuple[Room, 
             return ()
         asked = "--device-map auto" if request.spread else f"--device {request.name}"
         raise UsageError(f"{asked} needs a CUDA device; this machine has none", "use --device cpu")
-    rooms = [Room(item.device, _limit(request, item, index)) for index, item in enumerate(found)]
+
+    def rooms(*numbers: int) -> tuple[Room, ...]:
+        return tuple(Room(found[i].device, _limit(request, found[i], i)) for i in numbers)
+
     if request.spread:
         if local_rank is not None:
             raise UsageError(
                 "--device-map auto is for one process, and torchrun has started several",
                 "leave it out: each rank takes a device of its own",
             )
-        if limited:
-            rooms = [rooms[index] for index in limited]
-        return tuple(rooms)
+        return rooms(*(limited or range(len(found))))
     if wanted:
-        return (rooms[int(wanted)],)
+        return rooms(int(wanted))
     if local_rank is not None and local_rank >= len(found):
         raise UsageError(
             f"rank {local_rank} of this machine finds {here} CUDA devices",
             f"torchrun --nproc-per-node {len(found)}, or --device cpu",
         )
     if local_rank is None and len(limited) == 1:
-        return (rooms[limited[0]],)
-    return (rooms[local_rank or 0],)
+        return rooms(limited[0])
+    return rooms(local_rank or 0)
 
 
 def _way_out(found: Sequence[Accelerator]) -> str:
@@ -166,7 +173,7 @@ def _way_out(found: Sequence[Accelerator]) -> str:
 
 
 def _limit(request: DeviceRequest, item: Accelerator, index: int) -> int:
-    usable = int(item.free_bytes * _USABLE_SHARE)
+    usable = int(item.free_bytes() * _USABLE_SHARE)
     return min(usable, request.max_memory.get(str(index), usable))
 
 
@@ -247,7 +254,7 @@ def _homes(
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    kinds = sorted({type(block).__name__ for block in skeleton.blocks})
+    classes = sorted({type(block).__name__ for block in skeleton.blocks})
     # Beside the weights that a map is made for, a device works on one block.
     working = max(need.total - need.weights for need in needs)
     sizes: dict[Any, int] = {
@@ -255,17 +262,16 @@ def _homes(
     }
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sizes["cpu"] = request.max_memory.get("cpu", physical)
-    options: dict[str, Any] = {"no_split_module_classes": kinds, "dtype": torch.float32}
+    options: dict[str, Any] = {"no_split_module_classes": classes, "dtype": torch.float32}
     if not request.max_memory:
         sizes = get_balanced_memory(skeleton.model, sizes, **options)
     found = infer_auto_device_map(skeleton.model, sizes, **options)
     homes = {}
     for index in range(len(skeleton.blocks)):
         name = skeleton.block_name(index)
-        parts = [name, *(name[:at] for at, letter in enumerate(name) if letter == ".")]
-        place = next(
-            (found[part] for part in (parts[0], *reversed(parts[1:]), "") if part in found)
-        )
+        while name and name not in found:
+            name = name.rpartition(".")[0]
+        place = found.get(name)
         if isinstance(place, int):
             homes[index] = rooms[place]
     return homes

@@ -75,7 +75,7 @@ def prepare(
         raise error
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     devices = devices or DeviceRequest()
-    rooms = choose(devices, accelerators())
+    rooms = choose(devices, accelerators() if devices.name != "cpu" else [])
     source = resolve(model, revision) if isinstance(model, str) else model
     if source.is_gguf:
         raise UnsupportedModel(

@@ -117,4 +117,5 @@ def put_changed(skeleton: Skeleton, changed: Mapping[str, Tensor]) -> None:
         assert skeleton.stored.sole_tensor(owner) == name, name
         path = owner.removeprefix(f"{skeleton.prefix}.")
         index, _, rest = path.partition(".")
-        assign(skeleton.blocks[int(index)], rest, tensor.to(torch.float32))
+        device = skeleton.placement.block(int(index))
+        assign(skeleton.blocks[int(index)], rest, tensor.to(device, torch.float32))

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from qtool.quantize.devices import (
 )
 from qtool.quantize.job import Job, prepare
 from qtool.quantize.layouts import layout_for
-from qtool.quantize.pipeline import run
+from qtool.quantize.pipeline import Silent, run
 from qtool.quantize.plan import make_plan
+from qtool.quantize.report import plan_to_dict, print_plan
 from qtool.recipe import Recipe, load_recipe
+from qtool.units import size_text
 
 FIRST, SECOND = torch.device("ipu:0"), torch.device("ipu:1")
 GIB = 2**30
@@ -96,7 +99,7 @@ def test_every_method_works_where_the_block_is(
     same_on_a_device(tiny_checkpoint("llama"), small(recipe, **options), tmp_path, request)
 
 
-@pytest.mark.parametrize("kept_bytes", [0, GIB])
+@pytest.mark.parametrize("kept_bytes", [0, pytest.param(GIB, marks=pytest.mark.slow)])
 def test_blocks_spread_over_devices_write_the_bytes_of_the_cpu(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, kept_bytes: int, request: Any
 ) -> None:
@@ -107,6 +110,48 @@ def test_blocks_spread_over_devices_write_the_bytes_of_the_cpu(
     request.getfixturevalue("pretended")
     run(job, tmp_path / "devices")
     assert weights(tmp_path / "devices") == weights(tmp_path / "cpu")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_on_its_device(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, request: Any
+) -> None:
+    """AWQ leaves norms with new values, which a resumed run takes from its first block's file."""
+    source, recipe = str(tiny_checkpoint("llama")), small("awq")
+    run(on(prepare(source, recipe), CPU), tmp_path / "cpu")
+
+    class Stop(BaseException):
+        pass
+
+    class Stopping(Silent):
+        def block_done(self, index: int, reports: Any, seconds: float) -> None:
+            raise Stop
+
+    jobs = [on(prepare(source, recipe), CPU, FIRST, FIRST) for _ in range(2)]
+    request.getfixturevalue("pretended")
+    with pytest.raises(Stop):
+        run(jobs[0], tmp_path / "device", listener=Stopping())
+    run(jobs[1], tmp_path / "device")
+    assert weights(tmp_path / "device") == weights(tmp_path / "cpu")
+
+
+def test_a_dry_run_says_what_is_taken_of_a_device(
+    tiny_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = prepare(str(tiny_checkpoint("llama")), small("int4"), devices=DeviceRequest("cpu"))
+    print_plan(job)
+    assert "device" not in capsys.readouterr().err
+    request, rooms = DeviceRequest("cuda"), [Room(FIRST, 10**9)]
+    placed = place(job.skeleton, job.plan, job.recipe, request, rooms)
+    job = replace(job, placed=placed)
+    print_plan(job)
+    text = " ".join(capsys.readouterr().err.split())
+    assert placed.block is not None
+    assert "device: ipu:0 (2 blocks)" in text
+    assert f"the largest block takes {size_text(placed.block.total)}" in text
+    told = plan_to_dict(job)["devices"]
+    assert told["blocks"] == ["ipu:0", "ipu:0"]
+    assert told["block_bytes"]["total"] == placed.block.total
 
 
 def test_what_a_device_needs_is_known_before(
@@ -180,7 +225,7 @@ def llama_8b_of_one_block(folder: Path) -> Path:
     return folder
 
 
-H200 = [Accelerator(torch.device("cuda", index), "H200", 100 * GIB) for index in range(2)]
+H200 = [Accelerator(torch.device("cuda", index), "H200", lambda: 100 * GIB) for index in range(2)]
 
 
 @pytest.mark.parametrize(
