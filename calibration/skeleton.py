@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.calibration.auto_class import auto_class, language_model, tower_parameters
 from qtool.calibration.placement import Placement
 from qtool.calibration.stored import StoredModel
 from qtool.checkpoint import Checkpoint
@@ -44,7 +45,8 @@ class Skeleton:
     stored: StoredModel
     blocks: list[nn.Module]
     prefix: str
-    # Parameters outside the blocks, by every name they have; tied ones have several.
+    # Parameters outside the blocks, by every name they have; tied ones have several. Those of a
+    # multimodal model's towers are not among them.
     outside: dict[str, nn.Parameter]
     # Where weights go when they are loaded.
     placement: Placement = field(default_factory=Placement)
@@ -55,10 +57,11 @@ class Skeleton:
         model = _build_on_meta(checkpoint, trust_remote_code)
         stored = StoredModel(model, checkpoint)
         prefix, block_list = find_blocks(model)
+        towers = tower_parameters(model)
         outside = {
             name: parameter
             for name, parameter in model.named_parameters(remove_duplicate=False)
-            if not name.startswith(f"{prefix}.")
+            if not name.startswith(f"{prefix}.") and name not in towers
         }
         skeleton = cls(model, checkpoint, stored, list(block_list), prefix, outside)
         for index in range(len(skeleton.blocks)):
@@ -185,11 +188,14 @@ def assign(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder: the module list that holds the most parameters, the outermost of equals."""
+    """The decoder: the module list that holds the most parameters, the outermost of equals; of a
+    multimodal model, in its text part.
+    """
+    within = language_model(model) or ""
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and name.startswith(within)
     ]
     if not lists:
         raise UnsupportedModel(f"{type(model).__name__} has no list of decoder blocks")
@@ -198,7 +204,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = checkpoint.folder
     try:
@@ -209,7 +215,7 @@ def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module
             if checkpoint.config.get("tie_word_embeddings") is False:
                 config.tie_word_embeddings = False
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
+                model = auto_class(config).from_config(
                     config,
                     dtype=COMPUTE_DTYPE,
                     experts_implementation="eager",

@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import yaml
 
 from qtool.artifact import CARD_NAME, Manifest
+from qtool.calibration.auto_class import auto_class_name
+from qtool.json_files import read_json
 from qtool.quantize.layouts import bits_per_weight
 from qtool.quantize.plan import Plan
 from qtool.quantize.summary import KIND_COLUMNS, grouped_reasons, lost_by_kind, shortened
 from qtool.units import size_text
 
+CONFIG_NAME = "config.json"
 # What a copy in fewer bits takes over from the card of its source.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -75,22 +78,34 @@ def source_facts(folder: Path) -> dict[str, Any]:
 def write_card(artifact: Path, manifest: Manifest, plan: Plan, source: Path, name: str) -> None:
     """Put the card into the folder of an artifact that has everything but its manifest."""
     text = model_card(
-        manifest, name=name, found=sizes(plan, artifact), inherited=source_facts(source)
+        manifest,
+        name=name,
+        found=sizes(plan, artifact),
+        inherited=source_facts(source),
+        loader=auto_class_name(read_json(artifact / CONFIG_NAME)),
     )
     (artifact / CARD_NAME).write_text(text, encoding="utf-8")
 
 
-def model_card(manifest: Manifest, *, name: str, found: Sizes, inherited: Mapping[str, Any]) -> str:
+def model_card(
+    manifest: Manifest,
+    *,
+    name: str,
+    found: Sizes,
+    inherited: Mapping[str, Any],
+    loader: str = "AutoModelForCausalLM",
+) -> str:
     """The card as Markdown.
 
     name       by which loaders are shown the artifact: a repository on the Hub, or a folder
     inherited  from the source's card, as `source_facts` has it
+    loader     transformers' class that loads the artifact
     """
     parts = [
         _front_matter(manifest, inherited),
         f"# {PurePath(name).name}",
         _summary(manifest, found),
-        _loading(manifest, name),
+        _loading(manifest, name, loader),
         _measured(manifest, found),
         _making(manifest),
     ]
@@ -137,9 +152,10 @@ def _summary(manifest: Manifest, found: Sizes) -> str:
     )
 
 
-def _loading(manifest: Manifest, name: str) -> str:
+def _loading(manifest: Manifest, name: str, loader: str) -> str:
     needs = _TRANSFORMERS_NEEDS.get(manifest.format)
-    lines = ["## Load it", "", *(_own_loader(name) if needs is None else _loaders(name, needs))]
+    shown = _own_loader(name) if needs is None else _loaders(name, needs, loader)
+    lines = ["## Load it", "", *shown]
     if manifest.warnings:
         lines += ["", "Said when it was made:", "", *(f"- {text}" for text in manifest.warnings)]
     return "\n".join(lines)
@@ -157,14 +173,14 @@ def _own_loader(name: str) -> list[str]:
     ]
 
 
-def _loaders(name: str, needs: str) -> list[str]:
+def _loaders(name: str, needs: str, loader: str) -> list[str]:
     return [
         f"With transformers, after `pip install transformers {needs}`:",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {loader}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'model = {loader}.from_pretrained("{name}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "```",
         "",

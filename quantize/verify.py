@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.calibration.auto_class import auto_class
 from qtool.calibration.linears import Linear
 from qtool.calibration.placement import Placement
 from qtool.calibration.runner import BlockRunner
@@ -257,12 +258,13 @@ def _compare_reload(
 def _reloaded_logits(
     artifact: Source, tokens: Tensor, trust_remote_code: bool, *, dequantize: bool
 ) -> Tensor:
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import AutoConfig, CompressedTensorsConfig
 
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=trust_remote_code)
+        model, info = auto_class(config).from_pretrained(
             artifact.path,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
