@@ -35,10 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from qtool.errors import QtoolError, UsageError
-from qtool.kernels.cuda import marlin_linear, paged_attention, sampling
+from qtool.kernels.cuda import paged_attention, sampling
 from qtool.kernels.cuda.paged_attention import AttentionShape
 from qtool.kernels.cuda.sampling import Draw, Draws
 from qtool.kernels.reference import Span
@@ -50,12 +49,12 @@ from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.sequence import GenerationRequest
 from qtool.runtime.loading import LoadedModel
 from qtool.runtime.random_model import QWEN_05B, random_model
-from qtool.scheme import QuantScheme
-from qtool.weights import QuantizedWeight
+
+# PYTHONSAFEPATH leaves a script's own folder out.
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_products import CUDA, GROUP, SCHEME, contenders_of
 
 ROWS = ("roofs", "linears", "attention", "sampling", "engine", "peers")
-SCHEME = "int4-g128-sym"
-GROUP = 128
 # config.json of meta-llama/Llama-3.1-8B and of Qwen/Qwen3-30B-A3B, as far as shapes go.
 LLAMA_8B: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -104,11 +103,8 @@ LINEARS = {
     "down": (4096, 14336),
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-# Copies of a weight that are used in turn: several times any L2.
-COLD_BYTES = 400 << 20
 SEQUENCES = (1, 16, 64)
 PROMPT, NEW_TOKENS = 128, 96
-CUDA = torch.device("cuda")
 
 
 def roofs() -> dict[str, float]:
@@ -124,8 +120,7 @@ def roofs() -> dict[str, float]:
 def linears(bandwidth: float) -> list[dict[str, Any]]:
     rows = []
     for name, (out, inputs) in LINEARS.items():
-        contenders = {"qtool": _ours(out, inputs), "cublas_bf16": _dense(out, inputs)}
-        contenders |= _optional(out, inputs)
+        contenders = contenders_of(out, inputs)
         for tokens in TOKENS:
             x = torch.randn(tokens, inputs, device=CUDA).bfloat16()
             took = {}
@@ -156,71 +151,6 @@ def _line(row: Mapping[str, Any]) -> str:
         f"{row['linear']:8} {row['tokens']:4} tokens {row['microseconds']['qtool']:8.1f} us "
         f"{row['share_of_copy_bandwidth']:6.1%} of copy, {row['tflops']:6.1f} TFLOP/s; {ratios}"
     )
-
-
-# (x [tokens, in], which copy of the weight) -> the product
-Product = Callable[[torch.Tensor, int], object]
-
-
-def _ours(out: int, inputs: int) -> Product:
-    scheme = QuantScheme.parse(SCHEME)
-    codes = torch.randint(0, 16, (out, inputs), dtype=torch.uint8, device=CUDA)
-    scales = (torch.rand(out, inputs // GROUP, device=CUDA) * 0.01).bfloat16()
-    first = marlin_linear.pack(QuantizedWeight(codes, scales, None, scheme), torch.bfloat16, CUDA)
-    copies = [
-        first._replace(words=first.words.clone())
-        for _ in range(max(2, COLD_BYTES // first.words.nbytes))
-    ]
-    return lambda x, index: marlin_linear.matmul(x, copies[index % len(copies)], None)
-
-
-def _dense(out: int, inputs: int) -> Product:
-    count = max(2, COLD_BYTES // (2 * out * inputs))
-    copies = [torch.randn(out, inputs, device=CUDA).bfloat16() for _ in range(count)]
-    return lambda x, index: F.linear(x, copies[index % count])
-
-
-def _optional(out: int, inputs: int) -> dict[str, Product]:
-    """Contenders that this build or environment has; the others are named on stderr."""
-    found = {}
-    for name, make in (("torch_int4", _torch_int4), ("gemlite", _gemlite)):
-        try:
-            found[name] = make(out, inputs)
-            found[name](torch.randn(1, inputs, device=CUDA).bfloat16(), 0)
-        except Exception as error:
-            found.pop(name, None)
-            print(f"{name} was not measured: {str(error)[:120]}", file=sys.stderr)
-    return found
-
-
-def _torch_int4(out: int, inputs: int) -> Product:
-    pairs = torch.randint(0, 256, (out, inputs // 2), dtype=torch.uint8, device=CUDA)
-    count = max(2, COLD_BYTES // (out * inputs // 2))
-    packed = torch._convert_weight_to_int4pack(pairs, 8)
-    copies = [packed.clone() for _ in range(count)]
-    scales = torch.rand(inputs // GROUP, out, 2, device=CUDA).bfloat16()
-    return lambda x, index: torch._weight_int4pack_mm(x, copies[index % count], GROUP, scales)
-
-
-def _gemlite(out: int, inputs: int) -> Product:
-    from gemlite.core import DType, GemLiteLinear
-
-    count = max(2, COLD_BYTES // (out * inputs // 2))
-    layers = []
-    for _ in range(count):
-        codes = torch.randint(0, 16, (out, inputs), dtype=torch.uint8, device=CUDA)
-        scales = torch.rand(out, inputs // GROUP, device=CUDA).bfloat16()
-        layer = GemLiteLinear(
-            W_nbits=4,
-            group_size=GROUP,
-            in_features=inputs,
-            out_features=out,
-            input_dtype=DType.BF16,
-            output_dtype=DType.BF16,
-        )
-        layer.pack(codes, scales, torch.full_like(scales, 8.0), None)
-        layers.append(layer)
-    return lambda x, index: layers[index % count](x)
 
 
 def attention(bandwidth: float) -> dict[str, float]:

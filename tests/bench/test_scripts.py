@@ -109,6 +109,7 @@ def test_every_benchmark_that_is_listed_is_there(script: Callable[[str], ModuleT
         "quantize_child.py",
         "llama_perplexity.py",
         "gpu.py",
+        "gpu_products.py",
     }
     assert listed | parts == {path.name for path in FOLDER.glob("*.py")}
 
