@@ -6,8 +6,8 @@ float32, and the statistics, the codes that are solved with them and the files d
 one process saw all chunks or several ranks shared them. Summed in float32, two ranks' order tipped
 codes over in some block, which moved all behind it: KL divergence by up to 4 % on books-7m.
 
-A second moment is symmetric and is computed and kept in squares that lie on and above its diagonal,
-so the wider numbers take little more memory than a whole matrix of float32 (8.5 against 8 GiB for
+A second moment is symmetric and is computed and kept in strips of rows from its diagonal on, so
+the wider numbers take little more memory than a whole matrix of float32 (8.5 against 8 GiB for
 128 experts of 4096 inputs) and about the same time: 0.9 to 1.1 of the CPU time of adding to a whole
 float32 matrix in place, in two paired runs of chunks of 2048 vectors of 256 to 2048 inputs, 0.9 for
 a drift (bfloat16 products, one core of a loaded Xeon, 2026-11).
@@ -24,9 +24,9 @@ from torch import Tensor
 from qtool.calibration.placement import CPU
 from qtool.calibration.statistics import Drift, Moments
 
-# A square of this side and more is worth computing by halves (2048 vectors of 768, with bfloat16
-# products, one Xeon core: 7.9 ms down to 128, 6.5 down to 256, 7.0 in one piece).
-_SMALLEST_HALF = 256
+# Rows of a strip (2048 vectors of 768, with bfloat16 products, one core of a Xeon that others use:
+# 12 ms in one piece, 9.6 in two strips, 7.2 in three, 9.6 in six; 13 in squares of 384).
+_STRIP = 256
 # Rows that are widened and added at once: torch widens all of what it adds before it adds, and so
 # much of it stays in the cache.
 _ROWS_AT_ONCE = 64
@@ -37,7 +37,7 @@ class Squares:
     """A running sum of x xᵀ.
 
     width  of the vectors
-    flat   float64, the squares of `_squares` one behind the other
+    flat   float64, the strips of `_strips` one behind the other
     """
 
     width: int
@@ -57,14 +57,14 @@ class Squares:
         found = torch.empty(self.width, self.width, device=self.flat.device)
         for rows, columns, total in self._parts():
             found[rows, columns] = total
-            if rows != columns:
-                found[columns, rows] = found[rows, columns].t()
+            beside = slice(rows.stop, None)
+            found[beside, rows] = found[rows, beside].t()
         return found
 
     def _parts(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows, columns, and the sum's part there, a view."""
         start = 0
-        for rows, columns in _squares(self.width):
+        for rows, columns in _strips(self.width):
             shape = _side(rows), _side(columns)
             end = start + shape[0] * shape[1]
             yield rows, columns, self.flat[start:end].view(shape)
@@ -73,27 +73,18 @@ class Squares:
 
 def squares_size(width: int) -> int:
     """Numbers that the sum of vectors of a width is kept in."""
-    return sum(_side(rows) * _side(columns) for rows, columns in _squares(width))
+    return sum(_side(rows) * _side(columns) for rows, columns in _strips(width))
 
 
-def _squares(width: int, first: int = 0) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the squares that cover a diagonal and what lies above it.
+def _strips(width: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the strips that cover a diagonal and what lies above it: for 768
 
-    1024 columns, with halves of 256 as the smallest:
-
-        a b e e
-        . c e e      a, c, f, h  on the diagonal
-        . . f g      b, e, g     above it
-        . . . h
+    a a a
+    . b b
+    . . c
     """
-    if width < 2 * _SMALLEST_HALF:
-        whole = slice(first, first + width)
-        yield whole, whole
-        return
-    middle, end = first + width // 2, first + width
-    yield from _squares(middle - first, first)
-    yield from _squares(end - middle, middle)
-    yield slice(first, middle), slice(middle, end)
+    for first in range(0, width, _STRIP):
+        yield slice(first, min(first + _STRIP, width)), slice(first, width)
 
 
 def _side(places: slice) -> int:

@@ -28,7 +28,7 @@ def test_two_vectors_by_hand() -> None:
     assert seen.peak.tolist() == [3.0, 2.0]
 
 
-# 515 and 1200 are kept in squares, 1200 in halves of halves, whose sides are not equal.
+# Above 256 they are kept in strips, the last of them narrower.
 @pytest.mark.parametrize("width", [8, 511, 515, 1200])
 def test_second_moments_are_those_of_all_vectors_at_once(width: int) -> None:
     sums = MomentSums.zeros(width)
