@@ -154,6 +154,7 @@ def test_a_dry_run_says_what_is_taken_of_a_device(
     assert told["block_bytes"]["total"] == placed.block.total
 
 
+@pytest.mark.slow
 def test_what_a_device_needs_is_known_before(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, request: Any
 ) -> None:
