@@ -152,19 +152,17 @@ def test_a_rank_killed_within_a_step_ends_the_step() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("within_a_step", [True, False])
-def test_a_rank_that_is_stopped_is_given_up(within_a_step: bool) -> None:
-    """Also when nothing runs that would wait for it."""
-    llm = engine(2, distributed_timeout_seconds=8)
+def test_a_rank_that_is_stopped_is_given_up_also_when_nothing_runs() -> None:
+    """Within a time that ranks are heard of in on a busy machine, too."""
+    llm = engine(2, distributed_timeout_seconds=30)
     team = llm.loaded.team
     assert team is not None
     heard = threading.Event()
     team.on_lost(lambda lost: heard.set())
     (pid,) = team.pids
     os.kill(pid, signal.SIGSTOP)
-    if not within_a_step:
-        assert heard.wait(120)
-    with pytest.raises(RankLost, match=rf"rank 1 of 2 \(process {pid}.*not been heard of for 8 s"):
+    assert heard.wait(300)
+    with pytest.raises(RankLost, match=rf"rank 1 of 2 \(process {pid}.*not been heard of for 30 s"):
         texts(llm)
     assert "stopped" in str(team.lost)
     assert is_gone(pid)
