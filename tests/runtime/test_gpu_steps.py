@@ -18,11 +18,14 @@ from qtool.kernels.cuda.sampling import Draw
 from qtool.kernels.dispatch import Choice
 from qtool.kernels.reference import Span
 from qtool.runtime import layers
-from qtool.runtime.config import KvCacheDtype
+from qtool.runtime.config import EngineConfig, KvCacheDtype
 from qtool.runtime.engine import gpu_steps
 from qtool.runtime.engine.batch import Batch
+from qtool.runtime.engine.engine import Engine
 from qtool.runtime.engine.graphs import Inputs, Replay, sizes_for
 from qtool.runtime.engine.runner import ModelRunner
+from qtool.runtime.engine.sampling_params import SamplingParams
+from qtool.runtime.engine.sequence import GenerationRequest
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.models import triton_decoder
 from qtool.runtime.models.decoder import Decoder
@@ -219,6 +222,35 @@ def test_a_recorded_step_serves_every_smaller_batch(
     # The third sequence's cache was not touched by the step without it.
     for mine, theirs in zip(recorded.pool.layers, eager.pool.layers, strict=True):
         torch.testing.assert_close(mine.keys, theirs.keys)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_gpu")
+def test_an_engine_launches_recorded_steps_ahead(two: tuple[LoadedModel, LoadedModel]) -> None:
+    """Beside one that waits for each step and, for log-probabilities, draws on the host."""
+    asked = {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.5, "max_tokens": 3}
+
+    def run(ahead: bool) -> tuple[dict[str, list[int]], Engine]:
+        engine = Engine(
+            two[0],
+            EngineConfig(
+                "tiny", block_size=16, max_num_seqs=2, max_model_len=64, async_scheduling=ahead
+            ),
+        )
+        sampling = SamplingParams(**asked, ignore_eos=True, logprobs=None if ahead else 0)
+        for name in "ab":
+            engine.add(GenerationRequest(name, tuple(tokens(4, seed=ord(name))), sampling))
+        found: dict[str, list[int]] = {"a": [], "b": []}
+        while engine.has_work:
+            for output in engine.step():
+                found[output.request_id].extend(output.new_token_ids)
+        engine.blocks.check()
+        return found, engine
+
+    found, engine = run(ahead=True)
+    expected, _ = run(ahead=False)
+    assert found == expected
+    assert engine.stats().steps_launched_ahead_total == 2
 
 
 def test_pages_are_written_when_they_change() -> None:

@@ -29,6 +29,7 @@ from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
 from qtool.runtime.loading import LoadedModel, load_model
+from qtool.runtime.models.decoder import Decoder
 
 KERNELS = Kernels(reference_sampling.apply_rules, reference_sampling.draw_tokens)
 VOCAB = 4096
@@ -156,6 +157,46 @@ def test_an_abort_leaves_nothing_behind(tiny: LoadedModel) -> None:
     expected = run(make_engine(tiny, ahead=False), [request("a", range(3), max_tokens=2)])
     assert answers.whole() == expected.whole()
     engine.blocks.check()
+
+
+def followed_up(engine: Engine) -> list[tuple[list[int], int]]:
+    """Tokens after a prompt that begins with another and its answer, and how many it found."""
+    text = list(range(11))
+    answers = run(engine, [request("first", text, max_tokens=7)])
+    text = [*text, *answers.tokens["first", 0], 5]
+    engine.add(request("second", text, max_tokens=3))
+    seen = []
+    while engine.has_work:
+        seen += [(list(one.new_token_ids), one.num_cached_tokens) for one in engine.step()]
+    return seen
+
+
+@pytest.mark.usefixtures("draws_on_device")
+def test_the_cache_holds_what_it_held_with_steps_that_wait(tiny: LoadedModel) -> None:
+    """All of the answer but its last token, the end of a block among them."""
+    found = followed_up(make_engine(tiny, ahead=True))
+    assert found == followed_up(make_engine(tiny, ahead=False))
+    assert [cached for _, cached in found] == [17] * 3
+
+
+@pytest.mark.usefixtures("draws_on_device")
+def test_who_computes_no_numbers_fails_alone(tiny: LoadedModel) -> None:
+    """The answers of others, and of who has its blocks later, are what they are without it."""
+    expected = run(make_engine(tiny, ahead=True), [request("b", range(20, 29))]).whole()
+    with pytest.MonkeyPatch.context() as patch:
+        broken, embed = 7, Decoder.embed
+
+        def spoil(self: Decoder, token_ids: Tensor) -> Tensor:
+            rows = embed(self, token_ids).clone()
+            rows[token_ids == broken] = float("nan")
+            return rows
+
+        patch.setattr(Decoder, "embed", spoil)
+        engine = make_engine(tiny, ahead=True)
+        answers = run(engine, [request("a", [1, 2, broken]), request("b", range(20, 29))])
+        assert answers.ends["a", 0] == "error"
+        again = run(engine, [request("b", range(20, 29))])
+    assert {("b", 0): answers.whole()["b", 0]} == expected == again.whole()
 
 
 RULES: dict[str, dict[str, Any]] = {
