@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from qtool.arch import Role
 from qtool.convert.gguf.container import GgufFile
 from qtool.convert.gguf.entries import (
     AttentionScale,
@@ -27,6 +26,7 @@ from qtool.convert.gguf.entries import (
 )
 from qtool.convert.gguf.family import Family
 from qtool.convert.gguf.ropes import LongRopeScale, RopeKeys, RotatedChannels, SlidingRope
+from qtool.role_shapes import LATENT_SHAPES
 
 _BLOCKS = Setting("block_count", "num_hidden_layers")
 _CONTEXT = Setting("context_length", "max_position_embeddings", default=2048)
@@ -67,10 +67,6 @@ _LLAMA = Family(
     loses_window=True,
     matches=lambda file: not _has_experts(file),
 )
-_DEEPSEEK_SHAPES: dict[Role, tuple[str, ...]] = {
-    "q": ("queries_direct", "hidden"),
-    "o": ("hidden", "values"),
-}
 _DEEPSEEK_HEAD = (
     _BLOCKS,
     _CONTEXT,
@@ -327,7 +323,7 @@ FAMILIES: dict[str, Family] = {
         (*_DEEPSEEK_HEAD, Gating("softmax")),
         _DEEPSEEK_EXTRA,
         implied=_DEEPSEEK_IMPLIED,
-        shapes=_DEEPSEEK_SHAPES,
+        shapes=LATENT_SHAPES,
         matches=lambda file: file.metadata.get("deepseek2.expert_gating_func", 1) == 1,
     ),
     "deepseek_v3": Family(
@@ -336,6 +332,6 @@ FAMILIES: dict[str, Family] = {
         _DEEPSEEK_EXTRA,
         implied=_DEEPSEEK_IMPLIED,
         defaults={"norm_topk_prob": True},
-        shapes=_DEEPSEEK_SHAPES,
+        shapes=LATENT_SHAPES,
     ),
 }

@@ -22,7 +22,7 @@ class Family:
                   that mean the same; reading writes the first
     defaults      transformers' own, of entries that published configs leave out
     aliases       entries that this family spells otherwise: "hidden_size": "n_embd"
-    shapes        roles that have another shape than in `sizes.SHAPES`
+    shapes        roles that have another shape than in `role_shapes.SHAPES`
     loses_window  a sliding window has no key, so that the file attends to more than the model
     matches       which of several families of one architecture a file is; the first that fits
     """

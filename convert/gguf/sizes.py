@@ -1,7 +1,7 @@
-"""The sizes of a model, and the shape of every role's tensor in them.
+"""The sizes of a model as its config.json has them, by the names that `qtool.role_shapes` has.
 
-A shape is a tuple of names of sizes. A role whose shape has a size of zero is not there: a model
-without shared experts has no tensors for them.
+A role whose shape has a size of zero is not there: a model without shared experts has no tensors
+for them.
 """
 
 from __future__ import annotations
@@ -16,44 +16,7 @@ from qtool.convert.gguf.entries import head_dim
 from qtool.convert.gguf.family import Family
 from qtool.decoder_config import whole
 from qtool.errors import FormatError
-
-# Of one matrix: [out, in], whatever a checkpoint's order; stacks have one an expert.
-SHAPES: dict[Role, tuple[str, ...]] = {
-    "embed": ("vocab", "hidden"),
-    "positions": ("positions", "hidden"),
-    "norm": ("hidden",),
-    "head": ("vocab", "hidden"),
-    "attn_norm": ("hidden",),
-    "attn_post_norm": ("hidden",),
-    "q": ("queries", "hidden"),
-    "k": ("keys", "hidden"),
-    "v": ("keys", "hidden"),
-    "qkv": ("fused_qkv", "hidden"),
-    "o": ("hidden", "queries"),
-    "q_norm": ("head_dim",),
-    "k_norm": ("head_dim",),
-    "mlp_norm": ("hidden",),
-    "mlp_post_norm": ("hidden",),
-    "gate": ("inner", "hidden"),
-    "up": ("inner", "hidden"),
-    "gate_up": ("fused_gate_up", "hidden"),
-    "down": ("hidden", "inner"),
-    "router": ("experts", "hidden"),
-    "router_bias": ("experts",),
-    "experts_gate": ("expert_inner", "hidden"),
-    "experts_up": ("expert_inner", "hidden"),
-    "experts_down": ("hidden", "expert_inner"),
-    "shared_gate": ("shared_inner", "hidden"),
-    "shared_up": ("shared_inner", "hidden"),
-    "shared_down": ("hidden", "shared_inner"),
-    "shared_router": ("one", "hidden"),
-    "q_a": ("q_latent", "hidden"),
-    "q_a_norm": ("q_latent",),
-    "q_b": ("queries_latent", "q_latent"),
-    "kv_a": ("latent_and_rope", "hidden"),
-    "kv_a_norm": ("latent",),
-    "kv_b": ("keys_and_values", "latent"),
-}
+from qtool.role_shapes import SHAPES
 
 _DENSE: tuple[Role, ...] = ("gate", "up", "down")
 _SPARSE: tuple[Role, ...] = (

@@ -7,6 +7,7 @@ from qtool.arch import Architecture, Role
 from qtool.convert.formats import WeightReader
 from qtool.decoder_config import DecoderConfig
 from qtool.errors import FormatError
+from qtool.role_shapes import LATENT_SHAPES, SHAPES
 
 DENSE: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
 EXPERTS: tuple[Role, ...] = ("experts_gate", "experts_up", "experts_down")
@@ -99,55 +100,48 @@ def required_biases(architecture: Architecture, config: DecoderConfig) -> set[Ro
 
 def role_shapes(architecture: Architecture, config: DecoderConfig) -> dict[Role, tuple[int, ...]]:
     """The shape [out, in] of every role's weight."""
-    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads
-    q, kv = heads * config.head_dim, config.num_kv_heads * config.head_dim
-    q_norm, k_norm = config.head_dim, config.head_dim
+    sizes, shapes = _sizes(config), dict(SHAPES)
+    if config.latent is not None:
+        shapes |= LATENT_SHAPES
     if architecture.qk_norm == "all":
-        q_norm, k_norm = q, kv
-    shapes: dict[Role, tuple[int, ...]] = {
-        "embed": (config.vocab_size, hidden),
-        "norm": (hidden,),
-        "head": (config.vocab_size, hidden),
-        "attn_norm": (hidden,),
-        "attn_post_norm": (hidden,),
-        "mlp_norm": (hidden,),
-        "mlp_post_norm": (hidden,),
-        "q": (q, hidden),
-        "k": (kv, hidden),
-        "v": (kv, hidden),
-        "qkv": (q + 2 * kv, hidden),
-        "o": (hidden, q),
-        "q_norm": (q_norm,),
-        "k_norm": (k_norm,),
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "gate_up": (2 * inner, hidden),
-        "down": (hidden, inner),
+        shapes |= {"q_norm": ("queries",), "k_norm": ("keys",)}
+    return {
+        role: tuple(sizes[name] for name in shape)
+        for role, shape in shapes.items()
+        if sizes.keys() >= set(shape)
+    }
+
+
+def _sizes(config: DecoderConfig) -> dict[str, int]:
+    """Those that the model has."""
+    heads, width = config.num_heads, config.head_dim
+    queries, keys = heads * width, config.num_kv_heads * width
+    sizes = {
+        "one": 1,
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "inner": config.intermediate_size,
+        "fused_gate_up": 2 * config.intermediate_size,
+        "head_dim": width,
+        "queries": queries,
+        "keys": keys,
+        "fused_qkv": queries + 2 * keys,
     }
     experts, latent = config.experts, config.latent
     if experts is not None:
-        size, shared = experts.intermediate_size, experts.shared_size
-        shapes |= {
-            "router": (experts.count, hidden),
-            "router_bias": (experts.count,),
-            "experts_gate": (size, hidden),
-            "experts_up": (size, hidden),
-            "experts_down": (hidden, size),
-            "shared_gate": (shared, hidden),
-            "shared_up": (shared, hidden),
-            "shared_down": (hidden, shared),
-            "shared_router": (1, hidden),
+        sizes |= {
+            "experts": experts.count,
+            "expert_inner": experts.intermediate_size,
+            "shared_inner": experts.shared_size,
         }
     if latent is not None:
-        queries = heads * (latent.nope + latent.rope)
-        shapes |= {
-            "q": (queries, hidden),
-            "q_b": (queries, latent.query_rank or 0),
-            "q_a": (latent.query_rank or 0, hidden),
-            "q_a_norm": (latent.query_rank or 0,),
-            "kv_a": (latent.rank + latent.rope, hidden),
-            "kv_a_norm": (latent.rank,),
-            "kv_b": (heads * (latent.nope + latent.value), latent.rank),
-            "o": (hidden, heads * latent.value),
+        sizes |= {
+            "latent": latent.rank,
+            "values": heads * latent.value,
+            "q_latent": latent.query_rank or 0,
+            "queries_latent": heads * (latent.nope + latent.rope),
+            "queries_direct": heads * (latent.nope + latent.rope),
+            "latent_and_rope": latent.rank + latent.rope,
+            "keys_and_values": heads * (latent.nope + latent.value),
         }
-    return shapes
+    return sizes
