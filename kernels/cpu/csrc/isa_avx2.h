@@ -159,8 +159,9 @@ QTOOL_INLINE Ints multiply_small(Ints a, Ints b) { return _mm256_mullo_epi32(a, 
 // would; |code - 128| * 127 * 2 = 32512 does not. So codes of 8 bits are taken less 128, their sign
 // moved to the activation.
 constexpr int kCodeBias8 = 128;
-// 16 registers: 4 rows x 2 vectors, or 1 row x 4.
+// As in isa_avx512.h: not measured, so nothing.
 constexpr int64_t kAheadBytes = 0;
+// 16 registers: 4 rows x 2 vectors, or 1 row x 4.
 constexpr int kMaxRows = 4;
 QTOOL_INLINE constexpr int vectors_at_once(int rows) { return rows == 1 ? 4 : 2; }
 

@@ -137,6 +137,14 @@ constexpr int kCodeBias8 = 0;
 constexpr int kMaxRows = 8;
 QTOOL_INLINE constexpr int vectors_at_once(int) { return 2; }
 
+// What a thread asks for of one linear while there is no product: a quarter of such a CPU's
+// second-level cache. Twice as much is no faster; other CPUs have not been measured.
+#if defined(QTOOL_INTEL_SERVER)
+constexpr int64_t kAheadBytes = 512 << 10;
+#else
+constexpr int64_t kAheadBytes = 0;
+#endif
+
 // With few tokens a linear waits for its weights, and unpacking them leaves the hardware's own
 // prefetch behind. Asking for them ahead, on one core and 4-bit weights:
 //
@@ -144,12 +152,6 @@ QTOOL_INLINE constexpr int vectors_at_once(int) { return 2; }
 //                   (19.6 is what reading gives), 8-bit weights from 12.9 to 16.1; no loss up to 8
 //   Zen 4           8 KB ahead: from 18 to 25 GB/s (4096 x 4096) and 22 to 30 (9728 x 896) with
 //                   one token or two; with more, or 8-bit weights, it only costs
-#if defined(QTOOL_INTEL_SERVER)
-constexpr int64_t kAheadBytes = 512 << 10;
-#else
-constexpr int64_t kAheadBytes = 0;
-#endif
-
 template <int kBits, int kRows>
 QTOOL_INLINE void ask_ahead(const uint8_t* codes) {
 #if defined(QTOOL_INTEL_SERVER)
