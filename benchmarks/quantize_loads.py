@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,16 +59,20 @@ def main() -> None:
     parser.add_argument("--venvs", type=Path, default=Path(".benchmark-venvs"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found = {"loads": [row for name in options.loaders for row in rows(name, options.venvs)]}
-    text = json.dumps(found, indent=1) + "\n"
-    if options.out is not None:
-        options.out.write_text(text, encoding="utf-8")
-    print(text, end="")
-    if any("failed" in row for row in found["loads"]):
+    found: list[dict[str, Any]] = []
+    for name in options.loaders:
+        for row in rows(name, options.venvs):
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            found.append(row)
+            if options.out is not None:
+                text = json.dumps({"loads": found}, indent=1) + "\n"
+                options.out.write_text(text, encoding="utf-8")
+    print(json.dumps(found, indent=1))
+    if any("failed" in row for row in found):
         raise SystemExit(1)
 
 
-def rows(loader: str, venvs: Path) -> list[dict[str, Any]]:
+def rows(loader: str, venvs: Path) -> Iterator[dict[str, Any]]:
     """What became of each of a loader's files."""
     from quantize import peer_versions, python_of_package
 
@@ -75,17 +80,9 @@ def rows(loader: str, venvs: Path) -> list[dict[str, Any]]:
     if python is None:
         raise SystemExit(f"{loader} could not be installed under {venvs}")
     version = peer_versions(venvs).get(loader, "unknown")
-    found = []
     for file in FILES[loader]:
-        row = {
-            "loader": loader,
-            "version": version,
-            **file._asdict(),
-            **loaded(python, loader, file),
-        }
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        found.append(row)
-    return found
+        about = {"loader": loader, "version": version, **file._asdict()}
+        yield {**about, **loaded(python, loader, file)}
 
 
 def loaded(python: str, loader: str, file: File) -> dict[str, Any]:
