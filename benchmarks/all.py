@@ -2,7 +2,7 @@
 
     python benchmarks/all.py                        hours on two cores
     python benchmarks/all.py --only claims evaluate
-    python benchmarks/all.py --quick                few rounds, small models: half an hour
+    python benchmarks/all.py --quick                few rounds, small models, fewer peers
 
 Results go to benchmarks/results/NAME.json, those of --quick, which are no figures to tell anybody,
 to build/benchmarks. What a benchmark prints is also kept there, in NAME.log. peers.py makes the
