@@ -28,8 +28,10 @@ from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
+from qtool.runtime.layers import PackingRules
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.models.decoder import Decoder
+from qtool.runtime.random_model import QWEN_05B, random_model
 
 KERNELS = Kernels(reference_sampling.apply_rules, reference_sampling.draw_tokens)
 VOCAB = 4096
@@ -68,8 +70,27 @@ def tiny(tiny_checkpoint: Callable[..., Path]) -> LoadedModel:
     return load_model(str(tiny_checkpoint("llama")))
 
 
+@pytest.fixture(scope="module")
+def exact() -> LoadedModel:
+    """A model whose logits have the same bits whatever else is in a step."""
+    config = {
+        **QWEN_05B,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+    }
+    loaded = random_model(config, rules=PackingRules(activations="int8"))
+    if not any(use.kernel.startswith("native") for use in loaded.kernels):
+        pytest.skip("the native kernels cannot be built here")
+    return loaded
+
+
 def make_engine(loaded: LoadedModel, *, ahead: bool, **options: Any) -> Engine:
-    given = {"block_size": 4, "async_scheduling": ahead, **options}
+    # No target: how prompts are cut must not depend on the clock.
+    given = {"block_size": 4, "target_itl_ms": 0.0, "async_scheduling": ahead, **options}
     return Engine(loaded, EngineConfig("tiny", **given))
 
 
@@ -199,17 +220,23 @@ def test_who_computes_no_numbers_fails_alone(tiny: LoadedModel) -> None:
     assert {("b", 0): answers.whole()["b", 0]} == expected == again.whole()
 
 
+# Few to draw from: of thousands that are nearly as likely, some are as likely but for rounding.
+FEW = tuple(range(100, 130))
 RULES: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "seeded": {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 5},
-    "min_p": {"temperature": 1.2, "min_p": 0.05, "seed": 6},
-    "typical": {"temperature": 1.0, "typical_p": 0.6, "seed": 7},
+    "seeded": {
+        **{"temperature": 0.9, "top_p": 0.9, "top_k": 20, "seed": 5},
+        "allowed_token_ids": FEW,
+    },
+    "min_p": {"temperature": 0.2, "min_p": 0.05, "seed": 6, "allowed_token_ids": FEW},
+    "typical": {"temperature": 1.0, "typical_p": 0.6, "seed": 7, "allowed_token_ids": FEW},
     "penalties": {
         "repetition_penalty": 1.3,
         "presence_penalty": 0.2,
         "frequency_penalty": 0.4,
         "temperature": 0.7,
         "seed": 1,
+        "allowed_token_ids": FEW,
     },
     "repetition": {"repetition_penalty": 2.0},
     "bias": {"logit_bias": {3: 4.0, 9: -100.0}},
@@ -221,7 +248,7 @@ RULES: dict[str, dict[str, Any]] = {
         "ignore_eos": False,
     },
     "logprobs": {"logprobs": 2},
-    "two answers": {"n": 2, "temperature": 1.0, "seed": 8},
+    "two answers": {"n": 2, "temperature": 1.0, "seed": 8, "allowed_token_ids": FEW},
 }
 
 
@@ -263,7 +290,7 @@ def schedule(seed: int, loaded: LoadedModel, *, ahead: bool) -> tuple[Answers, E
         max_num_batched_tokens=rng.choice((5, 16, 64)),
         scheduling_policy=rng.choice(("fcfs", "priority")),
         enable_prefix_caching=rng.random() < 0.8,
-        kv_cache_memory_bytes=rng.choice((16, 24)) * block_bytes(loaded.decoder, 4),
+        kv_cache_memory_bytes=rng.choice((15, 18)) * block_bytes(loaded.decoder, 4),
     )
     begun = [rng.randrange(VOCAB) for _ in range(20)]
     answers = Answers()
@@ -274,15 +301,15 @@ def schedule(seed: int, loaded: LoadedModel, *, ahead: bool) -> tuple[Answers, E
             str(index),
             prompt,
             **{
-                "max_tokens": rng.randint(5, 25),
-                "stop_token_ids": tuple(rng.sample(range(VOCAB), VOCAB // 8)),
+                "max_tokens": rng.randint(8, 30),
+                "stop_token_ids": tuple(rng.sample(range(VOCAB), VOCAB // 20)),
                 **sampling,
             },
         )
         engine.add(replace(one, priority=rng.randrange(3)))
         # Drawn whether there is anything to abort or not: both engines are asked the same.
         doomed = str(rng.randrange(40))
-        for _ in range(rng.choice((0, 1, 2, 5))):
+        for _ in range(rng.choice((0, 1, 2, 4))):
             answers.take(engine.step())
             engine.blocks.check()
         answers.take(engine.abort(doomed))
@@ -295,22 +322,26 @@ def schedule(seed: int, loaded: LoadedModel, *, ahead: bool) -> tuple[Answers, E
 
 
 @pytest.mark.usefixtures("draws_on_device")
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))]
-)
+@pytest.mark.parametrize("first", [0, 5])
 def test_random_schedules_give_the_answers_of_the_engine_that_waits(
-    seed: int, tiny: LoadedModel
+    first: int, exact: LoadedModel
 ) -> None:
-    found, engine = schedule(seed, tiny, ahead=True)
-    expected, waiting = schedule(seed, tiny, ahead=False)
-    assert engine.stats().steps_launched_ahead_total > 0
-    assert waiting.stats().steps_launched_ahead_total == 0
-    assert found.ends.keys() == expected.ends.keys()
-    both = found.whole().keys() & expected.whole().keys()
-    assert len(both) >= 10
-    for name in both:
-        assert found.whole()[name] == expected.whole()[name], name
-    for name, tokens in found.tokens.items():
-        # Who was aborted got less of the same.
-        shorter, longer = sorted((tokens, expected.tokens[name]), key=len)
-        assert longer[: len(shorter)] == shorter, name
+    num_preemptions = num_ahead = num_whole = 0
+    for seed in range(first, first + 5):
+        found, engine = schedule(seed, exact, ahead=True)
+        expected, waiting = schedule(seed, exact, ahead=False)
+        num_ahead += engine.stats().steps_launched_ahead_total
+        num_preemptions += engine.stats().num_preemptions
+        assert waiting.stats().steps_launched_ahead_total == 0
+        assert found.ends.keys() == expected.ends.keys()
+        both = found.whole().keys() & expected.whole().keys()
+        num_whole += len(both)
+        for name in both:
+            assert found.whole()[name] == expected.whole()[name], (seed, name)
+        for name, tokens in found.tokens.items():
+            # Who was aborted got less of the same.
+            shorter, longer = sorted((tokens, expected.tokens[name]), key=len)
+            assert longer[: len(shorter)] == shorter, (seed, name)
+    assert num_preemptions > 0
+    assert num_ahead > 20
+    assert num_whole > 40
