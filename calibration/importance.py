@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qtool.calibration.capture import BlockCapture
 from qtool.calibration.groups import stages
-from qtool.calibration.linears import Linear, Site, block_linears
+from qtool.calibration.linears import Site, all_linears
 from qtool.calibration.placement import CPU
 from qtool.calibration.runner import BlockRunner
 from qtool.calibration.skeleton import Skeleton
@@ -64,7 +64,7 @@ def input_squares(skeleton: Skeleton, tokens: Tensor) -> dict[str, InputSquares]
 def _block_squares(
     skeleton: Skeleton, capture: BlockCapture, index: int
 ) -> dict[str, InputSquares]:
-    linears = [item for item in block_linears(skeleton, index) if isinstance(item, Linear)]
+    linears = all_linears(skeleton, index)
     widths = {linear.site: linear.in_features for linear in linears}
     groups = capture.trace(widths)
     squares: dict[Site, InputSquares] = {}

@@ -85,6 +85,11 @@ def block_linears(skeleton: Skeleton, block: int) -> Iterator[Linear | Unpacked]
                     yield from _matrices(skeleton, block, f"{name}.{leaf}", transposed=False)
 
 
+def all_linears(skeleton: Skeleton, block: int) -> list[Linear]:
+    """Every linear of a block that can be taken, in the model's order."""
+    return [item for item in block_linears(skeleton, block) if isinstance(item, Linear)]
+
+
 def _matrices(
     skeleton: Skeleton, block: int, parameter: str, *, transposed: bool
 ) -> Iterator[Linear | Unpacked]:

@@ -340,8 +340,8 @@ def _without_doubles(
     first: dict[Any, Operation] = {}
     kept = []
     for operation in operations:
-        args = _renumbered(operation.args, same)
-        kwargs = {name: _renumbered(item, same) for name, item in operation.kwargs.items()}
+        args = renumbered(operation.args, same)
+        kwargs = {name: renumbered(item, same) for name, item in operation.kwargs.items()}
         key = operation.function, _key(args), _key(tuple(kwargs.items()))
         if key in first:
             for mine, theirs in zip(operation.outputs, first[key].outputs, strict=True):
@@ -354,11 +354,11 @@ def _without_doubles(
     return kept, same
 
 
-def _renumbered(item: Any, same: Mapping[int, int]) -> Any:
+def renumbered(item: Any, same: Mapping[int, int]) -> Any:
     if isinstance(item, Value):
         return Value(same.get(item.number, item.number))
     if isinstance(item, tuple | list):
-        return type(item)(_renumbered(each, same) for each in item)
+        return type(item)(renumbered(each, same) for each in item)
     return item
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qtool.calibration.activations import Activations
+from qtool.calibration.linears import Site
+from qtool.calibration.narrowing import narrowed
 from qtool.calibration.recording import Recording, record, tensors_of
 from qtool.calibration.runner import BlockRunner
 
@@ -61,13 +63,16 @@ class RecordedBlock:
                 return watched(args, kwargs, mark)
 
             found = record(block, args, kwargs, run)
-            first = next(iter(recordings.values()), found)
-            if found is None or first is None or not found.same_as(first):
+            if found is None:
                 return None
-            recordings[shape] = found
             entry = args[0] if args else kwargs["hidden_states"]
             places = [tensor is entry for tensor in tensors_of((args, kwargs))]
             hidden = found.arguments[places.index(True)]
+            wide = {number for mark, number in found.marks.items() if not isinstance(mark, Site)}
+            found = narrowed(found, hidden, wide)
+            if recordings and not found.same_as(next(iter(recordings.values()))):
+                return None
+            recordings[shape] = found
         return cls(runner, index, block, recordings, hidden)
 
     def of_chunk(self, chunk: int) -> Recording:
@@ -93,7 +98,7 @@ class RecordedBlock:
         def values(chunk: int, given: Mapping[int, Tensor]) -> dict[int, Tensor]:
             recording = self.of_chunk(chunk)
             shape = tuple(self.runner.tokens(chunk).shape)
-            with torch.no_grad(), self.runner.products(self.index):
+            with torch.no_grad(), self.runner.recorded_products(self.index):
                 if shape not in constants:
                     constants[shape] = recording.constants(self.tensors(), given, asked)
                 return recording.run(constants[shape], given, asked)

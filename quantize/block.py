@@ -24,7 +24,7 @@ from torch import Tensor
 from qtool.artifact import LayerReport
 from qtool.calibration.capture import BlockCapture
 from qtool.calibration.groups import Compared, InputGroup, Stage, stages
-from qtool.calibration.linears import Linear, Site, Unpacked, block_linears
+from qtool.calibration.linears import Linear, Site, all_linears
 from qtool.calibration.originals import Originals
 from qtool.calibration.placement import CPU, device_peak_bytes
 from qtool.calibration.skeleton import Skeleton
@@ -226,7 +226,7 @@ def _solve_awq(
         groups=groups,
         moments=moments,
         planned=planned,
-        all_linears=_all_linears(capture.skeleton, index),
+        all_linears=all_linears(capture.skeleton, index),
         options=options,
         run=capture.first_output,
     )
@@ -250,14 +250,10 @@ def _traced(
     index: int, planned: Mapping[Linear, Scheme], capture: BlockCapture
 ) -> list[InputGroup]:
     """Groups that hold a planned linear; consumers that stay dense are listed in them too."""
-    sites = dict.fromkeys(linear.site for linear in _all_linears(capture.skeleton, index))
+    sites = dict.fromkeys(linear.site for linear in all_linears(capture.skeleton, index))
     groups = capture.trace(sites)
     wanted = {linear.site for linear in planned}
     return [group for group in groups if wanted & set(group.sites)]
-
-
-def _all_linears(skeleton: Skeleton, index: int) -> list[Linear]:
-    return [item for item in block_linears(skeleton, index) if not isinstance(item, Unpacked)]
 
 
 def _by_site(planned: Iterable[Linear]) -> dict[Site, list[Linear]]:
@@ -274,7 +270,7 @@ def _collected(
     capture: BlockCapture,
     result: BlockResult,
 ) -> dict[Site, Moments]:
-    widths = {linear.site: linear.in_features for linear in _all_linears(capture.skeleton, index)}
+    widths = {linear.site: linear.in_features for linear in all_linears(capture.skeleton, index)}
     pending = {linear.site for linear in planned if linear not in result.weights}
     moments = capture.collect(stage, widths.__getitem__, pending)
     for site, found in moments.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtool.calibration.capture import BlockCapture
 from qtool.calibration.dataset import CalibrationTokens
-from qtool.calibration.linears import Linear
+from qtool.calibration.linears import Linear, all_linears
 from qtool.calibration.originals import Originals
 from qtool.calibration.ranks import DataRanks, SharedCapture
 from qtool.calibration.runner import CHUNK_TOKENS, BlockRunner
@@ -67,12 +67,17 @@ class CalibrationStream:
         """The block with its weights: as they were, or as an earlier run left them."""
         skeleton = self._job.skeleton
         skeleton.load_block(index)
-        if index < len(self._journal.blocks):
-            if self.originals is not None:
-                self.originals.record(index, ())
-            restore_block(self._job, index, self._journal)
         place = skeleton, self._runner, self._activations, index, self._journal.folder
-        return BlockCapture(*place) if self._ranks is None else SharedCapture(self._ranks, *place)
+        ranks = self._ranks
+        capture = BlockCapture(*place) if ranks is None else SharedCapture(ranks, *place)
+        if index < len(self._journal.blocks):
+            if self._job.plan.block(index):
+                # Recorded where its solver had it recorded: what is recorded rounds elsewhere.
+                capture.trace(dict.fromkeys(linear.site for linear in all_linears(skeleton, index)))
+            if self.originals is not None:
+                self.originals.record(index, (), capture.recorded)
+            restore_block(self._job, index, self._journal)
+        return capture
 
     def close(self, capture: BlockCapture) -> None:
         """Run the data on through the block, and give its memory back."""

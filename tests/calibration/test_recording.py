@@ -159,9 +159,10 @@ class Opened:
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_recorded_block_gives_the_same_bits(
+def test_a_recorded_block_gives_the_same(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, bfloat16: bool
 ) -> None:
+    """To the bit, and in bfloat16 but for what is rounded once more between its products."""
     folder = tiny_checkpoint("llama")
     plain = Opened(folder, tmp_path / "plain", bfloat16=bfloat16)
     expected = plain.outputs()
@@ -170,7 +171,11 @@ def test_a_recorded_block_gives_the_same_bits(
     assert recorded.capture.recorded is not None
     found = recorded.outputs()
     assert len(found) == 5
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    off = max(
+        float((one - other).norm() / other.norm())
+        for one, other in zip(found, expected, strict=True)
+    )
+    assert off <= (2**-8 if bfloat16 else 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
