@@ -59,6 +59,7 @@ LAYER_OF_PREFIX = {
     "qtool.runtime.layers": "engine",
     "qtool.runtime.loading": "engine",
     "qtool.runtime.memory": "engine",
+    "qtool.runtime.offload": "engine",
     "qtool.runtime.packed_cache": "engine",
     "qtool.runtime.random_model": "engine",
     "qtool.runtime.models": "engine",
