@@ -132,7 +132,7 @@ class StoredModel:
     def load(
         self, parameters: Iterable[str], dtype: torch.dtype, device: torch.device = CPU
     ) -> Iterator[tuple[str, Tensor]]:
-        """Parameters by name on a device, floating ones in `dtype`; each entry is converted once."""
+        """Parameters by name on a device, floating ones in `dtype`; an entry is converted once."""
         wanted = set(parameters)
         done: set[str] = set()
         for name in sorted(wanted):

@@ -56,8 +56,8 @@ def packed_experts(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, in
         if not whole:
             raise FormatError(
                 f"{blocks.file.name}: {name} is {blocks.dtype} of shape {list(blocks.shape)}; "
-                f"MXFP4 experts are uint8 [experts, out, in / {_GROUP}, {_GROUP_BYTES}] with scales of "
-                "the first three axes"
+                f"MXFP4 experts are uint8 [experts, out, in / {_GROUP}, {_GROUP_BYTES}] with "
+                "scales of the first three axes"
             )
         experts, out_features, groups, _ = blocks.shape
         found[parameter] = experts, groups * _GROUP, out_features
