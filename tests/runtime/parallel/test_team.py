@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ from qtool.settings import child_environment
 
 MODEL = "builtin:books-7m"
 PROMPTS = ["It was a cold evening", "It was a cold evening, and the sea", "Call", "The old man"]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Ranks divide the threads of this process, which others of its tests want back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def engine(size: int, **options: Any) -> LLM:
