@@ -92,6 +92,7 @@ FLAGS: Mapping[str, Becomes] = {
             "quantization",
             "enable_lora",
             "enforce_eager",
+            "async_scheduling",
         ),
         SAME,
     ),

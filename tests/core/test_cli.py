@@ -21,7 +21,8 @@ def test_an_unknown_command_gets_a_guess(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_error_is_two_lines_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("verify", "/nonexistent") == 2
     error = capsys.readouterr().err
-    assert "does not exist" in error
+    assert error.count("\n") == 2
+    assert "there is no /nonexistent" in error
     assert "Traceback" not in error
 
 
