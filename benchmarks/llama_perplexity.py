@@ -22,7 +22,8 @@ from qtool.settings import child_environment
 
 WINDOW = 512
 ATTEMPTS = 3
-# The last of the block that --kl-divergence prints, and of a run without it.
+# The last of the block that --kl-divergence prints, and of a run without it; both with a colon after
+# them: the first is a column's head, too.
 LAST_OF_BLOCK, LAST_OF_RUN = "Same top p", "Final estimate"
 NUMBER = r"(-?[\d.]+|-?nan|inf)"
 # What its errors look like: "0.01.124.007 E kl_divergence: failed reading log-probs for chunk 1".
@@ -58,14 +59,15 @@ class Peer(NamedTuple):
         *more: str,
         last: str = LAST_OF_RUN,
     ) -> Cost:
-        """Of a run that has printed a line that begins with `last`."""
+        """Of a run that has printed what stands behind `last` and a colon."""
         command = [
             *(str(self.program), "-m", str(model), "-f", str(text), "-c", str(WINDOW)),
             *("-b", str(WINDOW), "--chunks", str(windows), "-t", str(threads), *more),
         ]
+        wanted = re.compile(rf"{re.escape(last)} *:")
         for _ in range(ATTEMPTS):
             cost = run(command, threads, self.library)
-            if last in cost.text:
+            if wanted.search(cost.text):
                 return cost
         said = ERROR.findall(cost.text) or [cost.text[-2000:]]
         raise SystemExit(

@@ -131,7 +131,8 @@ def test_a_run_whose_last_lines_are_lost_is_repeated(
 ) -> None:
     peer = script("llama_perplexity").Peer
     count, block = tmp_path / "count", tmp_path / "block.txt"
-    block.write_text(BLOCK, encoding="utf-8")
+    # The head of a column has the words of the block's last line.
+    block.write_text(f"chunk   PPL   Same top p\n{BLOCK}", encoding="utf-8")
     forgetful = program(
         tmp_path,
         f"echo run >> {count}; if [ $(wc -l < {count}) -lt 2 ]; then lines=5; else lines=99; fi; "
