@@ -22,7 +22,7 @@ from qtool.settings import child_environment
 
 WINDOW = 512
 ATTEMPTS = 3
-# The last of the block that --kl-divergence prints, and of a run without it; both with a colon after
+# The last of the block that --kl-divergence prints, and of a run without it. A colon comes after
 # them: the first is a column's head, too.
 LAST_OF_BLOCK, LAST_OF_RUN = "Same top p", "Final estimate"
 NUMBER = r"(-?[\d.]+|-?nan|inf)"
