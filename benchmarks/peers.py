@@ -38,6 +38,8 @@ INSTRUCTIONS = {
 # As long a prompt as its widest kernels take.
 TRIAL = """
 import sys, llama_cpp
+
+from qtool.settings import child_environment
 llm = llama_cpp.Llama(sys.argv[1], n_ctx=128, n_batch=128, logits_all=True, verbose=False)
 llm.eval(list(range(3, 67)))
 """
@@ -107,9 +109,12 @@ def environment(
     lines = [f"import site; site.addsitedir({path!r})\n" for path in on]
     (Path(_packages_of(str(python))) / "others.pth").write_text("".join(lines), encoding="utf-8")
     run_trial = [str(python), *trial]
-    if subprocess.run(run_trial, capture_output=True, check=False).returncode:
+    # A script that is tried imports what lies beside it, which PYTHONSAFEPATH would leave out.
+    trial_environment = {**os.environ, "PYTHONSAFEPATH": ""}
+    tried = subprocess.run(run_trial, capture_output=True, env=trial_environment, check=False)
+    if tried.returncode:
         subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
-        subprocess.run(run_trial, check=True)
+        subprocess.run(run_trial, env=trial_environment, check=True)
     return str(python)
 
 
