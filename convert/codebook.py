@@ -24,13 +24,19 @@ import torch
 from torch import Tensor
 
 from qtool.convert.layer import FloatSpec, Layout, Packed, expect_shape, malformed, require
+from qtool.convert.own_config import OwnConfig
 from qtool.convert.packing import num_words, pack, unpack
-from qtool.errors import FormatError, UnsupportedModel
+from qtool.errors import FormatError
 from qtool.scheme import FloatScheme, codebook_scheme
 from qtool.weights import TableWeight
 
 QUANT_METHOD = "qtool-codebook"
-VERSION = 1
+CONFIG = OwnConfig(
+    QUANT_METHOD,
+    version=1,
+    name="codebook",
+    hint="read it with the qtool that wrote it, or quantize the original again",
+)
 SUFFIXES = ("weight_codes", "weight_tables", "weight_shape")
 MARKER = "weight_tables"
 BITS = (2, 3, 4)
@@ -83,29 +89,13 @@ def _bits(scheme: FloatScheme) -> int:
 def quantization_config(
     quantized: Mapping[str, FloatScheme], dense: Sequence[str]
 ) -> dict[str, Any]:
-    """The entry of config.json: the bits of every packed layer by name, nothing to be guessed."""
-    return {
-        "quant_method": QUANT_METHOD,
-        "version": VERSION,
-        "layers": {module: _bits(scheme) for module, scheme in quantized.items()},
-        "modules_to_not_convert": list(dense),
-    }
+    """The entry of config.json: the bits of every packed layer by name."""
+    return CONFIG.entry({module: _bits(scheme) for module, scheme in quantized.items()}, dense)
 
 
 def read(config: Mapping[str, Any], modules: Sequence[str], where: str) -> dict[str, Packed]:
     """What a file's quantization_config says of each packed module."""
-    if config.get("version") != VERSION:
-        raise UnsupportedModel(
-            f"{where}: codebook layout version {config.get('version')!r}; this qtool reads "
-            f"{VERSION}",
-            "read it with the qtool that wrote it, or quantize the original again",
-        )
-    layers = config.get("layers")
-    if not isinstance(layers, Mapping):
-        raise FormatError(f"{where}: quantization_config has no table of layers")
-    missing = sorted(set(layers) - set(modules))
-    if missing:
-        raise FormatError(f"{where}: {missing[0]} is packed by the config, and has no tensors")
+    layers = CONFIG.layers(config, modules, where)
     packed = {}
     for module in modules:
         bits = layers.get(module)

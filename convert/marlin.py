@@ -49,13 +49,19 @@ from qtool.convert.layer import (
     require,
     whole_groups,
 )
+from qtool.convert.own_config import OwnConfig
 from qtool.convert.packing import AWQ_INVERSE, AWQ_ORDER, WORD_BITS, pack, reorder, unpack
-from qtool.errors import FormatError, UnsupportedModel, UsageError
+from qtool.errors import FormatError, UsageError
 from qtool.scheme import QuantScheme
 from qtool.weights import QuantizedWeight
 
 QUANT_METHOD = "qtool-marlin"
-VERSION = 1
+CONFIG = OwnConfig(
+    QUANT_METHOD,
+    version=1,
+    name="Marlin",
+    hint="convert the file again from the artifact it was made of",
+)
 SUFFIXES = ("B", "s", "z")
 GROUP_SIZES = (32, 64, 128)
 TILE = 16
@@ -176,28 +182,13 @@ def _by_eights(columns: Tensor) -> Tensor:
 def quantization_config(
     quantized: Mapping[str, QuantScheme], dense: Sequence[str]
 ) -> dict[str, Any]:
-    """The entry of config.json: the scheme of every packed layer by name, nothing to be guessed."""
-    return {
-        "quant_method": QUANT_METHOD,
-        "version": VERSION,
-        "layers": {module: str(scheme) for module, scheme in quantized.items()},
-        "modules_to_not_convert": list(dense),
-    }
+    """The entry of config.json: the scheme of every packed layer by name."""
+    return CONFIG.entry({module: str(scheme) for module, scheme in quantized.items()}, dense)
 
 
 def read(config: Mapping[str, Any], modules: Sequence[str], where: str) -> dict[str, Packed]:
     """What a file's quantization_config says of each packed module."""
-    if config.get("version") != VERSION:
-        raise UnsupportedModel(
-            f"{where}: Marlin layout version {config.get('version')!r}; this qtool reads {VERSION}",
-            "convert the file again from the artifact it was made of",
-        )
-    layers = config.get("layers")
-    if not isinstance(layers, Mapping):
-        raise FormatError(f"{where}: quantization_config has no table of layers")
-    missing = sorted(set(layers) - set(modules))
-    if missing:
-        raise FormatError(f"{where}: {missing[0]} is packed by the config, and has no tensors")
+    layers = CONFIG.layers(config, modules, where)
     packed = {}
     for module in modules:
         if not isinstance(layers.get(module), str):
