@@ -146,6 +146,8 @@ class DeviceDraw:
                 rules = self._rules(batch, drawing, failures)
                 self._kernels.apply_rules(logits, rules)
             except Exception:
+                # Some counts may hold tokens of this step and some not: they are made anew from the
+                # sequences. The engine tries each of them alone.
                 self._counts.forget()
                 raise
             tokens, allowed = self._kernels.draw_tokens(

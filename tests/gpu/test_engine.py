@@ -208,6 +208,7 @@ def test_as_many_layers_as_fit_are_all_of_a_small_model() -> None:
         assert isinstance(llm.loaded.decoder, Decoder)
 
 
+# The machines that run the other tests of this folder have one GPU more often than two.
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="ranks need a GPU each")
 def test_two_ranks_write_what_one_gpu_does_recorded_or_not() -> None:
     one = texts("cuda", dtype="bfloat16")

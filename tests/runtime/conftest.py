@@ -15,9 +15,13 @@ from torch import Tensor
 from qtool import grid
 from qtool.checkpoint import Checkpoint
 from qtool.convert.formats import FORMATS
+from qtool.runtime.layers import PackingRules
+from qtool.runtime.loading import LoadedModel
+from qtool.runtime.random_model import QWEN_05B, random_model
 from qtool.scheme import QuantScheme
 from qtool.weights import QuantizedWeight
 
+Native = Callable[[int], LoadedModel]
 Logits = Callable[[Path, Tensor], Tensor]
 Greedy = Callable[[Path, Sequence[int], int], list[int]]
 
@@ -59,6 +63,30 @@ def transformers_greedy() -> Greedy:
         return ids
 
     return greedy
+
+
+@pytest.fixture(scope="session")
+def small_native() -> Native:
+    """vocabulary -> a model by the native kernels, whose logits have the same bits whatever else is
+    in a step."""
+
+    def make(vocab_size: int) -> LoadedModel:
+        config = {
+            **QWEN_05B,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "vocab_size": vocab_size,
+            "max_position_embeddings": 512,
+        }
+        loaded = random_model(config, rules=PackingRules(activations="int8"))
+        if not any(use.kernel.startswith("native") for use in loaded.kernels):
+            # Machines without a compiler; the torch kernels' sums do differ in the last bits.
+            pytest.skip("the native kernels cannot be built here")
+        return loaded
+
+    return make
 
 
 @pytest.fixture(scope="session")

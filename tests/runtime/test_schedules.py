@@ -19,9 +19,7 @@ from qtool.runtime.engine.engine import Engine
 from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.sampling_params import SamplingParams
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
-from qtool.runtime.layers import PackingRules
 from qtool.runtime.loading import LoadedModel, load_model
-from qtool.runtime.random_model import QWEN_05B, random_model
 
 NEW_TOKENS = 12
 VOCAB = 512
@@ -29,22 +27,14 @@ Texts = dict[str, list[int]]
 
 
 @pytest.fixture(scope="module", params=["torch", "native"])
-def tiny(tiny_checkpoint: Callable[..., Path], request: pytest.FixtureRequest) -> LoadedModel:
+def tiny(
+    tiny_checkpoint: Callable[..., Path],
+    small_native: Callable[[int], LoadedModel],
+    request: pytest.FixtureRequest,
+) -> LoadedModel:
     if request.param == "torch":
         return load_model(str(tiny_checkpoint("llama", vocab_size=VOCAB)))
-    config = {
-        **QWEN_05B,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-    }
-    loaded = random_model(config, rules=PackingRules(activations="int8"))
-    if not any(use.kernel.startswith("native") for use in loaded.kernels):
-        pytest.skip("the native kernels cannot be built here")
-    return loaded
+    return small_native(VOCAB)
 
 
 @pytest.fixture(scope="module")

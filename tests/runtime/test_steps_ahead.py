@@ -28,10 +28,8 @@ from qtool.runtime.engine.kv_pool import block_bytes
 from qtool.runtime.engine.runner import ModelRunner
 from qtool.runtime.engine.sampling_params import SamplingParams, StructuredOutputsParams
 from qtool.runtime.engine.sequence import GenerationRequest, TokenOutput
-from qtool.runtime.layers import PackingRules
 from qtool.runtime.loading import LoadedModel, load_model
 from qtool.runtime.models.decoder import Decoder
-from qtool.runtime.random_model import QWEN_05B, random_model
 
 KERNELS = Kernels(reference_sampling.apply_rules, reference_sampling.draw_tokens)
 VOCAB = 4096
@@ -71,21 +69,9 @@ def tiny(tiny_checkpoint: Callable[..., Path]) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def exact() -> LoadedModel:
+def exact(small_native: Callable[[int], LoadedModel]) -> LoadedModel:
     """A model whose logits have the same bits whatever else is in a step."""
-    config = {
-        **QWEN_05B,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-    }
-    loaded = random_model(config, rules=PackingRules(activations="int8"))
-    if not any(use.kernel.startswith("native") for use in loaded.kernels):
-        pytest.skip("the native kernels cannot be built here")
-    return loaded
+    return small_native(VOCAB)
 
 
 def make_engine(loaded: LoadedModel, *, ahead: bool, **options: Any) -> Engine:

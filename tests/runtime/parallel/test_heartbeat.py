@@ -48,6 +48,7 @@ def test_signs_are_sent_until_nobody_takes_them() -> None:
     assert period(60.0) == 15.0
 
 
+# Elsewhere the error names no state, and ranks are given up all the same (the other tests here).
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_the_state_of_a_process_is_the_systems() -> None:
     with subprocess.Popen(["sleep", "600"]) as process:
